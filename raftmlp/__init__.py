@@ -1,0 +1,8 @@
+"""RaftMLP, an MLP vision backbone, for timm: importing this package registers its models."""
+
+from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
+from .raftmlp import RaftMLP
+from .resize import resize_bicubic
+
+__all__ = ["ChannelMixing", "MultiScalePatchEmbed", "RaftMLP", "RaftTokenMixing", "TokenMixing", "resize_bicubic"]
+__version__ = "0.1.0"

@@ -1,0 +1,310 @@
+"""Weights: reading and writing files safely, the release's format, another trained grid, the shipped checkpoints.
+
+Everything but the reading and writing of files is a pure function of state dicts. Nothing here ever runs code from a
+file: safetensors, or ``torch.load(weights_only=True)``.
+"""
+
+import math
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .layers import RaftTokenMixing, TokenMixing
+from .resize import bicubic_matrix
+
+if TYPE_CHECKING:
+    from .raftmlp import RaftMLP
+
+__all__ = [
+    "checkpoint_filter_fn",
+    "find_pretrained",
+    "is_release_format",
+    "load_state_dict",
+    "read_metadata",
+    "release_entries",
+    "resample_grid",
+    "save_state_dict",
+    "unwrap",
+]
+
+StateDict = dict[str, Tensor]
+
+
+# Files
+
+
+def load_state_dict(path: str | Path) -> StateDict:
+    """Return the weights in a checkpoint file (safetensors, or any ``torch.save`` file), read without running code.
+
+    Of a training checkpoint, the averaged weights (EMA) are taken where there are some.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, is no checkpoint, or holds anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it was not loaded") from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or is no checkpoint: {str(error).splitlines()[0]}") from error
+    state = unwrap(content) if isinstance(content, Mapping) else {}
+    if not state:
+        raise ValueError(f"{path} holds no weights")
+    return state
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, as ``save_state_dict`` wrote it."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def save_state_dict(state: StateDict, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write weights and metadata as one safetensors file, which is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    content = safetensors.torch.save(state, {"format": "pt", **(metadata or {})})
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def checkpoint_folders() -> list[Path]:
+    """Return the folders where pretrained weights are looked for: $RAFTMLP_CHECKPOINTS, then a checkout's own."""
+    named = os.environ.get("RAFTMLP_CHECKPOINTS", "").split(os.pathsep)
+    return [Path(name).expanduser() for name in named if name] + [Path(__file__).parent.parent / "checkpoints"]
+
+
+def find_pretrained(name: str, tag: str | None = None) -> Path | None:
+    """Return the file NAME.TAG.safetensors in the first checkpoint folder that has one, or None.
+
+    Raises:
+        ValueError: If no tag is given and a folder has several of them.
+    """
+    for folder in checkpoint_folders():
+        found = sorted(folder.glob(f"{name}.{tag or '*'}.safetensors"))
+        if len(found) > 1:
+            tags = ", ".join(path.name.split(".")[1] for path in found)
+            raise ValueError(f"{folder} has several {name} checkpoints: name one as {name}.TAG, TAG of {tags}")
+        if found:
+            return found[0]
+    return None
+
+
+# State dicts
+
+
+def unwrap(checkpoint: Mapping) -> StateDict:
+    """Return the weights inside a checkpoint, without wrapping dicts and key prefixes.
+
+    Takes plain state dicts and those under state_dict_ema, model_ema, state_dict or model; drops ``module.`` (data
+    parallel) and ``_orig_mod.`` (compiled) from the keys; of a detector's weights takes the ``backbone.`` part.
+    """
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+            break
+    state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    for prefix in ("module.", "_orig_mod.", "backbone."):
+        if any(key.startswith(prefix) for key in state):
+            others = {} if prefix == "backbone." else {k: v for k, v in state.items() if not k.startswith(prefix)}
+            state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)} | others
+    return state
+
+
+def is_release_format(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the keys are those of the authors' 2021 release."""
+    return any(re.match(r"levels\.\d+\.fn\.", key) for key in state)
+
+
+@dataclass(frozen=True)
+class ReleaseEntry:
+    """One tensor of the release's format: its key, its shape, and what it becomes here."""
+
+    key: str
+    shape: tuple[int, ...]
+    convert: Callable[[Tensor], StateDict]
+
+
+def release_entries(model: "RaftMLP") -> list[ReleaseEntry]:
+    """Return what the release's checkpoint of this very network consists of.
+
+    Its LayerNorms of raft-token mixing are stored in another channel order than the stream: entry o * r + g belongs to
+    channel g * (C / r) + o. Its embeddings are Linears over flattened patches: (channel, row, column) order, kernel
+    after kernel, where the network is multi-scale; (row, column, channel) order where it is single-scale.
+    """
+    ours = model.state_dict()
+    entries: list[ReleaseEntry] = []
+    multi_scale = any(len(stage.embed.kernels) > 1 for stage in model.stages)
+
+    def add(key: str, target: str, convert: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        for kind in ("weight", "bias"):
+            shape = tuple(ours[f"{target}.{kind}"].shape)
+            name = f"{target}.{kind}"
+            entries.append(ReleaseEntry(f"{key}.{kind}", shape, lambda x, name=name: {name: convert(x)}))
+
+    for i, stage in enumerate(model.stages):
+        embed, fn = stage.embed, f"levels.{i}.fn"
+        target = f"stages.{i}.embed"
+        shapes = [tuple(conv.weight.shape) for conv in embed.convs]
+        columns = sum(shape[1] * shape[2] * shape[3] for shape in shapes)
+        if multi_scale:
+            key, convert = f"{fn}.0.fc", lambda x, t=target, s=shapes: _split_kernels(x, t, s)
+        else:
+            key, convert = f"{fn}.1", lambda x, t=target, s=shapes[0]: _single_kernel(x, t, s)
+        entries.append(ReleaseEntry(f"{key}.weight", (shapes[0][0], columns), convert))
+        entries.append(ReleaseEntry(f"{key}.bias", (shapes[0][0],), lambda x, t=target: {f"{t}.bias": x}))
+        for j, block in enumerate(stage.blocks):
+            target = f"stages.{i}.blocks.{j}"
+            mixings = {f"{target}.tokens.{name}": mixing for name, mixing in block.tokens.named_children()}
+            mixings[f"{target}.channels"] = block.channels
+            for k, (target, mixing) in enumerate(mixings.items()):
+                source = f"{fn}.{2 + j}.{2 * k + 1}"
+                if isinstance(mixing, RaftTokenMixing):
+                    r = mixing.raft_size
+                    add(f"{source}.norm.1", f"{target}.norm", lambda x, r=r: x.unflatten(0, (-1, r)).T.flatten())
+                else:
+                    add(f"{source}.norm.1" if isinstance(mixing, TokenMixing) else f"{source}.norm", f"{target}.norm")
+                add(f"{source}.fn.0", f"{target}.fc1")
+                add(f"{source}.fn.3", f"{target}.fc2")
+    add("heads.0.1", "norm")
+    if model.num_classes > 0:
+        add("classifier", "head")
+    return entries
+
+
+def _split_kernels(x: Tensor, target: str, shapes: Sequence[tuple[int, ...]]) -> StateDict:
+    parts = x.split([shape[1] * shape[2] * shape[3] for shape in shapes], dim=1)
+    return {f"{target}.convs.{k}.weight": part.reshape(shape) for k, (part, shape) in enumerate(zip(parts, shapes))}
+
+
+def _single_kernel(x: Tensor, target: str, shape: tuple[int, ...]) -> StateDict:
+    _, channels, height, width = shape
+    return {f"{target}.convs.0.weight": x.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2).contiguous()}
+
+
+def _convert_release(state: StateDict, model: "RaftMLP") -> StateDict:
+    """Return a release's state dict in our format; what has no place here keeps its key, for strict loading to name."""
+    state = dict(state)
+    converted: StateDict = {}
+    for entry in release_entries(model):
+        if entry.key not in state:
+            continue
+        value = state.pop(entry.key)
+        try:
+            converted.update(entry.convert(value))
+        except RuntimeError as error:  # the shape does not let it be rearranged
+            raise ValueError(
+                f"the checkpoint's {entry.key} has shape {tuple(value.shape)}, this model needs {entry.shape}: it is "
+                f"another variant's (tools/convert_checkpoint.py finds out which)"
+            ) from error
+    if not model.num_classes:  # a model without classifier: the checkpoint's is dropped
+        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+    return {**converted, **state}
+
+
+def checkpoint_filter_fn(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
+    """Return weights as this model takes them: the hook that timm calls, and the model itself on loading.
+
+    Wrapping and prefixes are dropped, the release's format is converted. Where the model was built for another image
+    size than its pretrained weights, which ``pretrained_cfg["input_size"]`` tells, the token-mixing weights are
+    resampled. Whatever else does not fit is left for ``load_state_dict`` to refuse.
+
+    Raises:
+        ValueError: If the release's checkpoint of another variant is given.
+    """
+    state = unwrap(state)
+    source = tuple(getattr(model, "pretrained_cfg", {}).get("input_size", ()))[-2:] or model.img_size
+    if is_release_format(state):
+        state = _convert_release(state, model)
+    if source != model.img_size:
+        state = resample_grid(state, model, source, model.img_size)
+    return state
+
+
+def resample_grid(
+    state: Mapping[str, Tensor], model: "RaftMLP", source: tuple[int, int], target: tuple[int, int]
+) -> StateDict:
+    """Return the weights with token mixing resampled from the trained grid of one image size to another's.
+
+    A layer that is not made for the source is passed on as it is.
+
+    Args:
+        state: Weights in our format, made for images of the source size.
+        model: Any model of the same architecture.
+        source: Height and width of the images in pixels.
+        target: Height and width of the images in pixels.
+    """
+    state = dict(state)
+    for i, (old_grid, new_grid) in enumerate(zip(model.grids(source), model.grids(target))):
+        for j, block in enumerate(model.stages[i].blocks):
+            for name, mixing in block.tokens.named_children():
+                old, new = mixing.mixed_axes(old_grid), mixing.mixed_axes(new_grid)
+                prefix = f"stages.{i}.blocks.{j}.tokens.{name}."
+                mlp = {key: state.get(prefix + key) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+                features = mixing.raft_size * math.prod(old)
+                if old == new or any(value is None for value in mlp.values()) or mlp["fc1.weight"].shape[1] != features:
+                    continue
+                hidden = int(mixing.raft_size * math.prod(new) * mixing.mlp_ratio)
+                mlp = _resample_token_mlp(mlp, old, new, hidden, mixing.raft_size)
+                state.update({prefix + key: value for key, value in mlp.items()})
+    return state
+
+
+def _resample_token_mlp(
+    mlp: StateDict, old: Sequence[int], new: Sequence[int], hidden: int, groups: int
+) -> StateDict:
+    """Return a token-mixing MLP for another grid.
+
+    The new MLP resizes its input bicubically to the old grid, mixes, and resizes the result to the new grid, all of it
+    folded into its weights. Of hidden units, a larger grid repeats some and shares their output weights out, which
+    changes no number; a smaller one keeps those of the largest weights.
+    """
+    fc1, bias1, fc2, bias2 = (mlp[key].double() for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+    down = up = torch.ones(1, 1, dtype=fc1.dtype, device=fc1.device)
+    for n_old, n_new in zip(old, new):
+        down = torch.kron(down, bicubic_matrix(n_new, n_old, fc1.dtype, fc1.device))
+        up = torch.kron(up, bicubic_matrix(n_old, n_new, fc1.dtype, fc1.device))
+    fc1 = (fc1.unflatten(1, (groups, -1)) @ down).flatten(1)
+    fc2 = (up @ fc2.unflatten(0, (groups, -1))).flatten(0, 1)
+    bias2 = (bias2.unflatten(0, (groups, -1)) @ up.T).flatten()
+    if hidden < len(bias1):
+        units = (fc1.norm(dim=1) * fc2.norm(dim=0)).topk(hidden).indices.sort().values
+        copies = torch.ones_like(units)
+    else:
+        units = torch.arange(hidden, device=fc1.device) * len(bias1) // hidden
+        copies = units.bincount(minlength=len(bias1))[units]
+    result = {
+        "fc1.weight": fc1[units],
+        "fc1.bias": bias1[units],
+        "fc2.weight": fc2[:, units] / copies,
+        "fc2.bias": bias2,
+    }
+    return {key: value.to(mlp[key].dtype) for key, value in result.items()}

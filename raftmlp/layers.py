@@ -1,0 +1,212 @@
+"""The layers of RaftMLP: patch embedding, raft-token mixing, plain token mixing, channel mixing.
+
+Every layer takes and returns the **stream**, a contiguous tensor of shape (B, H, W, C). Channels come last because that
+is where a block spends its time: LayerNorm and channel mixing read the stream as it lies, bicubic resizing is a matrix
+product on it, and raft-token mixing needs one rearrangement in (it moves runs of C / raft_size consecutive numbers) and
+none out: the way back is a strided read by the residual addition.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm.layers import DropPath
+
+from .resize import resize_bicubic
+
+__all__ = ["ChannelMixing", "MultiScalePatchEmbed", "RaftTokenMixing", "TokenMixing"]
+
+
+class MultiScalePatchEmbed(nn.Module):
+    """Patch embedding over patches of several sizes around the same centres: stream in, stream out.
+
+    The paper concatenates the patches of every kernel size and applies one Linear. That is a sum of convolutions of one
+    stride, hence one convolution whose kernel is the largest one with the smaller ones added in its middle. The kernels
+    are separate parameters, so that training moves each as the paper's Linear does; a call runs one convolution.
+    With a single kernel of the stride's size this is the usual (single-scale) patch embedding.
+
+    Source: RaftMLP, arXiv 2108.04384, section 3.2.
+
+    Args:
+        in_chans: Channels of the input.
+        embed_dim: Channels of the output.
+        stride: Distance of the patches in positions; an input that is no multiple of it is first resized bicubically
+            up to the next one, height and width apart.
+        kernels: Patch sizes in positions, ascending multiples of the stride that differ from it by an even number.
+
+    Raises:
+        ValueError: If the kernels are none of that.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, stride: int, kernels: Sequence[int], device=None, dtype=None):
+        super().__init__()
+        kernels = tuple(kernels)
+        if not kernels or kernels != tuple(sorted(set(kernels))):
+            raise ValueError(f"patch_kernels {kernels}: give one or more kernels in ascending order")
+        if any(k < stride or k % stride or (k - stride) % 2 for k in kernels):
+            raise ValueError(
+                f"patch_kernels {kernels}: each must be a multiple of its stage's stride {stride} "
+                f"and differ from it by an even number"
+            )
+        self.stride = stride
+        self.kernels = kernels
+        self.padding = (kernels[-1] - stride) // 2
+        # never called, only their weights are used: one module a kernel is what weight tools expect of a stem
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_chans, embed_dim, k, stride, bias=False, device=device, dtype=dtype) for k in kernels
+        )
+        self.bias = nn.Parameter(torch.empty(embed_dim, device=device, dtype=dtype))
+        bound = (in_chans * sum(k * k for k in kernels)) ** -0.5  # PyTorch's default for the one Linear
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def merged_weight(self) -> Tensor:
+        """Return the kernel of the one convolution, shape (embed_dim, in_chans, k, k) with the largest k."""
+        weight: Tensor = self.convs[-1].weight
+        for conv, kernel in zip(self.convs, self.kernels):
+            margin = (self.kernels[-1] - kernel) // 2
+            if margin > 0:
+                weight = weight + F.pad(conv.weight, (margin, margin, margin, margin))
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed x of shape (B, H, W, in_chans): returns (B, ceil(H / stride), ceil(W / stride), embed_dim)."""
+        s = self.stride
+        x = resize_bicubic(x, (x.shape[1] + s - 1) // s * s, (x.shape[2] + s - 1) // s * s)
+        x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # a copy for the image alone
+        x = F.conv2d(x, self.merged_weight(), self.bias, stride=s, padding=self.padding)
+        return x.permute(0, 2, 3, 1).contiguous()
+
+
+class _ResidualMLP(nn.Module):
+    """What the three mixings share: x + drop_path(fc2(gelu(fc1(norm(x)))))."""
+
+    def __init__(self, dim: int, features: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        hidden = int(features * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f"an MLP ratio of {mlp_ratio} leaves {features} features no hidden unit")
+        self.mlp_ratio = mlp_ratio
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(features, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, features, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def mix_rows(self, x: Tensor) -> Tensor:
+        """Apply the MLP down the columns of matrices, shape (B, features, N): the weights stand on the left."""
+        B = x.shape[0]
+        x = torch.baddbmm(self.fc1.bias.unsqueeze(1), self.fc1.weight.expand(B, -1, -1), x)
+        return torch.baddbmm(self.fc2.bias.unsqueeze(1), self.fc2.weight.expand(B, -1, -1), F.gelu(x))
+
+
+class RaftTokenMixing(_ResidualMLP):
+    """Raft-token mixing along one axis, residual included: x + drop_path(MLP(LN(x))).
+
+    Channels are split into raft_size groups of consecutive ones, channel = g * (C / raft_size) + o. For every o and
+    every column (every row, if horizontal) the groups' values along it are one vector, indexed g * length + position,
+    and one MLP maps all of these vectors.
+
+    Source: RaftMLP, arXiv 2108.04384, section 3.1.
+
+    Args:
+        dim: Channels C.
+        length: Positions along the mixed axis: the trained grid's height, or its width if horizontal.
+        raft_size: Number of channel groups r.
+        horizontal: Mix along the width instead of the height.
+        mlp_ratio: Hidden units per input of the MLP (the paper's expansion factor e).
+        drop_path: Rate of stochastic depth.
+
+    Raises:
+        ValueError: If dim is not divisible by raft_size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        length: int,
+        raft_size: int,
+        horizontal: bool = False,
+        mlp_ratio: float = 2.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        if raft_size < 1 or dim % raft_size:
+            raise ValueError(f"raft_size {raft_size} must be a positive divisor of the stage's width {dim}")
+        super().__init__(dim, raft_size * length, mlp_ratio, drop_path, device, dtype)
+        self.raft_size = raft_size
+        self.horizontal = horizontal
+
+    @torch.jit.ignore
+    def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Return the one of a grid's lengths that this layer mixes along."""
+        return grid[1:] if self.horizontal else grid[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x of shape (B, H, W, C), whose mixed axis has the trained length: returns the same shape."""
+        B, H, W, C = x.shape
+        y = self.norm(x).reshape(B, H, W, self.raft_size, C // self.raft_size)
+        if self.horizontal:
+            y = y.permute(0, 3, 2, 1, 4)  # B y x g o -> B g x y o
+            y = self.mix_rows(y.reshape(B, self.raft_size * W, H * (C // self.raft_size)))  # B (g x) (y o)
+            y = y.reshape(B, self.raft_size, W, H, C // self.raft_size).permute(0, 3, 2, 1, 4)
+        else:
+            y = y.permute(0, 3, 1, 2, 4)  # B y x g o -> B g y x o
+            y = self.mix_rows(y.reshape(B, self.raft_size * H, W * (C // self.raft_size)))  # B (g y) (x o)
+            y = y.reshape(B, self.raft_size, H, W, C // self.raft_size).permute(0, 2, 3, 1, 4)
+        return (x.reshape(y.shape) + self.drop_path(y)).flatten(3)
+
+
+class TokenMixing(_ResidualMLP):
+    """Plain token mixing of MLP-Mixer, residual included: one MLP over all positions of a channel, row-major.
+
+    Source: the baseline of RaftMLP's release; MLP-Mixer, arXiv 2105.01601.
+
+    Args:
+        dim: Channels C.
+        grid: Height and width of the trained grid in positions.
+        mlp_ratio: Hidden units per position of the MLP.
+        drop_path: Rate of stochastic depth.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        mlp_ratio: float = 2.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim, grid[0] * grid[1], mlp_ratio, drop_path, device, dtype)
+        self.raft_size = 1
+
+    @torch.jit.ignore
+    def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Return the lengths of a grid that this layer mixes along: both."""
+        return grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x of shape (B, H, W, C) with H x W the trained grid: returns the same shape."""
+        y = self.mix_rows(self.norm(x).flatten(1, 2))  # B (y x) C
+        return x + self.drop_path(y.reshape(x.shape))
+
+
+class ChannelMixing(_ResidualMLP):
+    """Channel mixing, residual included: an MLP over the channels of every position.
+
+    Args:
+        dim: Channels C.
+        mlp_ratio: Hidden units per channel of the MLP.
+        drop_path: Rate of stochastic depth.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__(dim, dim, mlp_ratio, drop_path, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x of shape (B, H, W, C), any H and W: returns the same shape."""
+        return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm(x)))))

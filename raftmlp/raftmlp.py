@@ -1,0 +1,665 @@
+"""RaftMLP: an MLP vision backbone with raft-token mixing.
+
+Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Locality?
+    Yuki Tatsunami, Masato Taki. ACCV 2022, https://arxiv.org/abs/2108.04384
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from timm.layers import SelectAdaptivePool2d, register_notrace_function, to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
+
+from .checkpoint import checkpoint_filter_fn, find_pretrained, read_metadata, resample_grid
+from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
+from .resize import resize_bicubic
+
+__all__ = ["RaftMLP", "RaftMLPBlock", "RaftMLPStage"]  # the entry points join by themselves
+
+GLOBAL_POOLS = ("", "avg", "max", "avgmax", "catavgmax")
+
+
+@register_notrace_function
+def image_to_stream(x: Tensor, in_chans: int) -> Tensor:
+    """Return a batch of images, shape (B, in_chans, H, W), as a stream view of shape (B, H, W, in_chans).
+
+    Raises:
+        ValueError: If the shape is not that, or the images have no pixels.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images of shape (B, {in_chans}, H, W), got {list(x.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"expected images of at least 1x1 pixels, got {x.shape[2]}x{x.shape[3]}")
+    return x.permute(0, 2, 3, 1)
+
+
+class RaftMLPBlock(nn.Module):
+    """A block: vertical, then horizontal raft-token mixing (or plain token mixing), then channel mixing.
+
+    Token mixing works on the trained grid: a stream of another size is resized to it bicubically, residual included,
+    and resized back before channel mixing.
+
+    Args:
+        dim: Channels C.
+        grid: Height and width of the trained grid in positions.
+        token_mixing: "raft", or "plain" for MLP-Mixer's.
+        raft_size: Number of channel groups in raft-token mixing.
+        token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
+        mlp_ratio: Hidden units per channel of the channel-mixing MLP.
+        drop_path: Rate of stochastic depth, for each of the mixings.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        token_mixing: str = "raft",
+        raft_size: int = 2,
+        token_mlp_ratio: float = 2.0,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        kwargs = dict(drop_path=drop_path, device=device, dtype=dtype)
+        self.grid = grid
+        self.tokens = nn.Sequential(OrderedDict(
+            vertical=RaftTokenMixing(dim, grid[0], raft_size, mlp_ratio=token_mlp_ratio, **kwargs),
+            horizontal=RaftTokenMixing(dim, grid[1], raft_size, True, token_mlp_ratio, **kwargs),
+        ) if token_mixing == "raft" else OrderedDict(
+            plain=TokenMixing(dim, grid, token_mlp_ratio, **kwargs),
+        ))  # fmt: skip
+        self.channels = ChannelMixing(dim, mlp_ratio, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the stream x of shape (B, H, W, C), any H and W: returns the same shape."""
+        H, W = x.shape[1], x.shape[2]
+        x = resize_bicubic(x, self.grid[0], self.grid[1])
+        x = self.tokens(x)
+        x = resize_bicubic(x, H, W)
+        return self.channels(x)
+
+
+class RaftMLPStage(nn.Module):
+    """A stage: a patch embedding and a row of blocks, stream in, stream out.
+
+    Args:
+        in_chans: Channels of the input.
+        dim: Channels of the output.
+        depth: Number of blocks.
+        stride: Stride of the patch embedding.
+        kernels: Kernels of the patch embedding.
+        grid: Height and width of the trained grid in positions, after the embedding.
+        **block_kwargs: What every block gets, see RaftMLPBlock.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        depth: int,
+        stride: int,
+        kernels: Sequence[int],
+        grid: tuple[int, int],
+        device=None,
+        dtype=None,
+        **block_kwargs: Any,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.embed = MultiScalePatchEmbed(in_chans, dim, stride, kernels, device=device, dtype=dtype)
+        self.blocks = nn.Sequential(
+            *(RaftMLPBlock(dim, grid, device=device, dtype=dtype, **block_kwargs) for _ in range(depth))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (B, H, W, in_chans) to (B, ceil(H / stride), ceil(W / stride), dim)."""
+        x = self.embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class RaftMLP(nn.Module):
+    """RaftMLP, the network of arXiv 2108.04384, for images of any size.
+
+    Images go through 1 to 4 stages, each a patch embedding and a row of blocks, then LayerNorm, pooling and a Linear.
+    The token-mixing weights are made for the trained grid that img_size gives; other sizes are resized bicubically to
+    it inside every block, call by call: ``forward`` writes nothing on the module.
+
+    Inside, the stream lies as (B, H, W, C), contiguous (see ``raftmlp.layers`` for the reason). Images, feature maps and
+    ``forward_features`` are (B, C, H, W) for users.
+
+    Args:
+        num_classes: Number of classes, 0 for no classifier.
+        img_size: Image size in pixels that the trained grid is made for, one number or (height, width).
+        in_chans: Channels of the images.
+        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
+        embed_dims: Channels, one number a stage.
+        depths: Number of blocks, one number a stage.
+        patch_sizes: Strides of the patch embeddings, one number a stage.
+        patch_kernels: Kernels of the patch embeddings, a sequence a stage; None takes the strides (single-scale).
+        token_mixing: "raft", or "plain" for MLP-Mixer's.
+        raft_size: Channel groups in raft-token mixing, one number or one a stage.
+        token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
+        mlp_ratio: Hidden units per channel of the channel-mixing MLPs.
+        drop_rate: Rate of dropout before the classifier.
+        drop_path_rate: Rate of stochastic depth, the same for every block.
+
+    Raises:
+        ValueError: If arguments do not fit together; the message names the value and what is allowed. Calls raise it
+            for images of a wrong shape.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        patch_sizes: Sequence[int] = (4, 2, 2, 2),
+        patch_kernels: Sequence[Sequence[int]] | None = ((4, 8), (2, 4), (2, 4), (2,)),
+        token_mixing: str = "raft",
+        raft_size: int | Sequence[int] = 2,
+        token_mlp_ratio: float = 2.0,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        raft_sizes = (raft_size,) * len(embed_dims) if isinstance(raft_size, int) else tuple(raft_size)
+        patch_kernels = [(p,) for p in patch_sizes] if patch_kernels is None else patch_kernels
+        per_stage = dict(
+            embed_dims=embed_dims,
+            depths=depths,
+            patch_sizes=patch_sizes,
+            patch_kernels=patch_kernels,
+            raft_size=raft_sizes,
+        )
+        if len(set(map(len, per_stage.values()))) != 1 or not embed_dims:
+            given = ", ".join(f"{name} {tuple(value)}" for name, value in per_stage.items())
+            raise ValueError(f"give one entry a stage, and the same number of stages everywhere: {given}")
+        for name in ("embed_dims", "depths", "patch_sizes"):
+            if min(per_stage[name]) < 1:
+                raise ValueError(f"{name} {tuple(per_stage[name])}: every entry must be 1 or more")
+        if token_mixing not in ("raft", "plain"):
+            raise ValueError(f"token_mixing {token_mixing!r} must be 'raft' or 'plain'")
+        if in_chans < 1:
+            raise ValueError(f"in_chans {in_chans} must be 1 or more")
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} {rate} must be at least 0 and less than 1")
+
+        self.in_chans = in_chans
+        self.img_size = _image_size(img_size)
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+
+        self.stages = nn.ModuleList()
+        self.feature_info: list[dict[str, Any]] = []
+        grid, reduction = self.img_size, 1
+        for i, (dim, depth, stride, kernels, raft) in enumerate(zip(*per_stage.values())):
+            grid, reduction = _embedded_size(grid, stride), reduction * stride
+            self.stages.append(
+                RaftMLPStage(
+                    embed_dims[i - 1] if i else in_chans,
+                    dim,
+                    depth,
+                    stride,
+                    kernels,
+                    grid,
+                    token_mixing=token_mixing,
+                    raft_size=raft,
+                    token_mlp_ratio=token_mlp_ratio,
+                    mlp_ratio=mlp_ratio,
+                    drop_path=drop_path_rate,
+                    device=device,
+                    dtype=dtype,
+                )
+            )
+            self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=reduction))
+        if len(self.stages) == 1:  # a network of one resolution hands out its blocks
+            self.feature_info = [
+                dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depths[0])
+            ]
+        self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
+        self.head_drop = nn.Dropout(drop_rate)
+        self._build_head(num_classes, global_pool, device, dtype)
+
+    def _build_head(self, num_classes: int, global_pool: str, device=None, dtype=None) -> None:
+        if global_pool not in GLOBAL_POOLS:
+            raise ValueError(f"global_pool {global_pool!r} must be one of {', '.join(map(repr, GLOBAL_POOLS))}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes {num_classes} must be 0 (no classifier) or more")
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.dense_head = not global_pool  # without pooling every position gets its logits
+        features = self.num_features * self.global_pool.feat_mult()
+        self.head = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # takes the release's checkpoints as they are, wherever this model sits
+        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        own = checkpoint_filter_fn({key[len(prefix) :]: value for key, value in own.items()}, self)
+        state_dict.update({prefix + key: value for key, value in own.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the stages' grids, height and width in positions, for an image size in pixels."""
+        grids = []
+        for stage in self.stages:
+            img_size = _embedded_size(img_size, stage.embed.stride)
+            grids.append(img_size)
+        return grids
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the trained grid that of another image size, resampling the token-mixing weights.
+
+        Parameters are replaced: call it before an optimiser is built.
+
+        Args:
+            img_size: Image size in pixels, one number or (height, width).
+        """
+        img_size = _image_size(img_size)
+        state = resample_grid(self.state_dict(), self, self.img_size, img_size)
+        for stage, grid in zip(self.stages, self.grids(img_size)):
+            for block in stage.blocks:
+                block.grid = grid
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and f"{name}.weight" in state:
+                for key, parameter in list(module.named_parameters()):
+                    value = state[f"{name}.{key}"]
+                    if value.shape != parameter.shape:
+                        setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad))
+                module.out_features, module.in_features = module.weight.shape
+        self.img_size = img_size
+        # timm's record of how the model was made, which its hub export reads
+        self._traits = dict(getattr(self, "_traits", {}), img_size=img_size)
+        self._model_args = dict(getattr(self, "_model_args", {}), img_size=img_size)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that must not decay: none, the paper's recipe decays all."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns that sort parameters into layers, stages if coarse, for layer-wise decay."""
+        return dict(
+            stem=r"^stages\.0\.embed",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' inner values in the backward pass instead of keeping them, or stop doing so."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, a Linear, or an Identity without classes."""
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh classifier on the model.
+
+        Args:
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Pooling as in the constructor, unchanged if None.
+        """
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
+        self._build_head(num_classes, pool, weight.device, weight.dtype)
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return feature maps along the way: those of the stages, or of the blocks in a network of one stage.
+
+        Args:
+            x: Images of shape (B, in_chans, H, W).
+            indices: The maps to take: the last n for a number, all for None; negative ones count from the end.
+            norm: Apply the final LayerNorm to the maps that have its channels.
+            stop_early: Compute nothing behind the last map asked for.
+            output_fmt: "NCHW" or "NHWC", of the maps.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            The maps, contiguous; before them, unless intermediates_only, what ``forward_features`` returns.
+
+        Raises:
+            ValueError: If an index is out of range, or the format unknown.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
+        x = image_to_stream(x, self.in_chans)
+        layers: Sequence[nn.Module] = self.stages
+        single = len(self.stages) == 1
+        if single:
+            layers = self.stages[0].blocks
+            x = self.stages[0].embed(x)
+        taken, last = _take_indices(len(layers), indices)
+        intermediates = []
+        for i, layer in enumerate(layers[: last + 1] if stop_early else layers):
+            if single and self.stages[0].grad_checkpointing:
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+            if i in taken:
+                y = self.norm(x) if norm and x.shape[3] == self.num_features else x
+                intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        if x.shape[3] == self.num_features:  # not so where it stopped early
+            x = self.norm(x)
+        return x.permute(0, 3, 1, 2), intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the feature maps of the given indices do not need; returns the indices, none negative."""
+        single = len(self.stages) == 1
+        layers = self.stages[0].blocks if single else self.stages
+        taken, last = _take_indices(len(layers), indices)
+        pruned = last < len(layers) - 1
+        if single:
+            self.stages[0].blocks = layers[: last + 1]
+        else:
+            self.stages = layers[: last + 1]
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or (pruned and not single):
+            self.norm = nn.Identity()
+        if prune_head or pruned:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normalised map of the last stage, (B, num_features, H', W'), for images (B, in_chans, H, W)."""
+        x = image_to_stream(x, self.in_chans)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify a map of shape (B, num_features, H', W').
+
+        Args:
+            x: What ``forward_features`` returns.
+            pre_logits: Stop before the classifier.
+
+        Returns:
+            Logits (B, num_classes), or features (B, num_features); without pooling one of them a position,
+            (B, num_classes or num_features, H', W').
+        """
+        x = self.head_drop(self.global_pool(x))
+        if pre_logits:
+            return x
+        if self.dense_head:
+            return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, num_classes) for images (B, in_chans, H, W) of any size."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    size = tuple(to_2tuple(img_size))
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"img_size {img_size} must be one number of pixels, or (height, width), 1 or more")
+    return size
+
+
+def _embedded_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Return the indices asked for, none negative, and the largest."""
+    if indices is None:
+        indices = num_layers
+    taken = range(num_layers - indices, num_layers) if isinstance(indices, int) else indices
+    taken = [i + num_layers if i < 0 and not isinstance(indices, int) else i for i in taken]
+    if not taken or min(taken) < 0 or max(taken) >= num_layers:
+        raise ValueError(
+            f"feature indices {indices}: this model takes indices from {-num_layers} to {num_layers - 1}, "
+            f"or a number of maps from 1 to {num_layers}"
+        )
+    return taken, max(taken)
+
+
+def _create_raftmlp(
+    variant: str, pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs: Any
+) -> RaftMLP:
+    overlay = dict(pretrained_cfg_overlay or {})
+    elsewhere = isinstance(pretrained_cfg, dict) or {"url", "file", "state_dict", "hf_hub_id"} & overlay.keys()
+    if pretrained and not elsewhere:
+        overlay = {**_local_cfg(variant, tag=pretrained_cfg), **overlay}
+        pretrained_cfg = None
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
+    stages = len(kwargs["embed_dims"])
+    return build_model_with_cfg(
+        RaftMLP,
+        variant,
+        pretrained,
+        pretrained_cfg=cfg.to_dict(),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(stages)) if stages > 1 else 3, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
+    """Return what a file in a checkpoint folder changes in the variant's pretrained_cfg."""
+    tag = tag or get_pretrained_cfg(variant).tag
+    path = find_pretrained(variant, tag)
+    if path is None:
+        raise FileNotFoundError(
+            f"no pretrained weights {variant}.{tag or 'TAG'}.safetensors in checkpoints/ or $RAFTMLP_CHECKPOINTS. "
+            f"The authors of RaftMLP published none: train some with tools/train.py, or make them of a checkpoint "
+            f"of the authors' code with tools/convert_checkpoint.py"
+        )
+    cfg = json.loads(read_metadata(path).get("pretrained_cfg", "{}"))
+    return {**cfg, "file": str(path), "tag": path.name.removesuffix(".safetensors").split(".", 1)[1]}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": ("stages.0.embed.convs.0", "stages.0.embed.convs.1"),
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/okojoalg/raft-mlp",
+        "paper_name": "RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Locality?",
+        "paper_ids": "arXiv:2108.04384",
+        **kwargs,
+    }
+
+
+def _single_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(**{"pool_size": (14, 14), "first_conv": "stages.0.embed.convs.0", **kwargs})
+
+
+_digits_file = find_pretrained("raftmlp_digits", "sklearn")
+
+default_cfgs = generate_default_cfgs({
+    "raftmlp_s": _cfg(),
+    "raftmlp_m": _cfg(),
+    "raftmlp_l": _cfg(),
+    "raftmlp_m_ss": _cfg(first_conv="stages.0.embed.convs.0"),
+    "raftmlp_12_r1": _single_cfg(),
+    "raftmlp_12_r2": _single_cfg(),
+    "raftmlp_12_r4": _single_cfg(),
+    "raftmlp_12_r2_ms": _cfg(pool_size=(14, 14)),
+    "raftmlp_36_r2": _single_cfg(),
+    "raftmlp_mixer_b16": _single_cfg(),
+    "raftmlp_cifar": _cfg(pool_size=(56, 56), first_conv=tuple(f"stages.0.embed.convs.{k}" for k in range(3))),
+    "raftmlp_mixer_cifar": _single_cfg(pool_size=(56, 56)),
+    "raftmlp_digits.sklearn": _cfg(
+        file=str(_digits_file) if _digits_file else None, num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4),
+        crop_pct=1.0, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, paper_name=None, paper_ids=None,
+    ),
+})  # fmt: skip
+
+
+@register_model
+def raftmlp_s(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """RaftMLP-S of the paper: 9.9 M parameters, 2.1 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_s", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_m(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """RaftMLP-M of the paper: 21.4 M parameters, 4.3 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_m", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_l(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """RaftMLP-L of the paper: 36.2 M parameters, 6.5 GMACs at 224; the second width is 192."""
+    model_args = dict(
+        embed_dims=(128, 192, 512, 1024), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_l", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_m_ss(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """RaftMLP-M with single-scale patch embeddings: 19.9 M parameters, 3.7 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=None, raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_m_ss", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_12_r1(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """12 blocks of one resolution, raft size 1: 58.1 M parameters, 11.4 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, raft_size=1,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_12_r1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_12_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """12 blocks of one resolution, raft size 2: 58.2 M parameters, 11.6 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_12_r2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_12_r4(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """12 blocks of one resolution, raft size 4: 58.4 M parameters, 12.0 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, raft_size=4,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_12_r4", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_12_r2_ms(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """raftmlp_12_r2 with a multi-scale patch embedding: 60.5 M parameters, 12.1 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=((16, 32),), raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_12_r2_ms", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_36_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """36 narrow blocks of one resolution, raft size 2: 43.5 M parameters, 9.0 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(384,), depths=(36,), patch_sizes=(16,), patch_kernels=None, raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_36_r2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_mixer_b16(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """The MLP-Mixer baseline of the release: 59.9 M parameters, 12.6 GMACs at 224."""
+    model_args = dict(
+        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, token_mixing="plain",
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_mixer_b16", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """The release's CIFAR network; for real CIFAR give img_size=32, num_classes=10."""
+    model_args = dict(
+        embed_dims=(128, 256), depths=(2, 2), patch_sizes=(2, 2), patch_kernels=((2, 4, 8), (2, 4)), raft_size=4,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_cifar", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """The release's MLP-Mixer for CIFAR; for real CIFAR give img_size=32, num_classes=10."""
+    model_args = dict(
+        embed_dims=(256,), depths=(4,), patch_sizes=(4,), patch_kernels=None, token_mixing="plain",
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_mixer_cifar", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def raftmlp_digits(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
+    """A small network of ours for images of 32x32 and below."""
+    model_args = dict(
+        embed_dims=(32, 64), depths=(2, 2), patch_sizes=(4, 2), patch_kernels=((4, 8), (2, 4)), raft_size=2,
+    )  # fmt: skip
+    return _create_raftmlp("raftmlp_digits", pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,102 @@
+"""Bicubic resizing as matrix products, pure functions.
+
+Bicubic interpolation is linear and separable: for given sizes it is one matrix for the height and one for the width.
+Two matrix products therefore give the numbers of ``F.interpolate(mode="bicubic", align_corners=False)`` without
+antialias, with a backward pass that is deterministic on every device, out of operators that every exporter knows.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from timm.layers import register_notrace_function
+
+__all__ = ["bicubic_matrix", "resize_bicubic"]
+
+_A = -0.75  # the constant of the cubic kernel that PyTorch uses
+
+
+def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix that resizes a signal of one dimension bicubically.
+
+    Args:
+        size_in: Length of the signal.
+        size_out: Length after resizing.
+        dtype: float32 or float64; also the precision of the sampling positions, as in PyTorch.
+        device: Where to build it.
+
+    Returns:
+        Tensor of shape (size_out, size_in); every row sums to 1 and has at most four entries that are not 0.
+    """
+    # position of every output sample between the input samples
+    position = (torch.arange(size_out, dtype=dtype, device=device) + 0.5) * (size_in / size_out) - 0.5
+    left = torch.floor(position)
+    t = (position - left).unsqueeze(1)
+    distance = torch.cat([t + 1.0, t, 1.0 - t, 2.0 - t], dim=1)
+    near = ((_A + 2.0) * distance - (_A + 3.0)) * distance * distance + 1.0  # |distance| <= 1
+    far = ((_A * distance - 5.0 * _A) * distance + 8.0 * _A) * distance - 4.0 * _A  # 1 < |distance| <= 2
+    weight = torch.cat([far[:, :1], near[:, 1:3], far[:, 3:]], dim=1)
+    # samples beyond the border repeat the outermost one
+    tap = left.to(torch.int64).unsqueeze(1) + torch.arange(-1, 3, device=device)
+    tap = tap.clamp(0, size_in - 1)
+    hit = tap.unsqueeze(2) == torch.arange(size_in, device=device)
+    return (hit * weight.unsqueeze(2)).sum(dim=1)
+
+
+@lru_cache(maxsize=128)
+def _cached_bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # an inference tensor could not be used in training later on
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = bicubic_matrix(size_in, size_out, dtype, device)
+    if device.type == "cuda":  # the next caller may be on another stream
+        torch.cuda.current_stream(device).synchronize()
+    return matrix
+
+
+def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
+    """Return the matrix in x's precision of accumulation: from the cache in eager mode, as plain operators else."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if torch.jit.is_scripting():
+        return bicubic_matrix(size_in, size_out, dtype, x.device)
+    traced = type(x) is not Tensor or torch.compiler.is_compiling()
+    if traced or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return bicubic_matrix(size_in, size_out, dtype, x.device)
+    return _cached_bicubic_matrix(size_in, size_out, dtype, x.device)
+
+
+def _resize_rows_and_columns(x: Tensor, height: int, width: int) -> Tensor:
+    B, H, W, C = x.shape
+    dtype = x.dtype
+    x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if H != height:
+        x = torch.bmm(_matrix(x, H, height).expand(B, -1, -1), x.reshape(B, H, W * C))  # B height (W C)
+    if W != width:
+        x = x.reshape(B * height, W, C)
+        x = torch.bmm(_matrix(x, W, width).expand(B * height, -1, -1), x)  # (B height) width C
+    return x.reshape(B, height, width, C).to(dtype)
+
+
+@register_notrace_function
+def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
+    """Resize maps bicubically, as ``F.interpolate(mode="bicubic", align_corners=False)`` does.
+
+    Products are taken in float32 (float64 for float64 maps), also under autocast. Nothing is copied, and x itself
+    comes back, where the size is right already.
+
+    Args:
+        x: Maps of shape (B, H, W, C), any floating-point dtype.
+        height: Height to make, in positions.
+        width: Width to make, in positions.
+
+    Returns:
+        Maps of shape (B, height, width, C) in x's dtype.
+    """
+    if x.shape[1] == height and x.shape[2] == width:
+        return x
+    if torch.jit.is_scripting():
+        return _resize_rows_and_columns(x, height, width)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _resize_rows_and_columns(x, height, width)
+    return _resize_rows_and_columns(x, height, width)
