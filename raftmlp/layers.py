@@ -76,7 +76,11 @@ class MultiScalePatchEmbed(nn.Module):
         """Embed x of shape (B, H, W, in_chans): returns (B, ceil(H / stride), ceil(W / stride), embed_dim)."""
         s = self.stride
         x = resize_bicubic(x, (x.shape[1] + s - 1) // s * s, (x.shape[2] + s - 1) // s * s)
-        x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # a copy for the image alone
+        x = x.contiguous().permute(0, 3, 1, 2)  # B C H W in channels_last memory; a copy for the image alone
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():
+                # inductor cannot lay out a view of dynamic size that a convolution keeps for its backward pass
+                x = x.contiguous()
         x = F.conv2d(x, self.merged_weight(), self.bias, stride=s, padding=self.padding)
         return x.permute(0, 2, 3, 1).contiguous()
 

@@ -14,8 +14,6 @@ from timm.layers import register_notrace_function
 
 __all__ = ["bicubic_matrix", "resize_bicubic"]
 
-_A = -0.75  # the constant of the cubic kernel that PyTorch uses
-
 
 def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix that resizes a signal of one dimension bicubically.
@@ -29,18 +27,21 @@ def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torc
     Returns:
         Tensor of shape (size_out, size_in); every row sums to 1 and has at most four entries that are not 0.
     """
-    # position of every output sample between the input samples
+    # position of every output sample among the input samples
     position = (torch.arange(size_out, dtype=dtype, device=device) + 0.5) * (size_in / size_out) - 0.5
     left = torch.floor(position)
     t = (position - left).unsqueeze(1)
-    distance = torch.cat([t + 1.0, t, 1.0 - t, 2.0 - t], dim=1)
-    near = ((_A + 2.0) * distance - (_A + 3.0)) * distance * distance + 1.0  # |distance| <= 1
-    far = ((_A * distance - 5.0 * _A) * distance + 8.0 * _A) * distance - 4.0 * _A  # 1 < |distance| <= 2
-    weight = torch.cat([far[:, :1], near[:, 1:3], far[:, 3:]], dim=1)
+    # weights of the four samples around it: cubic polynomials of t, PyTorch's constant a = -0.75 put in
+    coefficients = torch.tensor(
+        [[0.0, -0.75, 1.5, -0.75], [1.0, 0.0, -2.25, 1.25], [0.0, 0.75, 1.5, -1.25], [0.0, 0.0, -0.75, 0.75]],
+        dtype=dtype,
+        device=device,
+    )
+    weight = coefficients[:, 3] * t + coefficients[:, 2]
+    weight = (weight * t + coefficients[:, 1]) * t + coefficients[:, 0]  # size_out 4
     # samples beyond the border repeat the outermost one
-    tap = left.to(torch.int64).unsqueeze(1) + torch.arange(-1, 3, device=device)
-    tap = tap.clamp(0, size_in - 1)
-    hit = tap.unsqueeze(2) == torch.arange(size_in, device=device)
+    tap = (left.unsqueeze(1) + torch.arange(-1, 3, dtype=dtype, device=device)).clamp(0, size_in - 1)
+    hit = tap.unsqueeze(2) == torch.arange(size_in, dtype=dtype, device=device)
     return (hit * weight.unsqueeze(2)).sum(dim=1)
 
 

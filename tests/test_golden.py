@@ -102,5 +102,5 @@ def test_training():
     for height, width in CATALOGUE["tiny_training"]["sizes"]:
         with torch.no_grad():
             logits = model(torch.from_numpy(images(f"tiny/{height}x{width}", 2, height, width)))
-        # twenty steps of AdamW carry the last bits of both sides along, as the losses' tolerance allows for
-        assert relative_error(logits, golden[f"{height}x{width}/logits"]) < 1e-4
+        tolerance = 1e-5 if (height, width) == (64, 64) else 2e-5
+        assert relative_error(logits, golden[f"{height}x{width}/logits"]) < tolerance

@@ -1,0 +1,525 @@
+"""What timm and its users ask of a model: construction, calls at any size, features, compilers, weights."""
+
+import copy
+import threading
+
+import pytest
+import timm
+import torch
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
+from timm.optim import param_groups_layer_decay
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import raftmlp
+
+VARIANTS = timm.list_models("raftmlp*")
+SIZES = [(64, 64), (33, 49), (96, 40)]  # the trained grid's, an odd one, a rectangle
+
+
+def narrow(name, **kwargs):
+    """Create a variant with its structure but small widths, depths and images."""
+    model = timm.create_model(name, device="meta")
+    stages = len(model.stages)
+    depth = 4 if stages == 1 else 1
+    small = dict(
+        embed_dims=(16, 24, 32, 48)[:stages], depths=(depth,) * stages, img_size=64, num_classes=7
+    )
+    return timm.create_model(name, **{**small, **kwargs})
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    torch.manual_seed(0)
+    return narrow(request.param).eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two stages, raft sizes 2 and 4, odd depths: enough of everything for the compilers."""
+    torch.manual_seed(0)
+    return tiny().eval()
+
+
+def tiny(**kwargs):
+    small = dict(embed_dims=(16, 24), depths=(1, 2), raft_size=(2, 4), img_size=64, num_classes=7)
+    small |= dict(patch_sizes=(4, 2), patch_kernels=((4, 8), (2, 4)))
+    return timm.create_model("raftmlp_digits", **{**small, **kwargs})
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def batch(size, count=2, channels=3):
+    return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+# Names and construction
+
+
+def test_registered():
+    assert timm.list_models(module="raftmlp") == VARIANTS
+    assert len(VARIANTS) == 13
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_default_cfg(name):
+    model = timm.create_model(name).eval()
+    cfg = model.default_cfg
+    assert (cfg["interpolation"], cfg["license"]) == ("bilinear", "apache-2.0")
+    assert cfg["crop_pct"] == (1.0 if name == "raftmlp_digits" else 0.875)
+    state = model.state_dict()
+    first_conv = cfg["first_conv"]
+    for layer in (first_conv,) if isinstance(first_conv, str) else first_conv:
+        assert f"{layer}.weight" in state
+    assert f"stages.0.embed.convs.{len(model.stages[0].embed.convs) - 1}" in str(first_conv)
+    assert state[f"{cfg['classifier']}.weight"].shape[0] == cfg["num_classes"] == model.num_classes
+    assert model.grids(cfg["input_size"][-2:])[-1] == tuple(cfg["pool_size"])
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(1, *cfg["input_size"]))
+    assert features.shape == (1, model.num_features, *cfg["pool_size"])
+
+
+def test_initialisation_is_that_of_the_papers_linears():
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_s")
+    embed = model.stages[0].embed
+    bound = (3 * (4 * 4 + 8 * 8)) ** -0.5
+    for parameter in embed.parameters():
+        assert 0.9 * bound < parameter.abs().max() <= bound
+    fc1 = model.stages[0].blocks[0].tokens.vertical.fc1
+    assert 0.99 * 112**-0.5 < fc1.weight.abs().max() <= 112**-0.5
+
+
+def test_the_callers_arguments_win():
+    model = timm.create_model(
+        "raftmlp_s",
+        embed_dims=(16, 36),
+        depths=(1, 2),
+        patch_sizes=(8, 3),
+        patch_kernels=((8, 16), (3, 9)),
+        raft_size=(4, 3),
+        token_mlp_ratio=1.5,
+        mlp_ratio=3,
+        img_size=(96, 144),
+        in_chans=1,
+        num_classes=5,
+        global_pool="catavgmax",
+        drop_rate=0.2,
+        drop_path_rate=0.1,
+        dtype=torch.float64,
+    )
+    mixing = model.stages[1].blocks[1]
+    assert model.grids((96, 144)) == [(12, 18), (4, 6)]
+    assert mixing.tokens.vertical.fc1.weight.shape == (18, 3 * 4)
+    assert mixing.tokens.horizontal.fc1.weight.shape == (27, 3 * 6)
+    assert mixing.channels.fc1.weight.shape == (108, 36)
+    assert mixing.tokens.vertical.drop_path.drop_prob == model.stages[0].blocks[0].channels.drop_path.drop_prob == 0.1
+    assert model.head_drop.p == 0.2
+    assert model.head.weight.shape == (5, 72)
+    assert model(torch.randn(2, 1, 96, 144, dtype=torch.float64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(raft_size=3), "raft_size 3 must be a positive divisor of the stage's width 64"),
+        (dict(raft_size=(2, 2)), "the same number of stages everywhere.*raft_size \\(2, 2\\)"),
+        (dict(depths=(2, 2, 6)), "the same number of stages everywhere.*depths \\(2, 2, 6\\)"),
+        (dict(depths=(2, 0, 6, 2)), "depths \\(2, 0, 6, 2\\): every entry must be 1 or more"),
+        (dict(patch_kernels=((4, 6), (2, 4), (2, 4), (2,))), "patch_kernels \\(4, 6\\).*stride 4"),
+        (dict(patch_kernels=((2, 4), (2, 4), (2, 4), (2,))), "patch_kernels \\(2, 4\\).*stride 4"),
+        (dict(patch_kernels=((8, 4), (2, 4), (2, 4), (2,))), "patch_kernels \\(8, 4\\).*ascending"),
+        (dict(patch_sizes=(3, 2, 2, 2), patch_kernels=((3, 6), (2,), (2,), (2,))), "\\(3, 6\\).*even number"),
+        (dict(token_mixing="mlp"), "token_mixing 'mlp' must be 'raft' or 'plain'"),
+        (dict(global_pool="mean"), "global_pool 'mean' must be one of '', 'avg'"),
+        (dict(num_classes=-1), "num_classes -1"),
+        (dict(img_size=0), "img_size 0"),
+        (dict(img_size=(224, 224, 3)), "img_size \\(224, 224, 3\\)"),
+        (dict(in_chans=0), "in_chans 0"),
+        (dict(drop_path_rate=1.0), "drop_path_rate 1.0"),
+        (dict(token_mlp_ratio=0.001), "ratio of 0.001"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("raftmlp_s", **arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((2, 1, 64, 64), "shape \\(B, 3, H, W\\), got \\[2, 1, 64, 64\\]"),
+        ((3, 64, 64), "got \\[3, 64, 64\\]"),
+        ((2, 3, 0, 64), "at least 1x1 pixels, got 0x64"),
+    ],
+)
+def test_bad_images(small, shape, message):
+    with pytest.raises(ValueError, match=message):
+        small(torch.randn(shape))
+    with pytest.raises(ValueError, match=message):
+        small.forward_intermediates(torch.randn(shape))
+
+
+# Calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [*SIZES, (1, 1), (2, 131), (224, 224)])
+def test_any_size(model, size):
+    logits = model(batch(size))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient(model):
+    trained = copy.deepcopy(model).train()
+    for size in SIZES[:2]:
+        trained.zero_grad()
+        trained(batch(size)).square().mean().backward()
+        for name, parameter in trained.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, (name, size)
+
+
+@torch.no_grad()
+def test_a_call_leaves_no_trace(small):
+    before = {name: dict(vars(module)) for name, module in small.named_modules()}
+    expected = {size: small(batch(size)) for size in SIZES}
+    for size in reversed(SIZES):
+        assert torch.equal(small(batch(size)), expected[size])
+    after = {name: dict(vars(module)) for name, module in small.named_modules()}
+    assert str(before) == str(after)
+
+
+def test_two_threads_with_different_sizes(small):
+    expected, wrong = {size: small(batch(size)).detach() for size in SIZES}, []
+
+    def work(size):
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(small(batch(size)), expected[size]):
+                    wrong.append(size)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in SIZES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_training_after_inference_mode_at_an_odd_size():
+    # what inference mode caches must not be an inference tensor
+    model = tiny()
+    size = (37, 41)  # no other test's
+    with torch.inference_mode():
+        model(batch(size))
+    model(batch(size)).mean().backward()
+
+
+@torch.no_grad()
+def test_low_precision(small):
+    for size in SIZES:
+        expected = small(batch(size))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_same(small(batch(size)).float(), expected, 0.05)
+        half = copy.deepcopy(small).bfloat16()
+        assert_same(half(batch(size).bfloat16()).float(), expected, 0.05)
+
+
+def test_drop_path_is_off_in_eval_and_constant_over_depth():
+    model = tiny(drop_path_rate=0.5)
+    rates = {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"}
+    assert rates == {0.5}
+    x = batch(SIZES[0])
+    assert torch.equal(model.eval()(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_devices_without_data():
+    model = timm.create_model("raftmlp_s", device="meta")
+    assert model(torch.empty(2, 3, 100, 60, device="meta")).shape == (2, 1000)
+
+
+# Head
+
+
+@torch.no_grad()
+def test_head(model):
+    model = copy.deepcopy(model)
+    x = batch(SIZES[1])
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert_same(pooled, features.mean((2, 3)))
+    assert_same(model.forward_head(features), model(x))
+    assert model.get_classifier() is model.head
+
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    model.reset_classifier(5, "")  # a map of logits
+    assert model(x).shape == (2, 5, *features.shape[2:])
+    model.reset_classifier(5, "catavgmax")
+    assert model(x).shape == (2, 5)
+    assert model.head.in_features == 2 * model.num_features
+    with pytest.raises(ValueError, match="global_pool 'token'"):
+        model.reset_classifier(5, "token")
+
+
+def test_reset_classifier_keeps_dtype_and_mode():
+    model = tiny(dtype=torch.float64).eval()
+    model.reset_classifier(3)
+    assert model.head.weight.dtype == torch.float64
+    assert not model.head.training
+
+
+# Features
+
+
+@torch.no_grad()
+def test_intermediates(model):
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    for size in SIZES:
+        x = batch(size)
+        final, maps = model.forward_intermediates(x)
+        assert_same(final, model.forward_features(x))
+        assert [m.shape[1] for m in maps] == info.channels()
+        # each stage rounds up: not the ceiling of the size over the reduction, but never less
+        for map_, reduction in zip(maps, info.reduction()):
+            assert all(n * reduction >= pixels for n, pixels in zip(map_.shape[2:], size))
+        if len(model.stages) > 1:
+            assert [tuple(m.shape[2:]) for m in maps] == model.grids(size)
+        names = dict(model.named_modules())
+        seen = []
+        hooks = [names[n].register_forward_hook(lambda m, i, out: seen.append(out)) for n in info.module_name()]
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        for map_, expected in zip(maps, seen, strict=True):
+            assert torch.equal(map_, expected.permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def test_intermediates_options(model):
+    x = batch(SIZES[1])
+    count = len(model.feature_info)
+    final, maps = model.forward_intermediates(x)
+    some = model.forward_intermediates(x, indices=[0, -1], intermediates_only=True)
+    assert torch.equal(some[0], maps[0]) and torch.equal(some[1], maps[-1])
+    last_two = model.forward_intermediates(x, indices=2, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(last_two, maps[-2:], strict=True))
+    nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    assert all(torch.equal(a.permute(0, 3, 1, 2), b) for a, b in zip(nhwc, maps, strict=True))
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(normed[-1], final)
+
+    called = []
+    last = dict(model.named_modules())[model.feature_info[-1]["module"]]
+    hook = last.register_forward_hook(lambda *_: called.append(1))
+    early = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
+    hook.remove()
+    assert torch.equal(early[0], maps[0])
+    assert not called
+
+    for indices in ([count], [-count - 1], count + 1, 0, []):
+        with pytest.raises(ValueError, match="feature indices"):
+            model.forward_intermediates(x, indices=indices)
+    with pytest.raises(ValueError, match="output_fmt 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features_only(name):
+    torch.manual_seed(0)
+    plain = narrow(name).eval()
+    wrapped = narrow(name, features_only=True).eval()
+    wrapped.model.load_state_dict(plain.state_dict(), strict=False)
+    x = batch(SIZES[1])
+    maps = wrapped(x)
+    assert [m.shape[1] for m in maps] == wrapped.feature_info.channels()
+    expected = plain.forward_intermediates(x, indices=len(maps), intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+    first = narrow(name, features_only=True, out_indices=(0,)).eval()
+    assert first.feature_info.channels() == [16]
+    assert first(x)[0].shape[1] == 16
+    assert sum(p.numel() for p in first.parameters()) < sum(p.numel() for p in plain.parameters())
+    with pytest.raises(ValueError, match="feature indices"):
+        narrow(name, features_only=True, out_indices=(len(plain.feature_info),))
+
+    traced = narrow(name, features_only=True, feature_cls="fx").eval()
+    assert str(traced.output_fmt) == "Format.NHWC"
+    assert [m.shape[3] for m in traced(x)] == traced.feature_info.channels()
+
+
+@torch.no_grad()
+def test_pruning(model):
+    pruned = copy.deepcopy(model)
+    taken = pruned.prune_intermediate_layers([0, 1])
+    assert taken == [0, 1]
+    x = batch(SIZES[0])
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    actual = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert pruned(x).shape[1] == pruned.num_features
+
+
+# Training aids
+
+
+def test_grad_checkpointing(model):
+    plain, checkpointed = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    checkpointed.set_grad_checkpointing()
+    for forward in (lambda m, x: m(x), lambda m, x: m.forward_intermediates(x)[0]):
+        grads = []
+        for m in (plain, checkpointed):
+            m.zero_grad()
+            forward(m, batch(SIZES[1])).square().mean().backward()
+            grads.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
+        assert len(grads[0]) == len(grads[1])
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+
+
+def test_group_matcher_sorts_every_parameter_by_depth(model):
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    depths = [len(stage.blocks) for stage in model.stages]
+    named = dict(model.named_parameters())
+    # one step a block; an embedding goes with the first block of its stage, or with the stem
+    firsts = [scale[id(named[f"stages.{i}.blocks.0.channels.fc1.weight"])] for i in range(len(depths))]
+    assert scale[id(named["head.weight"])] == 1
+    assert scale[id(named["stages.0.embed.bias"])] < firsts[0]
+    assert firsts == sorted(firsts)
+    assert model.no_weight_decay() == set()
+
+
+# Another trained grid
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(128, 128), (64, 96), (96, 64)])
+def test_set_input_size_larger(model, size):
+    resized = copy.deepcopy(model)
+    resized.set_input_size(size)
+    fresh = narrow_like(model, img_size=size)
+    assert {k: v.shape for k, v in resized.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
+    fresh.load_state_dict(resized.state_dict())
+    assert_same(fresh(batch(size)), resized(batch(size)))
+
+    # a larger grid changes no number: resize, mix, resize back, without the residual
+    stream = torch.randn(2, *resized.grids(size)[0], resized.feature_info[0]["num_chs"])
+    for (name, old), new in zip(model.stages[0].blocks[0].tokens.named_children(), resized.stages[0].blocks[0].tokens):
+        grid = model.grids((64, 64))[0]
+        mixed = {"vertical": (grid[0], stream.shape[2]), "horizontal": (stream.shape[1], grid[1])}.get(name, grid)
+        normed = old.norm(stream)
+        small = raftmlp.resize_bicubic(normed, *mixed)
+        norm, old.norm = old.norm, torch.nn.Identity()
+        branch = old(small) - small
+        old.norm = norm
+        expected = stream + raftmlp.resize_bicubic(branch, *stream.shape[1:3])
+        assert_same(new(stream), expected)
+
+
+def narrow_like(model, **kwargs):
+    dims = tuple(stage.embed.bias.numel() for stage in model.stages)
+    return narrow(model.pretrained_cfg["architecture"], embed_dims=dims, **kwargs)
+
+
+@torch.no_grad()
+def test_set_input_size_smaller(model):
+    resized = copy.deepcopy(model)
+    resized.set_input_size(32)
+    assert resized.img_size == (32, 32)
+    fresh = narrow_like(model, img_size=32)
+    fresh.load_state_dict(resized.state_dict())
+    assert_same(fresh(batch((32, 32))), resized(batch((32, 32))))
+
+
+# Compilers
+
+
+@torch.no_grad()
+def test_torchscript(model):
+    scripted = torch.jit.script(model)
+    for size in SIZES:
+        assert_same(scripted(batch(size)), model(batch(size)))
+
+
+@torch.no_grad()
+def test_fx(model):
+    tracer = dict(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
+    )
+    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=tracer)
+    traced = create_feature_extractor(
+        model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=tracer
+    ).eval()
+    scripted = torch.jit.script(traced)
+    for size in SIZES:
+        for version in (traced, scripted):
+            (logits,) = version(batch(size)).values()
+            assert torch.equal(logits, model(batch(size)))
+
+
+def test_fx_backward(small):
+    traced = create_feature_extractor(
+        copy.deepcopy(small).train(),
+        ["head"],
+        tracer_kwargs=dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions()),
+    )
+    traced.train()(batch(SIZES[1]))["head"].square().mean().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(small, size, strict):
+    dynamic = {0: torch.export.Dim("batch", min=1, max=64)}
+    exported = torch.export.export(small, (batch(size),), dynamic_shapes=(dynamic,), strict=strict).module()
+    for count in (1, 2, 5):
+        assert_same(exported(batch(size, count)), small(batch(size, count)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["raftmlp_digits", "raftmlp_mixer_b16"])
+def test_compile_makes_one_graph(name):
+    torch._dynamo.reset()
+    model = narrow(name).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for size in SIZES:
+        assert_same(compiled(batch(size)), model(batch(size)))
+
+
+@torch.no_grad()
+def test_compile_with_dynamic_sizes_makes_one_graph():
+    torch._dynamo.reset()
+    model = one_stage()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for size in SIZES:
+        assert_same(compiled(batch(size)), model(batch(size)))
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    model = one_stage()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in SIZES[:2]:  # the second compiles anew, with dynamic sizes
+        grads = []
+        for version in (model, compiled):
+            model.zero_grad()
+            version(batch(size)).square().mean().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for actual, expected in zip(*grads):
+            assert_same(actual, expected, 1e-4)
+
+
+def one_stage():
+    torch.manual_seed(0)
+    return tiny(embed_dims=(16,), depths=(1,), patch_sizes=(8,), patch_kernels=((8, 16),), raft_size=2)

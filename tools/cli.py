@@ -1,0 +1,270 @@
+"""The manners that the tools share: options in YAML files, errors for people, models and data by name."""
+
+import argparse
+import difflib
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from timm.data import create_loader, resolve_data_config
+from timm.layers import to_2tuple
+from timm.utils import ParseKwargs
+
+import raftmlp  # noqa: F401  (registers the models)
+from raftmlp.checkpoint import checkpoint_filter_fn, load_state_dict
+from raftmlp.data import create_dataset
+
+
+class UserError(Exception):
+    """What the user gave cannot be: the message is all that is shown, the exit status is 2."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool's main function; user errors and Ctrl-C end it in one line."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_line(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _line(error: Exception) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def user_errors(*kinds: type[Exception]):
+    """Turn exceptions of the given kinds, whose messages are made for people, into user errors."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default only where there is one."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, False, "", argparse.SUPPRESS) or action.default == {}
+        return action.help if none or "(default" in action.help else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose options can also stand in a YAML file, given with -c/--config; the command line wins.
+
+    Keys are the options' long names with underscores. A file may name one to start from as ``base``.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        self.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("-c", "--config")
+        config = finder.parse_known_args(args)[0].config
+        if config:
+            self._apply(read_config(config), config)
+        return super().parse_args(args, namespace)
+
+    def _apply(self, options: dict, path: str) -> None:
+        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        for key, value in options.items():
+            if key not in actions:
+                near = difflib.get_close_matches(key, actions, n=3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else f"; the keys are {', '.join(actions)}"
+                raise UserError(f"{path}: unknown key {key!r}{hint}")
+            self.set_defaults(**{key: self._checked(actions[key], value, path)})
+
+    def _checked(self, action: argparse.Action, value, path: str):
+        """Return a YAML value as the command line would have given it."""
+        if value is None or isinstance(action, ParseKwargs):
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{path}: {action.dest} must be a mapping, not {value!r}")
+            return value
+        if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
+            return value
+        many = isinstance(action.nargs, int) or action.nargs in ("+", "*")
+        values = value if many and isinstance(value, list) else [value]
+        if isinstance(action.nargs, int) and len(values) != action.nargs:
+            raise UserError(f"{path}: {action.dest} takes {action.nargs} values, not {value!r}")
+        try:
+            checked = [self._get_value(action, str(v)) for v in values]
+            for v in checked:
+                self._check_value(action, v)
+        except argparse.ArgumentError as error:
+            raise UserError(f"{path}: {action.dest}: {error.message}") from error
+        return checked if many else checked[0]
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        raise SystemExit(_line(UserError(f"{message} (--help lists the options)")))
+
+
+def read_config(path: str | Path) -> dict:
+    """Return the options in a YAML file, those of its ``base`` file under them."""
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise UserError(f"{path} must be a mapping of options, not a {type(options).__name__}")
+    base = options.pop("base", None)
+    return {**read_config(Path(path).parent / base), **options} if base else options
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say which model: the ones of ``create_model``."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="raftmlp_s", metavar="NAME", help="any model of timm or raftmlp")
+    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
+    group.add_argument("--checkpoint", metavar="FILE", help="start from the weights in this file")
+    group.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the data set's, else the model's)")
+    group.add_argument("--img-size", type=int, nargs="+", metavar="N",
+                       help="image size in pixels, one number or height and width (default: the model's)")  # fmt: skip
+    group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+                       help="more arguments of the model")  # fmt: skip
+    return group
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say which data, and how images come to the model."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the data set")
+    group.add_argument("--dataset", default="", metavar="NAME",
+                       help="'digits' (embedded), or one of timm's: torch/NAME, hfds/NAME, wds/NAME; "
+                            "empty for a folder of images")  # fmt: skip
+    group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch the data set")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
+    group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="images a batch")
+    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
+    group.add_argument("--interpolation", metavar="NAME", help="resizing of images (default: the model's)")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image in the centre crop "
+                       "(default: the model's)")  # fmt: skip
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels (default: the model's)")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="deviation of the pixels (default: the model's)")
+    return group
+
+
+def create_model(args: argparse.Namespace, **kwargs) -> torch.nn.Module:
+    """Return the model that the options name, its pretrained weights or its checkpoint loaded, on the CPU."""
+    name = args.model
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"unknown model {name!r}{hint} timm.list_models('raftmlp*') lists ours")
+    given = dict(num_classes=args.num_classes, in_chans=args.in_chans, **kwargs)
+    if args.img_size and name.startswith("raftmlp"):
+        given["img_size"] = args.img_size
+    given = {**{k: v for k, v in given.items() if v is not None}, **args.model_kwargs}
+    if isinstance(given.get("img_size"), list):
+        given["img_size"] = to_2tuple(given["img_size"][0] if len(given["img_size"]) == 1 else given["img_size"])
+    with user_errors(ValueError, FileNotFoundError, TypeError):
+        model = timm.create_model(name, pretrained=args.pretrained, **given)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def load_checkpoint(model: torch.nn.Module, path: str) -> None:
+    """Load weights, strictly but for a classifier of another number of classes, which is said."""
+    with user_errors(ValueError, FileNotFoundError):
+        state = load_state_dict(path)
+        if isinstance(model, raftmlp.RaftMLP):
+            state = checkpoint_filter_fn(state, model)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    classifier = model.get_classifier()
+    head = {name for name, module in model.named_modules() if module is classifier}
+    for key in list(state):
+        if key.rpartition(".")[0] in head and key in expected and tuple(state[key].shape) != expected[key]:
+            logging.warning("%s: %s is another task's, the model keeps its own fresh one", path, key)
+            state[key] = model.state_dict()[key]
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if differences := describe_differences(found, expected):
+        raise UserError(f"{path} does not fit the model: " + "; ".join(differences[:3]) + "; ..." * (len(differences) > 3))
+    model.load_state_dict(state)
+
+
+def describe_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> list[str]:
+    """Return what separates two sets of keys and shapes, a line each; none if they are the same."""
+    lines = [f"{key} is missing" for key in expected if key not in found]
+    lines += [f"{key} is not known" for key in found if key not in expected]
+    lines += [
+        f"{key} has shape {list(found[key])}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    return lines
+
+
+def create_data(args: argparse.Namespace, split: str, is_training: bool = False):
+    """Return a split of the data set that the options name."""
+    with user_errors(ValueError, FileNotFoundError, ImportError):
+        return create_dataset(
+            args.dataset,
+            args.data_dir,
+            split,
+            is_training=is_training,
+            batch_size=args.batch_size,
+            download=args.dataset_download,
+        )
+
+
+def image_settings(args: argparse.Namespace, model: torch.nn.Module) -> dict:
+    """Return how images are prepared: timm's data config of the model with the options over it."""
+    settings = resolve_data_config(vars(args) | dict(img_size=None), model=model)
+    if args.img_size:
+        settings["input_size"] = (settings["input_size"][0], *to_2tuple(args.img_size[0] if len(args.img_size) == 1
+                                                                        else tuple(args.img_size)))  # fmt: skip
+    return settings
+
+
+def evaluation_loader(args: argparse.Namespace, dataset, settings: dict, device: torch.device):
+    """Return a loader of batches to evaluate on, in the data set's order, every image once."""
+    return create_loader(
+        dataset,
+        input_size=settings["input_size"],
+        batch_size=args.batch_size,
+        interpolation=settings["interpolation"],
+        mean=settings["mean"],
+        std=settings["std"],
+        crop_pct=settings["crop_pct"],
+        crop_mode=settings["crop_mode"],
+        num_workers=args.workers,
+        device=device,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the GPU if there is one, else the CPU."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
