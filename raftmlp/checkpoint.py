@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +62,11 @@ def load_state_dict(path: str | Path) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it was not loaded") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or is no checkpoint: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # the readers raise anything on bytes that are no checkpoint
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or is no checkpoint: {reason}") from error
     state = unwrap(content) if isinstance(content, Mapping) else {}
     if not state:
         raise ValueError(f"{path} holds no weights")
@@ -173,14 +175,14 @@ def release_entries(model: "RaftMLP") -> list[ReleaseEntry]:
     for i, stage in enumerate(model.stages):
         embed, fn = stage.embed, f"levels.{i}.fn"
         target = f"stages.{i}.embed"
-        shapes = [tuple(conv.weight.shape) for conv in embed.convs]
-        columns = sum(shape[1] * shape[2] * shape[3] for shape in shapes)
+        dim, in_chans = embed.convs[0].weight.shape[:2]
+        columns = in_chans * sum(k * k for k in embed.kernels)
         if multi_scale:
-            key, convert = f"{fn}.0.fc", lambda x, t=target, s=shapes: _split_kernels(x, t, s)
+            key, convert = f"{fn}.0.fc", lambda x, t=target, k=embed.kernels: _split_kernels(x, t, k)
         else:
-            key, convert = f"{fn}.1", lambda x, t=target, s=shapes[0]: _single_kernel(x, t, s)
-        entries.append(ReleaseEntry(f"{key}.weight", (shapes[0][0], columns), convert))
-        entries.append(ReleaseEntry(f"{key}.bias", (shapes[0][0],), lambda x, t=target: {f"{t}.bias": x}))
+            key, convert = f"{fn}.1", lambda x, t=target, k=embed.kernels[0]: _single_kernel(x, t, k)
+        entries.append(ReleaseEntry(f"{key}.weight", (dim, columns), convert))
+        entries.append(ReleaseEntry(f"{key}.bias", (dim,), lambda x, t=target: {f"{t}.bias": x}))
         for j, block in enumerate(stage.blocks):
             target = f"stages.{i}.blocks.{j}"
             mixings = {f"{target}.tokens.{name}": mixing for name, mixing in block.tokens.named_children()}
@@ -200,14 +202,14 @@ def release_entries(model: "RaftMLP") -> list[ReleaseEntry]:
     return entries
 
 
-def _split_kernels(x: Tensor, target: str, shapes: Sequence[tuple[int, ...]]) -> StateDict:
-    parts = x.split([shape[1] * shape[2] * shape[3] for shape in shapes], dim=1)
-    return {f"{target}.convs.{k}.weight": part.reshape(shape) for k, (part, shape) in enumerate(zip(parts, shapes))}
+def _split_kernels(x: Tensor, target: str, kernels: Sequence[int]) -> StateDict:
+    channels = x.shape[1] // sum(k * k for k in kernels)  # the checkpoint's, timm may have to adapt them
+    parts = x.split([channels * k * k for k in kernels], dim=1)
+    return {f"{target}.convs.{i}.weight": part.unflatten(1, (-1, k, k)) for i, (part, k) in enumerate(zip(parts, kernels))}
 
 
-def _single_kernel(x: Tensor, target: str, shape: tuple[int, ...]) -> StateDict:
-    _, channels, height, width = shape
-    return {f"{target}.convs.0.weight": x.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2).contiguous()}
+def _single_kernel(x: Tensor, target: str, kernel: int) -> StateDict:
+    return {f"{target}.convs.0.weight": x.unflatten(1, (kernel, kernel, -1)).permute(0, 3, 1, 2).contiguous()}
 
 
 def _convert_release(state: StateDict, model: "RaftMLP") -> StateDict:

@@ -503,6 +503,7 @@ def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
             f"of the authors' code with tools/convert_checkpoint.py"
         )
     cfg = json.loads(read_metadata(path).get("pretrained_cfg", "{}"))
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
     return {**cfg, "file": str(path), "tag": path.name.removesuffix(".safetensors").split(".", 1)[1]}
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,10 +13,9 @@ import timm
 import torch
 import yaml
 from timm.data import create_loader, resolve_data_config
-from timm.layers import to_2tuple
 from timm.utils import ParseKwargs
 
-import raftmlp  # noqa: F401  (registers the models)
+from raftmlp import RaftMLP
 from raftmlp.checkpoint import checkpoint_filter_fn, load_state_dict
 from raftmlp.data import create_dataset
 
@@ -136,7 +136,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument("--checkpoint", metavar="FILE", help="start from the weights in this file")
     group.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the data set's, else the model's)")
     group.add_argument("--img-size", type=int, nargs="+", metavar="N",
-                       help="image size in pixels, one number or height and width (default: the model's)")  # fmt: skip
+                       help="size of the images in pixels, one number or height and width (default: the model's)")  # fmt: skip
     group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
                        help="more arguments of the model")  # fmt: skip
@@ -153,7 +153,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch the data set")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
     group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="images a batch")
-    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
+    group.add_argument("-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="processes that load images")
     group.add_argument("--interpolation", metavar="NAME", help="resizing of images (default: the model's)")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image in the centre crop "
                        "(default: the model's)")  # fmt: skip
@@ -162,42 +162,61 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
-def create_model(args: argparse.Namespace, **kwargs) -> torch.nn.Module:
-    """Return the model that the options name, its pretrained weights or its checkpoint loaded, on the CPU."""
-    name = args.model
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"unknown model {name!r}{hint} timm.list_models('raftmlp*') lists ours")
+def known_model(name: str, among: str = "") -> str:
+    """Return the name if timm knows such a model, one that matches the pattern; else say which are near."""
+    known = timm.list_models(among)
+    if timm.models.split_model_name_tag(name)[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or timm.list_models("raftmlp*")
+        raise UserError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
+    return name
+
+
+def image_size(values: list[int] | None) -> tuple[int, int] | None:
+    """Return height and width for an --img-size of one number or two."""
+    if not values:
+        return None
+    if len(values) > 2 or min(values) < 1:
+        raise UserError(f"--img-size takes one number of pixels, or height and width, not {values}")
+    return values[0], values[-1]
+
+
+def create_model(args: argparse.Namespace, fresh_head: bool = False, **kwargs) -> torch.nn.Module:
+    """Return the model that the options name, its pretrained weights or its checkpoint loaded, on the CPU.
+
+    Args:
+        args: What ``add_model_arguments`` made.
+        fresh_head: Let a checkpoint's classifier go where it has another number of classes.
+        **kwargs: More arguments of the model; those that are None are left out.
+    """
+    name = known_model(args.model)
     given = dict(num_classes=args.num_classes, in_chans=args.in_chans, **kwargs)
-    if args.img_size and name.startswith("raftmlp"):
-        given["img_size"] = args.img_size
-    given = {**{k: v for k, v in given.items() if v is not None}, **args.model_kwargs}
-    if isinstance(given.get("img_size"), list):
-        given["img_size"] = to_2tuple(given["img_size"][0] if len(given["img_size"]) == 1 else given["img_size"])
+    given = {**given, **args.model_kwargs}
     with user_errors(ValueError, FileNotFoundError, TypeError):
         model = timm.create_model(name, pretrained=args.pretrained, **given)
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+        load_checkpoint(model, args.checkpoint, fresh_head)
     return model
 
 
-def load_checkpoint(model: torch.nn.Module, path: str) -> None:
-    """Load weights, strictly but for a classifier of another number of classes, which is said."""
+def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None:
+    """Load weights, strictly but for a classifier of another number of classes if fresh_head allows it, which is said."""
     with user_errors(ValueError, FileNotFoundError):
         state = load_state_dict(path)
-        if isinstance(model, raftmlp.RaftMLP):
+        if isinstance(model, RaftMLP):
             state = checkpoint_filter_fn(state, model)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    classifier = model.get_classifier()
-    head = {name for name, module in model.named_modules() if module is classifier}
-    for key in list(state):
-        if key.rpartition(".")[0] in head and key in expected and tuple(state[key].shape) != expected[key]:
-            logging.warning("%s: %s is another task's, the model keeps its own fresh one", path, key)
-            state[key] = model.state_dict()[key]
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    if differences := describe_differences(found, expected):
-        raise UserError(f"{path} does not fit the model: " + "; ".join(differences[:3]) + "; ..." * (len(differences) > 3))
+    own = model.state_dict()
+    if fresh_head:
+        classifier = model.pretrained_cfg.get("classifier") or ()
+        for name in (classifier,) if isinstance(classifier, str) else classifier:
+            if len(state.get(f"{name}.bias", ())) not in (0, model.num_classes):
+                print(f"{path}: its classifier is another task's; this model keeps its own, fresh one")
+                state.update({key: value for key, value in own.items() if key.startswith(f"{name}.")})
+    differences = describe_differences(
+        {key: tuple(value.shape) for key, value in state.items()}, {key: tuple(value.shape) for key, value in own.items()}
+    )
+    if differences:
+        more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(differences[:3])}{more}")
     model.load_state_dict(state)
 
 
@@ -229,9 +248,8 @@ def create_data(args: argparse.Namespace, split: str, is_training: bool = False)
 def image_settings(args: argparse.Namespace, model: torch.nn.Module) -> dict:
     """Return how images are prepared: timm's data config of the model with the options over it."""
     settings = resolve_data_config(vars(args) | dict(img_size=None), model=model)
-    if args.img_size:
-        settings["input_size"] = (settings["input_size"][0], *to_2tuple(args.img_size[0] if len(args.img_size) == 1
-                                                                        else tuple(args.img_size)))  # fmt: skip
+    if size := image_size(args.img_size):
+        settings["input_size"] = (settings["input_size"][0], *size)
     return settings
 
 

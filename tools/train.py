@@ -87,6 +87,12 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def trained_size(args) -> tuple[int, int] | None:
+    """Return the image size a model is built for: RaftMLP's trained grid; other models are not told."""
+    ours = timm.models.split_model_name_tag(args.model)[0] in timm.list_models(module="raftmlp")
+    return cli.image_size(args.img_size) if ours else None
+
+
 def prepare_output(args) -> Path:
     """Make the run's folder; refuse to write over a run that nobody gave up."""
     output = Path(args.output)
@@ -212,7 +218,9 @@ def main() -> None:
     val_set = cli.create_data(args, args.val_split)
     if args.num_classes is None and (names := class_names(train_set)):
         args.num_classes = len(names)
-    model = cli.create_model(args, drop_rate=args.drop, drop_path_rate=args.drop_path).to(device)
+    model = cli.create_model(
+        args, fresh_head=True, drop_rate=args.drop, drop_path_rate=args.drop_path, img_size=trained_size(args)
+    ).to(device)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     settings = cli.image_settings(args, model)

@@ -74,7 +74,7 @@ def evaluate(
 class Gallery:
     """Collects images with their predictions, wrong ones first, and draws them."""
 
-    def __init__(self, mean: Iterable[float], std: Iterable[float], names: list[str] | None, limit: int = 64):
+    def __init__(self, mean: Iterable[float], std: Iterable[float], names: list[str] | None, limit: int = 40):
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
         self.names, self.limit = names, limit
         self.right: list[tuple] = []
@@ -142,7 +142,8 @@ def main() -> None:
         cli.write_whole(path, json.dumps(result, indent=2) + "\n")
         print(f"figures: {path}")
     if gallery:
-        gallery.draw(Path(args.picture), f"{args.model}: {len(gallery.wrong)} wrong, top-1 {result['top1']:.2f} %")
+        right = round(result["top1"] * result["images"] / 100)
+        gallery.draw(Path(args.picture), f"{args.model}: {right} of {result['images']} right, the wrong ones first")
         print(f"picture: {args.picture}")
 
 
