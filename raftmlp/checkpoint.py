@@ -205,7 +205,8 @@ def release_entries(model: "RaftMLP") -> list[ReleaseEntry]:
 def _split_kernels(x: Tensor, target: str, kernels: Sequence[int]) -> StateDict:
     channels = x.shape[1] // sum(k * k for k in kernels)  # the checkpoint's, timm may have to adapt them
     parts = x.split([channels * k * k for k in kernels], dim=1)
-    return {f"{target}.convs.{i}.weight": part.unflatten(1, (-1, k, k)) for i, (part, k) in enumerate(zip(parts, kernels))}
+    kernel_weights = [part.unflatten(1, (channels, k, k)) for part, k in zip(parts, kernels)]
+    return {f"{target}.convs.{i}.weight": weight for i, weight in enumerate(kernel_weights)}
 
 
 def _single_kernel(x: Tensor, target: str, kernel: int) -> StateDict:
@@ -280,9 +281,7 @@ def resample_grid(
     return state
 
 
-def _resample_token_mlp(
-    mlp: StateDict, old: Sequence[int], new: Sequence[int], hidden: int, groups: int
-) -> StateDict:
+def _resample_token_mlp(mlp: StateDict, old: Sequence[int], new: Sequence[int], hidden: int, groups: int) -> StateDict:
     """Return a token-mixing MLP for another grid.
 
     The new MLP resizes its input bicubically to the old grid, mixes, and resizes the result to the new grid, all of it

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
-
 from timm.layers import DropPath
+from torch import Tensor
 
 from .resize import resize_bicubic
 

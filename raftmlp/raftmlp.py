@@ -6,14 +6,11 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -29,6 +26,8 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import checkpoint_filter_fn, find_pretrained, read_metadata, resample_grid
 from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
@@ -84,12 +83,14 @@ class RaftMLPBlock(nn.Module):
         super().__init__()
         kwargs = dict(drop_path=drop_path, device=device, dtype=dtype)
         self.grid = grid
-        self.tokens = nn.Sequential(OrderedDict(
-            vertical=RaftTokenMixing(dim, grid[0], raft_size, mlp_ratio=token_mlp_ratio, **kwargs),
-            horizontal=RaftTokenMixing(dim, grid[1], raft_size, True, token_mlp_ratio, **kwargs),
-        ) if token_mixing == "raft" else OrderedDict(
-            plain=TokenMixing(dim, grid, token_mlp_ratio, **kwargs),
-        ))  # fmt: skip
+        if token_mixing == "raft":
+            tokens = OrderedDict(
+                vertical=RaftTokenMixing(dim, grid[0], raft_size, False, token_mlp_ratio, **kwargs),
+                horizontal=RaftTokenMixing(dim, grid[1], raft_size, True, token_mlp_ratio, **kwargs),
+            )
+        else:
+            tokens = OrderedDict(plain=TokenMixing(dim, grid, token_mlp_ratio, **kwargs))
+        self.tokens = nn.Sequential(tokens)
         self.channels = ChannelMixing(dim, mlp_ratio, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,8 +149,8 @@ class RaftMLP(nn.Module):
     The token-mixing weights are made for the trained grid that img_size gives; other sizes are resized bicubically to
     it inside every block, call by call: ``forward`` writes nothing on the module.
 
-    Inside, the stream lies as (B, H, W, C), contiguous (see ``raftmlp.layers`` for the reason). Images, feature maps and
-    ``forward_features`` are (B, C, H, W) for users.
+    Inside, the stream lies as (B, H, W, C), contiguous; ``raftmlp.layers`` says why. Images, feature maps and what
+    ``forward_features`` returns are (B, C, H, W).
 
     Args:
         num_classes: Number of classes, 0 for no classifier.
@@ -243,9 +244,7 @@ class RaftMLP(nn.Module):
             )
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=reduction))
         if len(self.stages) == 1:  # a network of one resolution hands out its blocks
-            self.feature_info = [
-                dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depths[0])
-            ]
+            self.feature_info = [dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depths[0])]
         self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
         self.head_drop = nn.Dropout(drop_rate)
         self._build_head(num_classes, global_pool, device, dtype)
@@ -556,8 +555,12 @@ default_cfgs = generate_default_cfgs({
 def raftmlp_s(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-S of the paper: 9.9 M parameters, 2.1 GMACs at 224."""
     model_args = dict(
-        embed_dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
-    )  # fmt: skip
+        embed_dims=(64, 128, 256, 512),
+        depths=(2, 2, 6, 2),
+        patch_sizes=(4, 2, 2, 2),
+        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_s", pretrained, **dict(model_args, **kwargs))
 
 
@@ -565,8 +568,12 @@ def raftmlp_s(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_m(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-M of the paper: 21.4 M parameters, 4.3 GMACs at 224."""
     model_args = dict(
-        embed_dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
-    )  # fmt: skip
+        embed_dims=(96, 192, 384, 768),
+        depths=(2, 2, 6, 2),
+        patch_sizes=(4, 2, 2, 2),
+        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_m", pretrained, **dict(model_args, **kwargs))
 
 
@@ -574,8 +581,12 @@ def raftmlp_m(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_l(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-L of the paper: 36.2 M parameters, 6.5 GMACs at 224; the second width is 192."""
     model_args = dict(
-        embed_dims=(128, 192, 512, 1024), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
-    )  # fmt: skip
+        embed_dims=(128, 192, 512, 1024),
+        depths=(2, 2, 6, 2),
+        patch_sizes=(4, 2, 2, 2),
+        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_l", pretrained, **dict(model_args, **kwargs))
 
 
@@ -583,8 +594,12 @@ def raftmlp_l(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_m_ss(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-M with single-scale patch embeddings: 19.9 M parameters, 3.7 GMACs at 224."""
     model_args = dict(
-        embed_dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2), patch_kernels=None, raft_size=2,
-    )  # fmt: skip
+        embed_dims=(96, 192, 384, 768),
+        depths=(2, 2, 6, 2),
+        patch_sizes=(4, 2, 2, 2),
+        patch_kernels=None,
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_m_ss", pretrained, **dict(model_args, **kwargs))
 
 
@@ -592,8 +607,12 @@ def raftmlp_m_ss(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_12_r1(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """12 blocks of one resolution, raft size 1: 58.1 M parameters, 11.4 GMACs at 224."""
     model_args = dict(
-        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, raft_size=1,
-    )  # fmt: skip
+        embed_dims=(768,),
+        depths=(12,),
+        patch_sizes=(16,),
+        patch_kernels=None,
+        raft_size=1,
+    )
     return _create_raftmlp("raftmlp_12_r1", pretrained, **dict(model_args, **kwargs))
 
 
@@ -601,8 +620,12 @@ def raftmlp_12_r1(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_12_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """12 blocks of one resolution, raft size 2: 58.2 M parameters, 11.6 GMACs at 224."""
     model_args = dict(
-        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, raft_size=2,
-    )  # fmt: skip
+        embed_dims=(768,),
+        depths=(12,),
+        patch_sizes=(16,),
+        patch_kernels=None,
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_12_r2", pretrained, **dict(model_args, **kwargs))
 
 
@@ -610,8 +633,12 @@ def raftmlp_12_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_12_r4(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """12 blocks of one resolution, raft size 4: 58.4 M parameters, 12.0 GMACs at 224."""
     model_args = dict(
-        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, raft_size=4,
-    )  # fmt: skip
+        embed_dims=(768,),
+        depths=(12,),
+        patch_sizes=(16,),
+        patch_kernels=None,
+        raft_size=4,
+    )
     return _create_raftmlp("raftmlp_12_r4", pretrained, **dict(model_args, **kwargs))
 
 
@@ -619,8 +646,12 @@ def raftmlp_12_r4(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_12_r2_ms(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """raftmlp_12_r2 with a multi-scale patch embedding: 60.5 M parameters, 12.1 GMACs at 224."""
     model_args = dict(
-        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=((16, 32),), raft_size=2,
-    )  # fmt: skip
+        embed_dims=(768,),
+        depths=(12,),
+        patch_sizes=(16,),
+        patch_kernels=((16, 32),),
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_12_r2_ms", pretrained, **dict(model_args, **kwargs))
 
 
@@ -628,8 +659,12 @@ def raftmlp_12_r2_ms(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_36_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """36 narrow blocks of one resolution, raft size 2: 43.5 M parameters, 9.0 GMACs at 224."""
     model_args = dict(
-        embed_dims=(384,), depths=(36,), patch_sizes=(16,), patch_kernels=None, raft_size=2,
-    )  # fmt: skip
+        embed_dims=(384,),
+        depths=(36,),
+        patch_sizes=(16,),
+        patch_kernels=None,
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_36_r2", pretrained, **dict(model_args, **kwargs))
 
 
@@ -637,8 +672,12 @@ def raftmlp_36_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_mixer_b16(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """The MLP-Mixer baseline of the release: 59.9 M parameters, 12.6 GMACs at 224."""
     model_args = dict(
-        embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None, token_mixing="plain",
-    )  # fmt: skip
+        embed_dims=(768,),
+        depths=(12,),
+        patch_sizes=(16,),
+        patch_kernels=None,
+        token_mixing="plain",
+    )
     return _create_raftmlp("raftmlp_mixer_b16", pretrained, **dict(model_args, **kwargs))
 
 
@@ -646,8 +685,12 @@ def raftmlp_mixer_b16(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """The release's CIFAR network; for real CIFAR give img_size=32, num_classes=10."""
     model_args = dict(
-        embed_dims=(128, 256), depths=(2, 2), patch_sizes=(2, 2), patch_kernels=((2, 4, 8), (2, 4)), raft_size=4,
-    )  # fmt: skip
+        embed_dims=(128, 256),
+        depths=(2, 2),
+        patch_sizes=(2, 2),
+        patch_kernels=((2, 4, 8), (2, 4)),
+        raft_size=4,
+    )
     return _create_raftmlp("raftmlp_cifar", pretrained, **dict(model_args, **kwargs))
 
 
@@ -655,8 +698,12 @@ def raftmlp_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """The release's MLP-Mixer for CIFAR; for real CIFAR give img_size=32, num_classes=10."""
     model_args = dict(
-        embed_dims=(256,), depths=(4,), patch_sizes=(4,), patch_kernels=None, token_mixing="plain",
-    )  # fmt: skip
+        embed_dims=(256,),
+        depths=(4,),
+        patch_sizes=(4,),
+        patch_kernels=None,
+        token_mixing="plain",
+    )
     return _create_raftmlp("raftmlp_mixer_cifar", pretrained, **dict(model_args, **kwargs))
 
 
@@ -664,7 +711,10 @@ def raftmlp_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
 def raftmlp_digits(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """A small network of ours, for images of 32x32 and below: 0.8 M parameters, four stages for feature pyramids."""
     model_args = dict(
-        embed_dims=(32, 64, 128, 128), depths=(1, 2, 2, 1),
-        patch_sizes=(4, 2, 2, 2), patch_kernels=((4, 8), (2, 4), (2, 4), (2,)), raft_size=2,
-    )  # fmt: skip
+        embed_dims=(32, 64, 128, 128),
+        depths=(1, 2, 2, 1),
+        patch_sizes=(4, 2, 2, 2),
+        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
+        raft_size=2,
+    )
     return _create_raftmlp("raftmlp_digits", pretrained, **dict(model_args, **kwargs))

@@ -8,9 +8,8 @@ antialias, with a backward pass that is deterministic on every device, out of op
 from functools import lru_cache
 
 import torch
-from torch import Tensor
-
 from timm.layers import register_notrace_function
+from torch import Tensor
 
 __all__ = ["bicubic_matrix", "resize_bicubic"]
 

@@ -1,11 +1,11 @@
 """Every layer against its slow, obvious reference: values and gradients, in float64."""
 
 import pytest
-import reference
 import timm
 import torch
 
 import raftmlp
+import reference
 from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
 
 
@@ -70,8 +70,8 @@ def test_channel_mixing():
 def test_whole_network(size):
     for kwargs in (dict(), dict(token_mixing="plain")):
         model = timm.create_model("raftmlp_digits", embed_dims=(8, 12, 16, 20), dtype=torch.float64, **kwargs)
-        fast = lambda x: model(x.permute(0, 3, 1, 2))[:, None, None]  # noqa: E731
-        slow = lambda x: reference.logits(x, model)[:, :, None, None]  # noqa: E731
+        fast = lambda x: model(x.permute(0, 3, 1, 2))[:, None, None]
+        slow = lambda x: reference.logits(x, model)[:, :, None, None]
         assert_equal_with_gradients(fast, slow, torch.randn(2, *size, 3), model)
 
 

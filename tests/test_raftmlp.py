@@ -21,9 +21,7 @@ def narrow(name, **kwargs):
     model = timm.create_model(name, device="meta")
     stages = len(model.stages)
     depth = 4 if stages == 1 else 1
-    small = dict(
-        embed_dims=(16, 24, 32, 48)[:stages], depths=(depth,) * stages, img_size=64, num_classes=7
-    )
+    small = dict(embed_dims=(16, 24, 32, 48)[:stages], depths=(depth,) * stages, img_size=64, num_classes=7)
     return timm.create_model(name, **{**small, **kwargs})
 
 

@@ -128,40 +128,6 @@ def read_config(path: str | Path) -> dict:
     return {**read_config(Path(path).parent / base), **options} if base else options
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say which model: the ones of ``create_model``."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="raftmlp_s", metavar="NAME", help="any model of timm or raftmlp")
-    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
-    group.add_argument("--checkpoint", metavar="FILE", help="start from the weights in this file")
-    group.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the data set's, else the model's)")
-    group.add_argument("--img-size", type=int, nargs="+", metavar="N",
-                       help="size of the images in pixels, one number or height and width (default: the model's)")  # fmt: skip
-    group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
-                       help="more arguments of the model")  # fmt: skip
-    return group
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say which data, and how images come to the model."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="folder of the data set")
-    group.add_argument("--dataset", default="", metavar="NAME",
-                       help="'digits' (embedded), or one of timm's: torch/NAME, hfds/NAME, wds/NAME; "
-                            "empty for a folder of images")  # fmt: skip
-    group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch the data set")
-    group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
-    group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="images a batch")
-    group.add_argument("-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="processes that load images")
-    group.add_argument("--interpolation", metavar="NAME", help="resizing of images (default: the model's)")
-    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image in the centre crop "
-                       "(default: the model's)")  # fmt: skip
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels (default: the model's)")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="deviation of the pixels (default: the model's)")
-    return group
-
-
 def known_model(name: str, among: str = "") -> str:
     """Return the name if timm knows such a model, one that matches the pattern; else say which are near."""
     known = timm.list_models(among)
@@ -169,6 +135,63 @@ def known_model(name: str, among: str = "") -> str:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or timm.list_models("raftmlp*")
         raise UserError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
     return name
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say which model: the ones of ``create_model``."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=known_model, default="raftmlp_s", metavar="NAME", help="any model of timm's list"
+    )
+    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
+    group.add_argument("--checkpoint", metavar="FILE", help="start from the weights in this file")
+    group.add_argument(
+        "--num-classes", type=int, metavar="N", help="classes (default: the data set's, else the model's)"
+    )
+    group.add_argument(
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="size of the images in pixels, one number or height and width (default: the model's)",
+    )
+    group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="more arguments of the model",
+    )
+    return group
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say which data, and how images come to the model."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the data set")
+    group.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="'digits' (embedded), or one of timm's: torch/NAME, hfds/NAME, wds/NAME; empty for a folder of images",
+    )
+    group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch the data set")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
+    group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="images a batch")
+    group.add_argument(
+        "-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="processes that load images"
+    )
+    group.add_argument("--interpolation", metavar="NAME", help="resizing of images (default: the model's)")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="X", help="share of the image in the centre crop (default: the model's)"
+    )
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels (default: the model's)")
+    group.add_argument(
+        "--std", type=float, nargs="+", metavar="X", help="deviation of the pixels (default: the model's)"
+    )
+    return group
 
 
 def image_size(values: list[int] | None) -> tuple[int, int] | None:
@@ -188,18 +211,17 @@ def create_model(args: argparse.Namespace, fresh_head: bool = False, **kwargs) -
         fresh_head: Let a checkpoint's classifier go where it has another number of classes.
         **kwargs: More arguments of the model; those that are None are left out.
     """
-    name = known_model(args.model)
     given = dict(num_classes=args.num_classes, in_chans=args.in_chans, **kwargs)
     given = {**given, **args.model_kwargs}
     with user_errors(ValueError, FileNotFoundError, TypeError):
-        model = timm.create_model(name, pretrained=args.pretrained, **given)
+        model = timm.create_model(args.model, pretrained=args.pretrained, **given)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, fresh_head)
     return model
 
 
 def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None:
-    """Load weights, strictly but for a classifier of another number of classes if fresh_head allows it, which is said."""
+    """Load weights strictly; if fresh_head, but for a classifier of another number of classes, and say so."""
     with user_errors(ValueError, FileNotFoundError):
         state = load_state_dict(path)
         if isinstance(model, RaftMLP):
@@ -212,7 +234,8 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None
                 print(f"{path}: its classifier is another task's; this model keeps its own, fresh one")
                 state.update({key: value for key, value in own.items() if key.startswith(f"{name}.")})
     differences = describe_differences(
-        {key: tuple(value.shape) for key, value in state.items()}, {key: tuple(value.shape) for key, value in own.items()}
+        {key: tuple(value.shape) for key, value in state.items()},
+        {key: tuple(value.shape) for key, value in own.items()},
     )
     if differences:
         more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""

@@ -17,21 +17,34 @@ import torch
 from torch import Tensor
 
 import cli
-from raftmlp.checkpoint import checkpoint_filter_fn, is_release_format, load_state_dict, release_entries, save_state_dict
+from raftmlp.checkpoint import (
+    checkpoint_filter_fn,
+    is_release_format,
+    load_state_dict,
+    release_entries,
+    save_state_dict,
+)
 
 CLASSIFIERS = ("classifier.", "head.")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[2:]), allow_abbrev=False,
-    )  # fmt: skip
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(__doc__.splitlines()[2:]),
+        allow_abbrev=False,
+    )
     parser.add_argument("checkpoint", metavar="IN", help="file to read: .pth, .pt, .safetensors")
     parser.add_argument("output", metavar="OUT.safetensors", help="file to write")
     parser.add_argument("--model", metavar="NAME", help="the variant, if you know it")
-    parser.add_argument("--img-size", type=int, nargs="+", metavar="N",
-                        help="image size the checkpoint's trained grid is made for (default: the variant's)")  # fmt: skip
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="image size the checkpoint's trained grid is made for (default: the variant's)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over an existing file")
     return parser
 
@@ -41,9 +54,9 @@ def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple]:
     return {key: tuple(value.shape) for key, value in state.items() if not key.startswith(CLASSIFIERS)}
 
 
-def expected_shapes(name: str, release: bool, img_size: tuple | None) -> dict[str, tuple]:
+def expected_shapes(name: str, release: bool, **kwargs) -> dict[str, tuple]:
     """Return the same of a variant, in the release's format or in ours."""
-    model = timm.create_model(name, device="meta", img_size=img_size)
+    model = timm.create_model(name, device="meta", **kwargs)
     if not release:
         return shapes_of(model.state_dict())
     return {entry.key: entry.shape for entry in release_entries(model) if not entry.key.startswith(CLASSIFIERS)}
@@ -61,11 +74,11 @@ def main() -> None:
     release = is_release_format(state)
     found = shapes_of(state)
 
-    img_size = cli.image_size(args.img_size)
+    # the release knows three channels; ours may have been built with others
+    stem = found.get("stages.0.embed.convs.0.weight")
+    kwargs = dict(img_size=cli.image_size(args.img_size), in_chans=stem[1] if stem else 3)
     names = [cli.known_model(args.model, "raftmlp*")] if args.model else timm.list_models("raftmlp*")
-    differences = {
-        name: cli.describe_differences(found, expected_shapes(name, release, img_size)) for name in names
-    }
+    differences = {name: cli.describe_differences(found, expected_shapes(name, release, **kwargs)) for name in names}
     name = min(differences, key=lambda name: len(differences[name]))
     if differences[name]:
         lines = differences[name][:20] + ["..."] * (len(differences[name]) > 20)
@@ -78,7 +91,7 @@ def main() -> None:
 
     classifier = next((state[f"{key}weight"] for key in CLASSIFIERS if f"{key}weight" in state), None)
     num_classes = 0 if classifier is None else len(classifier)
-    model = timm.create_model(name, num_classes=num_classes, img_size=img_size)
+    model = timm.create_model(name, num_classes=num_classes, **kwargs)
     state = checkpoint_filter_fn(state, model)
     model.load_state_dict(state)  # every key once more, the classifier's too
     with torch.inference_mode():

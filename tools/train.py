@@ -8,6 +8,7 @@ Writes into the output folder: last.pth.tar and model_best.pth.tar (weights, ave
 line an epoch), curves.png, args.yaml, and summary.json at the end.
 """
 
+import argparse
 import csv
 import json
 import math
@@ -57,10 +58,17 @@ def build_parser() -> cli.Parser:
     group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients to this norm")
     group.add_argument("--sched", default="cosine", metavar="NAME", help="any schedule of timm, stepped every update")
     group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of warm-up")
-    group.add_argument("--warmup-lr", type=float, default=0.0, metavar="X", help="learning rate the warm-up starts from")
+    group.add_argument(
+        "--warmup-lr", type=float, default=0.0, metavar="X", help="learning rate the warm-up starts from"
+    )
     group.add_argument("--min-lr", type=float, default=1e-5, metavar="X", help="learning rate at the end")
     group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing")
-    group.add_argument("--model-ema", action="store_true", help="average the weights, and evaluate the average")
+    group.add_argument(
+        "--model-ema",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="average the weights, and evaluate the average",
+    )
     group.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="X", help="decay of the average")
 
     group = parser.add_argument_group("augmentation")
@@ -69,8 +77,13 @@ def build_parser() -> cli.Parser:
     group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of colour jitter")
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, as 'rand-m9-mstd0.5'")
-    group.add_argument("--affine", type=float, nargs=3, metavar=("DEGREES", "SHIFT", "SCALE"),
-                       help="random rotation, shift (share of the size) and scaling (1 +- SCALE)")  # fmt: skip
+    group.add_argument(
+        "--affine",
+        type=float,
+        nargs=3,
+        metavar=("DEGREES", "SHIFT", "SCALE"),
+        help="random rotation, shift (share of the size) and scaling (1 +- SCALE)",
+    )
     group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="probability of random erasing")
     group.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup, off at 0")
     group.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="cutmix, off at 0")
@@ -81,8 +94,13 @@ def build_parser() -> cli.Parser:
     group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed")
     group.add_argument("--output", default="runs/train", metavar="DIR", help="folder of this run")
     group.add_argument("--overwrite", action="store_true", help="remove a run that is in the folder already")
-    group.add_argument("--resume", nargs="?", const="auto", metavar="FILE",
-                       help="go on from this checkpoint, or from the last one in the folder")  # fmt: skip
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="go on from this checkpoint, or from the last one in the folder",
+    )
     group.add_argument("--checkpoint-hist", type=int, default=1, metavar="N", help="best checkpoints to keep")
     return parser
 
@@ -227,7 +245,9 @@ def main() -> None:
     train_loader = training_loader(args, train_set, settings, device)
     val_loader = cli.evaluation_loader(args, val_set, settings, device)
     if not len(train_loader):
-        raise cli.UserError(f"{len(train_set)} images make no batch of {args.batch_size}: choose a smaller --batch-size")
+        raise cli.UserError(
+            f"{len(train_set)} images make no batch of {args.batch_size}: choose a smaller --batch-size"
+        )
 
     # optimisation
     with cli.user_errors(ValueError, AssertionError, RuntimeError):
@@ -257,14 +277,12 @@ def main() -> None:
     count = sum(p.numel() for p in model.parameters())
     height, width = settings["input_size"][-2:]
     print(
-        f"{args.model}, {count:,} parameters, {model.num_classes} classes, {height}x{width}: {len(train_set)} images to "
-        f"train on, {len(val_set)} to evaluate on, {epochs} epochs of {len(train_loader)} updates on {device}"
+        f"{args.model}, {count:,} parameters, {model.num_classes} classes, {height}x{width}: {len(train_set)} images "
+        f"to train on, {len(val_set)} to evaluate on, {epochs} epochs of {len(train_loader)} updates on {device}"
     )
     start, metrics = time.perf_counter(), {}
     for epoch in range(first_epoch, epochs):
-        trained = train_one_epoch(
-            epoch, model, train_loader, loss_fn, optimizer, scheduler, ema, mixup, args, device
-        )
+        trained = train_one_epoch(epoch, model, train_loader, loss_fn, optimizer, scheduler, ema, mixup, args, device)
         metrics = evaluate(ema.module if ema else model, val_loader, device, args.amp)
         update_summary(epoch, trained, metrics, str(log), lr=optimizer.param_groups[0]["lr"])
         best, best_epoch = saver.save_checkpoint(epoch, metric=metrics["top1"])
@@ -292,8 +310,8 @@ def main() -> None:
         best_checkpoint=str(output / "model_best.pth.tar"),
     )
     cli.write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"best top-1 {saver.best_metric:.2f} % in epoch {saver.best_epoch + 1}, {summary['seconds']} s; in {output}: "
-          f"model_best.pth.tar, last.pth.tar, log.csv, curves.png, summary.json")  # fmt: skip
+    print(f"best top-1 {saver.best_metric:.2f} % in epoch {saver.best_epoch + 1}, {summary['seconds']} s")
+    print(f"in {output}: model_best.pth.tar, last.pth.tar, log.csv, curves.png, summary.json")
 
 
 if __name__ == "__main__":

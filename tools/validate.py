@@ -3,6 +3,8 @@
 
     python tools/validate.py --model raftmlp_digits --pretrained --dataset digits
     python tools/validate.py --model raftmlp_s --checkpoint raftmlp_s.pth --data-dir imagenet
+
+Prints one line, and writes JSON and a picture where they are asked for.
 """
 
 import json
@@ -86,7 +88,7 @@ class Gallery:
         for image, truth, guess, share in zip(images.cpu(), target.tolist(), predicted.tolist(), chance.tolist()):
             kept = self.right if truth == guess else self.wrong
             if len(kept) < self.limit:
-                kept.append(((image * self.std + self.mean).clamp(0, 1).permute(1, 2, 0), truth, guess, share))
+                kept.append(((image * self.std + self.mean).clamp(0, 1).permute(1, 2, 0).numpy(), truth, guess, share))
 
     def draw(self, path: Path, title: str) -> None:
         """Write the picture."""

@@ -28,8 +28,10 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         return Digits(split)
     if not name or "/" not in name:
         if name not in ("", "folder", "tar"):
-            raise ValueError(f"unknown data set {name!r}: take 'digits', '' (a folder of images), 'torch/NAME', "
-                             f"'hfds/NAME', 'wds/NAME' or another of timm's prefixes")  # fmt: skip
+            raise ValueError(
+                f"unknown data set {name!r}: take 'digits', '' (a folder of images), 'torch/NAME', "
+                f"'hfds/NAME', 'wds/NAME' or another of timm's prefixes"
+            )
         if not root:
             raise ValueError("name the folder of images with --data-dir, or a data set with --dataset")
         if not Path(root).exists():

@@ -40,7 +40,8 @@ class Digits(Dataset):
         except ImportError as error:
             raise ImportError("the digits come with scikit-learn: pip install 'raftmlp[demo]'") from error
         pixels, labels = load_digits(return_X_y=True)
-        part = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)[split != "train"]
+        parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        part = parts[0] if split == "train" else parts[1]
         self.images = np.uint8(pixels[part].reshape(-1, 8, 8) * (255 / 16))
         self.labels = labels[part]
         self.transform = transform

@@ -1,0 +1,362 @@
+"""The scripts as a user runs them: what they write, and what they say to bad input."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_checkpoint
+import numpy as np
+import pytest
+import timm
+import torch
+import train
+import yaml
+from PIL import Image
+from test_golden import release_weights
+
+import cli
+import validate
+from raftmlp.checkpoint import load_state_dict, read_metadata
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TINY = ["--workers", "0", "--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a tool in this process, in an empty folder; returns its exit status and its two outputs."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tool, *args):
+        monkeypatch.setattr(sys, "argv", [f"tools/{tool.__name__}.py", *map(str, args)])
+        status = 0
+        try:
+            cli.run(tool.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A training run of two epochs, made by the script in a process of its own."""
+    output = tmp_path_factory.mktemp("runs") / "digits"
+    command = [sys.executable, ROOT / "tools/train.py", "-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY]
+    command += ["--epochs", 2, "--warmup-epochs", 1, "--output", output]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """A folder of bright and dark images of odd sizes, train/ and val/, one class each."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name, low in (("bright", 128), ("dark", 0)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(low, low + 128, (30 + i, 45, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+# Training and evaluation
+
+
+def test_train_writes_a_run(digits_run):
+    output, done = digits_run
+    assert {path.name for path in output.iterdir()} >= {
+        "args.yaml", "curves.png", "last.pth.tar", "log.csv", "model_best.pth.tar", "summary.json",
+    }  # fmt: skip
+    rows = list(csv.DictReader((output / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["best_top1"] == max(float(row["eval_top1"]) for row in rows)
+    assert f"best top-1 {summary['best_top1']:.2f} %" in done.stdout
+    assert Image.open(output / "curves.png").width > 500
+    assert yaml.safe_load((output / "args.yaml").read_text())["epochs"] == 2
+
+
+def test_validate_gives_the_runs_figure(digits_run, run):
+    output, _ = digits_run
+    options = [*TINY, "--checkpoint", output / "model_best.pth.tar", "--dataset", "digits"]
+    status, out, _ = run(validate, *options, "--results-file", "a/result.json", "--picture", "b/picture.png")
+    assert status == 0
+    result = json.loads(Path("a/result.json").read_text())
+    best = json.loads((output / "summary.json").read_text())["best_top1"]
+    assert result["top1"] == pytest.approx(best)
+    assert f"top-1 {best:.2f} %" in out
+    assert Image.open("b/picture.png").width > 500
+
+
+def test_gallery_shows_the_wrong_ones_first():
+    gallery = validate.Gallery((0.5,), (0.5,), ["a", "b"], limit=3)
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.4, 0.6]])
+    gallery.add(torch.zeros(5, 1, 2, 2), torch.tensor([0, 0, 1, 1, 1]), probabilities)
+    assert [(truth, guess) for _, truth, guess, _ in gallery.wrong] == [(0, 1), (1, 0)]
+    assert [(truth, guess) for _, truth, guess, _ in gallery.right] == [(0, 0), (1, 1), (1, 1)]
+
+
+def test_resume_goes_on(digits_run, run):
+    output, _ = digits_run
+    config = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", "1", "--output", output]
+    before = (output / "last.pth.tar").read_bytes()
+    status, _, err = run(train, *config, "--epochs", "3")
+    assert status == 2 and "holds a run: go on with --resume" in err
+    assert (output / "last.pth.tar").read_bytes() == before
+
+    status, out, _ = run(train, *config, "--epochs", "3", "--resume")
+    assert status == 0
+    assert "epoch 3/3" in out and "epoch 2/3" not in out
+    assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["0", "1", "2"]
+
+    status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "missing.pth")
+    assert status == 2 and "no checkpoint to resume from" in err
+    (output / "cut.pth").write_bytes(before[:3000])
+    status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
+    assert status == 2 and "cannot resume from" in err
+
+    status, out, _ = run(train, *config, "--epochs", "1", "--overwrite", "--no-model-ema")
+    assert status == 0
+    assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["0"]
+
+
+def test_train_on_a_folder_of_images(image_folder, run):
+    options = [*TINY, "--data-dir", image_folder, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0]
+    status, out, err = run(
+        train, *options, "--img-size", 40, 48, "--aa", "rand-m5", "--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.25,
+        "--drop-path", 0.1, "--clip-grad", 1, "--grad-checkpointing", "--amp", "--lr", 1e-3,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "2 classes, 40x48: 24 images to train on, 12 to evaluate on" in out
+    status, out, err = run(
+        validate, *TINY, "img_size=(40,48)", "--checkpoint", "runs/train/last.pth.tar",
+        "--data-dir", image_folder, "--img-size", 40, 48, "--amp",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "over 12 images" in out
+
+    # another task's classifier stays behind, and that is said; evaluation wants the whole model
+    finetune = ["--model", "raftmlp_digits", "--pretrained", "--data-dir", image_folder, "--workers", 0]
+    status, out, err = run(
+        train, *finetune, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned"
+    )
+    assert status == 0, err
+    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    options = ["--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", image_folder, "--workers", 0]
+    status, out, err = run(
+        train, *options, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned2"
+    )
+    assert status == 0, err
+    assert "its classifier is another task's" in out
+    status, _, err = run(validate, *options)
+    assert status == 2 and "head.weight has shape [10, 128], not [2, 128]" in err
+
+
+def test_other_models_of_timm(run):
+    status, out, err = run(
+        validate, "--model", "resnet10t", "--dataset", "digits", "--img-size", 32, "--workers", 0, "--batch-size", 360
+    )
+    assert status == 0, err
+    assert "resnet10t: top-1" in out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run):
+    options = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", 0, "--epochs", 3]
+    status, _, err = run(train, *options, "--lr", "1e30", "--output", "out")
+    assert status == 2
+    assert "the loss became" in err and "at learning rate" in err
+    assert not Path("out/summary.json").exists()
+
+
+# Configs and options
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configs_parse_and_open_with_their_command(config):
+    args = train.build_parser().parse_args(["-c", str(config)])
+    assert timm.is_model(args.model)
+    assert f"python tools/train.py -c {config.relative_to(ROOT)}" in config.read_text()
+
+
+def test_the_command_line_wins_over_the_config(tmp_path):
+    (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\nmodel_kwargs: {depths: [1, 1]}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nlr: 0.25\nscale: [0.5, 1]\nmodel_ema: true\n")
+    parse = train.build_parser().parse_args
+    args = parse(["-c", str(tmp_path / "run.yaml"), "--scale", "0.7", "0.9"])
+    assert (args.epochs, args.lr, args.scale, args.model_ema) == (7, 0.25, [0.7, 0.9], True)
+    assert args.model_kwargs == {"depths": [1, 1]}
+    assert parse(["-c", str(tmp_path / "run.yaml"), "--no-model-ema"]).model_ema is False
+
+
+@pytest.mark.parametrize("tool", [train, validate, convert_checkpoint])
+def test_help_tells_every_option(tool, run):
+    status, out, _ = run(tool, "--help")
+    assert status == 0
+    for action in tool.build_parser()._actions:
+        assert action.help
+        assert not action.option_strings or action.option_strings[-1] in out
+
+
+# Bad input: one line, exit status 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "raftmpl_s"], "unknown model 'raftmpl_s'; did you mean raftmlp_s"),
+        (["--data-dir", "missing"], "no data at missing"),
+        ([], "--data-dir"),
+        (["--dataset", "digit"], "unknown data set 'digit'"),
+        (["--dataset", "digits", "--val-split", "x"], "no split 'x'"),
+        (["--dataset", "digits", "--checkpoint", "missing.pth"], "no checkpoint at missing.pth"),
+        (["--dataset", "digits", "--checkpoint", "cut.pth"], "cut.pth is damaged"),
+        (["--dataset", "digits", "--checkpoint", "foreign.pth"], "foreign.pth does not fit this RaftMLP: stages.0"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size=3"], "raft_size 3 must be a positive divisor"),
+        (["--dataset", "digits", "--model-kwargs", "raft_sise=2"], "raft_sise"),
+        (["--dataset", "digits", "--pretrained"], "no pretrained weights raftmlp_s.TAG.safetensors"),
+        (["--dataset", "digits", "--img-size", "0"], "--img-size takes"),
+        (["--dataset", "digits", "--device", "gpu"], "no device 'gpu'"),
+        (["--dataset", "digits", "--batch-size", "many"], "invalid int value: 'many'"),
+        (["--dataset", "digits", "--batchsize", "3"], "unrecognized arguments: --batchsize"),
+        (["-c", "missing.yaml"], "cannot read the config missing.yaml"),
+        (["-c", "unknown.yaml"], "unknown.yaml: unknown key 'batchsize'; did you mean batch_size"),
+        (["-c", "broken.yaml"], "broken.yaml is no YAML file"),
+        (["-c", "list.yaml"], "list.yaml must be a mapping"),
+        (["-c", "wrong.yaml"], "wrong.yaml: batch_size: invalid int value: 'big'"),
+        (["-c", "flag.yaml"], "flag.yaml: amp must be true or false, not 'perhaps'"),
+        (["-c", "count.yaml"], "count.yaml: scale takes 2 values"),
+    ],
+)
+@pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)
+def test_bad_input(run, tool, options, message):
+    if "count.yaml" in options and tool is validate:
+        options, message = ["-c", "base.yaml"], "cannot read the config"
+    Path("cut.pth").write_bytes(b"PK\x03\x04 cut")
+    torch.save({"conv.weight": torch.zeros(3)}, "foreign.pth")
+    for name, text in {
+        "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
+        "count": "scale: [1]", "base": "base: nowhere.yaml",
+    }.items():  # fmt: skip
+        Path(f"{name}.yaml").write_text(text)
+    before = sorted(Path().iterdir())
+    status, out, err = run(tool, *options)
+    assert status == 2
+    assert message in err
+    assert f"{tool.__name__}.py: error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not out
+    assert sorted(Path().iterdir()) == before
+
+
+def test_train_only_bad_input(run):
+    digits = ["--dataset", "digits", "--model", "raftmlp_digits", "--workers", 0]
+    for options, message in [
+        (["--batch-size", 5000], "1437 images make no batch of 5000"),
+        (["--opt", "adamx"], "adamx"),
+        (["--sched", "cosin"], "cosin"),
+    ]:
+        status, _, err = run(train, *digits, *options)
+        assert status == 2, err
+        assert message in err
+        assert not Path("runs").exists()
+    Path("file").write_text("")
+    status, _, err = run(train, *digits, "--output", "file/run")
+    assert status == 2 and "cannot write into file/run" in err
+
+
+def test_no_traceback_from_a_process():
+    command = [sys.executable, ROOT / "tools/validate.py", "--model", "raftmlp_x", "--dataset", "digits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "validate.py: error: unknown model 'raftmlp_x'; did you mean raftmlp_s or raftmlp_m or raftmlp_l?"
+    ]
+
+
+def test_import_needs_torch_and_timm_alone_and_is_silent():
+    optional = "('mmengine', 'sklearn', 'matplotlib', 'tqdm', 'einops')"
+    code = (
+        f"import sys, timm; had = set(sys.modules); import raftmlp; print(set({optional}) & (set(sys.modules) - had))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout.strip(), done.stderr) == ("set()", "")
+
+
+# Conversion
+
+
+def test_convert_finds_the_variant(run):
+    for name in ("raftmlp_s", "raftmlp_m_ss", "raftmlp_12_r2", "raftmlp_cifar"):
+        weights = release_weights(name)
+        torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, "release.pth")
+        status, out, err = run(convert_checkpoint, "release.pth", f"{name}.safetensors")
+        assert status == 0, err
+        assert f"release.pth: {name} in the release format" in out
+        assert f"written: {name}.safetensors" in out
+        expected = timm.create_model(name)
+        expected.load_state_dict(weights)
+        state = load_state_dict(f"{name}.safetensors")
+        assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+        assert read_metadata(f"{name}.safetensors")["model"] == name
+
+
+def test_converted_files_are_pretrained_weights(run, monkeypatch):
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", ".")
+    torch.manual_seed(0)
+    made = timm.create_model("raftmlp_s", num_classes=6, img_size=96, in_chans=1)
+    torch.save({"state_dict": made.state_dict()}, "ours.pth")
+    status, out, err = run(convert_checkpoint, "ours.pth", "raftmlp_s.mine.safetensors", "--img-size", 96)
+    assert status == 0, err
+    assert "6 classes, trained grid of 96x96" in out
+    loaded = timm.create_model("raftmlp_s", pretrained=True)
+    assert (loaded.num_classes, loaded.img_size, loaded.in_chans) == (6, (96, 96), 1)
+    assert torch.equal(loaded.head.weight, made.head.weight)
+
+
+def test_convert_refuses(run):
+    weights = release_weights("raftmlp_s")
+    torch.save(weights, "release.pth")
+    odd = {key: value for key, value in weights.items() if key != "heads.0.1.bias"}
+    odd["levels.1.fn.0.fc.bias"] = torch.zeros(5)
+    torch.save({**odd, "extra.weight": torch.zeros(2)}, "odd.pth")
+    torch.save({**weights, "classifier.bias": torch.full((1000,), float("nan"))}, "nan.pth")
+    Path("there.safetensors").write_text("mine")
+    for options, messages in [
+        (["release.pth", "out.pth"], ["must be named .safetensors"]),
+        (["release.pth", "there.safetensors"], ["there.safetensors exists; --overwrite"]),
+        (["missing.pth", "out.safetensors"], ["no checkpoint at missing.pth"]),
+        (["release.pth", "out.safetensors", "--model", "raftmlp_x"], ["unknown model 'raftmlp_x'"]),
+        (["release.pth", "out.safetensors", "--model", "resnet18"], ["unknown model 'resnet18'"]),
+        (["nan.pth", "out.safetensors"], ["not finite"]),
+        (
+            ["odd.pth", "out.safetensors"],
+            [
+                "odd.pth is no variant of RaftMLP; raftmlp_s comes nearest, with 3 differences:",
+                "  heads.0.1.bias is missing",
+                "  extra.weight is not known",
+                "  levels.1.fn.0.fc.bias has shape [5], not [128]",
+            ],
+        ),
+        (
+            ["release.pth", "out.safetensors", "--model", "raftmlp_m"],
+            ["release.pth is no raftmlp_m, with", "levels.0.fn.0.fc.weight has shape [64, 240], not [96, 240]"],
+        ),
+    ]:
+        status, out, err = run(convert_checkpoint, *options)
+        assert status == 2, options
+        assert all(message in err for message in messages), err
+        assert not out
+        assert not Path("out.safetensors").exists()
+    assert Path("there.safetensors").read_text() == "mine"
