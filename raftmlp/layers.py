@@ -27,7 +27,7 @@ class MultiScalePatchEmbed(nn.Module):
     are separate parameters, so that training moves each as the paper's Linear does; a call runs one convolution.
     With a single kernel of the stride's size this is the usual (single-scale) patch embedding.
 
-    Source: RaftMLP, arXiv 2108.04384, section 3.2.
+    Source: RaftMLP, arXiv 2108.04384.
 
     Args:
         in_chans: Channels of the input.
@@ -112,7 +112,7 @@ class RaftTokenMixing(_ResidualMLP):
     every column (every row, if horizontal) the groups' values along it are one vector, indexed g * length + position,
     and one MLP maps all of these vectors.
 
-    Source: RaftMLP, arXiv 2108.04384, section 3.1.
+    Source: RaftMLP, arXiv 2108.04384.
 
     Args:
         dim: Channels C.

@@ -17,13 +17,14 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.layers import SelectAdaptivePool2d, register_notrace_function, to_2tuple
+from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
+    register_notrace_function,
     resolve_pretrained_cfg,
 )
 from torch import Tensor

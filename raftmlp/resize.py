@@ -8,7 +8,7 @@ antialias, with a backward pass that is deterministic on every device, out of op
 from functools import lru_cache
 
 import torch
-from timm.layers import register_notrace_function
+from timm.models import register_notrace_function
 from torch import Tensor
 
 __all__ = ["bicubic_matrix", "resize_bicubic"]
@@ -96,7 +96,7 @@ def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
         return x
     if torch.jit.is_scripting():
         return _resize_rows_and_columns(x, height, width)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _resize_rows_and_columns(x, height, width)
     return _resize_rows_and_columns(x, height, width)

@@ -1,7 +1,9 @@
 """Weights: the release's format, safe reading, whole writing, another trained grid, pretrained=True."""
 
+import hashlib
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -250,3 +252,13 @@ def test_hub_style_folder(digits, tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert same_weights(digits, again)
     assert isinstance(again, raftmlp.RaftMLP)
+
+
+def test_shipped_files_are_listed_with_their_checksum():
+    folder = Path(__file__).parent.parent / "checkpoints"
+    table = (folder / "README.md").read_text()
+    shipped = list(folder.glob("*.safetensors"))
+    assert shipped
+    for file in shipped:
+        assert f"| {file.name} |" in table
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in table
