@@ -17,7 +17,7 @@ from timm.utils import ParseKwargs
 
 from raftmlp import RaftMLP
 from raftmlp.checkpoint import checkpoint_filter_fn, load_state_dict
-from raftmlp.data import create_dataset
+from raftmlp.data import class_names, create_dataset
 
 
 class UserError(Exception):
@@ -48,6 +48,23 @@ def user_errors(*kinds: type[Exception]):
         yield
     except kinds as error:
         raise UserError(str(error)) from error
+
+
+def number(kind: type, minimum: float, maximum: float | None = None) -> Callable[[str], float]:
+    """Return an option type: numbers from minimum to maximum, both allowed."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= (float("inf") if maximum is None else maximum):
+            kinds = "a whole number" if kind is int else "a number"
+            allowed = f"of {minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be {kinds} {allowed}, not {text!r}")
+        return value
+
+    return parse
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -143,19 +160,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument(
         "--model", type=known_model, default="raftmlp_s", metavar="NAME", help="any model of timm's list"
     )
-    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
+    group.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="start from the model's pretrained weights",
+    )
     group.add_argument("--checkpoint", metavar="FILE", help="start from the weights in this file")
     group.add_argument(
-        "--num-classes", type=int, metavar="N", help="classes (default: the data set's, else the model's)"
+        "--num-classes", type=number(int, 1), metavar="N", help="classes (default: the data set's, else the model's)"
     )
     group.add_argument(
         "--img-size",
-        type=int,
+        type=number(int, 1),
         nargs="+",
         metavar="N",
         help="size of the images in pixels, one number or height and width (default: the model's)",
     )
-    group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
     group.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -179,17 +200,29 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     )
     group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch the data set")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
-    group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="images a batch")
+    group.add_argument("-b", "--batch-size", type=number(int, 1), default=128, metavar="N", help="images a batch")
     group.add_argument(
-        "-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="processes that load images"
+        "-j",
+        "--workers",
+        type=number(int, 0),
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that load images, 0 to load them in this one",
     )
-    group.add_argument("--interpolation", metavar="NAME", help="resizing of images (default: the model's)")
     group.add_argument(
-        "--crop-pct", type=float, metavar="X", help="share of the image in the centre crop (default: the model's)"
+        "--interpolation",
+        choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+        help="resizing of images (default: the model's)",
     )
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels (default: the model's)")
     group.add_argument(
-        "--std", type=float, nargs="+", metavar="X", help="deviation of the pixels (default: the model's)"
+        "--crop-pct",
+        type=number(float, 0.01, 1),
+        metavar="X",
+        help="share of the image in the centre crop (default: the model's)",
+    )
+    group.add_argument("--mean", type=float, nargs=3, metavar="X", help="mean of the pixels (default: the model's)")
+    group.add_argument(
+        "--std", type=number(float, 1e-6), nargs=3, metavar="X", help="deviation of the pixels (default: the model's)"
     )
     return group
 
@@ -198,7 +231,7 @@ def image_size(values: list[int] | None) -> tuple[int, int] | None:
     """Return height and width for an --img-size of one number or two."""
     if not values:
         return None
-    if len(values) > 2 or min(values) < 1:
+    if len(values) > 2:
         raise UserError(f"--img-size takes one number of pixels, or height and width, not {values}")
     return values[0], values[-1]
 
@@ -211,7 +244,7 @@ def create_model(args: argparse.Namespace, fresh_head: bool = False, **kwargs) -
         fresh_head: Let a checkpoint's classifier go where it has another number of classes.
         **kwargs: More arguments of the model; those that are None are left out.
     """
-    given = dict(num_classes=args.num_classes, in_chans=args.in_chans, **kwargs)
+    given = dict(num_classes=args.num_classes, **kwargs)
     given = {**given, **args.model_kwargs}
     with user_errors(ValueError, FileNotFoundError, TypeError):
         model = timm.create_model(args.model, pretrained=args.pretrained, **given)
@@ -266,6 +299,13 @@ def create_data(args: argparse.Namespace, split: str, is_training: bool = False)
             batch_size=args.batch_size,
             download=args.dataset_download,
         )
+
+
+def check_classes(dataset, model: torch.nn.Module) -> None:
+    """Refuse a data set of more classes than the model tells apart."""
+    names = class_names(dataset)
+    if names and len(names) > model.num_classes:
+        raise UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
 
 
 def image_settings(args: argparse.Namespace, model: torch.nn.Module) -> dict:

@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import math
-import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -38,59 +37,89 @@ from validate import evaluate
 matplotlib.use("Agg")  # files only, no screen needed
 
 
+RUN_FILES = ("*.pth.tar", "args.yaml", "curves.png", "log.csv", "summary.json")
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     group = cli.add_model_arguments(parser)
-    group.add_argument("--drop", type=float, default=0.0, metavar="X", help="dropout before the classifier")
-    group.add_argument("--drop-path", type=float, default=0.0, metavar="X", help="stochastic depth")
-    group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations, to save memory")
+    group.add_argument(
+        "--drop", type=cli.number(float, 0, 1), default=0.0, metavar="X", help="dropout before the classifier"
+    )
+    group.add_argument("--drop-path", type=cli.number(float, 0, 1), default=0.0, metavar="X", help="stochastic depth")
+    group.add_argument(
+        "--grad-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations in the backward pass, to save memory",
+    )
 
     group = cli.add_data_arguments(parser)
     group.add_argument("--train-split", default="train", metavar="NAME", help="split to train on")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=300, metavar="N", help="epochs to train, warm-up included")
-    group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
-    group.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate")
-    group.add_argument("--weight-decay", type=float, default=0.05, metavar="X", help="weight decay")
-    group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="momentum, where the optimiser has it")
-    group.add_argument("--layer-decay", type=float, metavar="X", help="layer-wise decay of the learning rate")
-    group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients to this norm")
-    group.add_argument("--sched", default="cosine", metavar="NAME", help="any schedule of timm, stepped every update")
-    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of warm-up")
     group.add_argument(
-        "--warmup-lr", type=float, default=0.0, metavar="X", help="learning rate the warm-up starts from"
+        "--epochs", type=cli.number(int, 1), default=300, metavar="N", help="epochs to train, warm-up included"
     )
-    group.add_argument("--min-lr", type=float, default=1e-5, metavar="X", help="learning rate at the end")
-    group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
+    group.add_argument("--lr", type=cli.number(float, 0), default=1e-3, metavar="X", help="peak learning rate")
+    group.add_argument("--weight-decay", type=cli.number(float, 0), default=0.05, metavar="X", help="weight decay")
+    group.add_argument(
+        "--momentum", type=cli.number(float, 0), default=0.9, metavar="X", help="momentum, where the optimiser has it"
+    )
+    group.add_argument(
+        "--layer-decay", type=cli.number(float, 0), metavar="X", help="layer-wise decay of the learning rate"
+    )
+    group.add_argument("--clip-grad", type=cli.number(float, 0), metavar="X", help="clip gradients to this norm")
+    group.add_argument("--sched", default="cosine", metavar="NAME", help="any schedule of timm, stepped every update")
+    group.add_argument("--warmup-epochs", type=cli.number(int, 0), default=5, metavar="N", help="epochs of warm-up")
+    group.add_argument(
+        "--warmup-lr", type=cli.number(float, 0), default=0.0, metavar="X", help="learning rate the warm-up starts from"
+    )
+    group.add_argument(
+        "--min-lr", type=cli.number(float, 0), default=1e-5, metavar="X", help="learning rate at the end"
+    )
+    group.add_argument("--smoothing", type=cli.number(float, 0, 1), default=0.1, metavar="X", help="label smoothing")
     group.add_argument(
         "--model-ema",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="average the weights, and evaluate the average",
     )
-    group.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="X", help="decay of the average")
+    group.add_argument(
+        "--model-ema-decay", type=cli.number(float, 0, 1), default=0.9998, metavar="X", help="decay of the average"
+    )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="area of random crops")
-    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="their aspect ratio")
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
-    group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of colour jitter")
+    group.add_argument(
+        "--scale", type=cli.number(float, 1e-6), nargs=2, default=[0.08, 1.0], metavar="X", help="area of random crops"
+    )
+    group.add_argument(
+        "--ratio", type=cli.number(float, 1e-6), nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="their aspect ratio"
+    )
+    group.add_argument(
+        "--hflip", type=cli.number(float, 0, 1), default=0.5, metavar="P", help="probability of a horizontal flip"
+    )
+    group.add_argument(
+        "--color-jitter", type=cli.number(float, 0), default=0.4, metavar="X", help="strength of colour jitter"
+    )
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, as 'rand-m9-mstd0.5'")
     group.add_argument(
         "--affine",
-        type=float,
+        type=cli.number(float, 0),
         nargs=3,
         metavar=("DEGREES", "SHIFT", "SCALE"),
         help="random rotation, shift (share of the size) and scaling (1 +- SCALE)",
     )
-    group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="probability of random erasing")
-    group.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup, off at 0")
-    group.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="cutmix, off at 0")
+    group.add_argument(
+        "--reprob", type=cli.number(float, 0, 1), default=0.0, metavar="P", help="probability of random erasing"
+    )
+    group.add_argument("--mixup", type=cli.number(float, 0), default=0.0, metavar="ALPHA", help="mixup, off at 0")
+    group.add_argument("--cutmix", type=cli.number(float, 0), default=0.0, metavar="ALPHA", help="cutmix, off at 0")
 
     group = parser.add_argument_group("run")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
     group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed")
     group.add_argument("--output", default="runs/train", metavar="DIR", help="folder of this run")
     group.add_argument("--overwrite", action="store_true", help="remove a run that is in the folder already")
@@ -101,7 +130,9 @@ def build_parser() -> cli.Parser:
         metavar="FILE",
         help="go on from this checkpoint, or from the last one in the folder",
     )
-    group.add_argument("--checkpoint-hist", type=int, default=1, metavar="N", help="best checkpoints to keep")
+    group.add_argument(
+        "--checkpoint-hist", type=cli.number(int, 1), default=1, metavar="N", help="best checkpoints to keep"
+    )
     return parser
 
 
@@ -119,7 +150,9 @@ def prepare_output(args) -> Path:
             raise cli.UserError(
                 f"{output} holds a run: go on with --resume, name another folder with --output, or --overwrite it"
             )
-        shutil.rmtree(output)
+        for pattern in RUN_FILES:
+            for path in output.glob(pattern):
+                path.unlink()
     try:
         output.mkdir(parents=True, exist_ok=True)
         cli.write_whole(output / "args.yaml", yaml.safe_dump(vars(args), sort_keys=False))
@@ -130,24 +163,29 @@ def prepare_output(args) -> Path:
 
 def training_loader(args, dataset, settings: dict, device: torch.device):
     """Return the loader of shuffled, augmented batches."""
-    loader = create_loader(
-        dataset,
-        input_size=settings["input_size"],
-        batch_size=args.batch_size,
-        is_training=True,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        re_prob=args.reprob,
-        interpolation=settings["interpolation"],
-        mean=settings["mean"],
-        std=settings["std"],
-        num_workers=args.workers,
-        device=device,
-        pin_memory=device.type == "cuda",
-    )
+    try:
+        loader = create_loader(
+            dataset,
+            input_size=settings["input_size"],
+            batch_size=args.batch_size,
+            is_training=True,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            re_prob=args.reprob,
+            interpolation=settings["interpolation"],
+            mean=settings["mean"],
+            std=settings["std"],
+            num_workers=args.workers,
+            device=device,
+            pin_memory=device.type == "cuda",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise cli.UserError(
+            f"timm makes no augmentation of these options, --aa {args.aa!r} perhaps: {error!r}"
+        ) from error
     if args.affine:
         degrees, shift, scale = args.affine
         affine = RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), interpolation=InterpolationMode.BILINEAR)
@@ -241,6 +279,7 @@ def main() -> None:
     ).to(device)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    cli.check_classes(train_set, model)
     settings = cli.image_settings(args, model)
     train_loader = training_loader(args, train_set, settings, device)
     val_loader = cli.evaluation_loader(args, val_set, settings, device)

@@ -7,6 +7,7 @@
 Prints one line, and writes JSON and a picture where they are asked for.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +32,7 @@ def build_parser() -> cli.Parser:
     cli.add_data_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
     group = parser.add_argument_group("output")
     group.add_argument("--results-file", metavar="FILE", help="write the figures as JSON")
     group.add_argument("--picture", metavar="FILE", help="draw images with their predictions, the wrong ones marked")
@@ -126,8 +127,7 @@ def main() -> None:
         args.num_classes = len(names)
     model = cli.create_model(args).to(device)
     settings = cli.image_settings(args, model)
-    if names and len(names) > model.num_classes:
-        raise cli.UserError(f"the data has {len(names)} classes, {args.model} tells {model.num_classes} apart")
+    cli.check_classes(dataset, model)
 
     gallery = Gallery(settings["mean"], settings["std"], names) if args.picture else None
     loader = cli.evaluation_loader(args, dataset, settings, device)
