@@ -4,6 +4,7 @@ Everything but the reading and writing of files is a pure function of state dict
 file: safetensors, or ``torch.load(weights_only=True)``.
 """
 
+import argparse
 import math
 import os
 import pickle
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .raftmlp import RaftMLP
 
 __all__ = [
+    "adapt_state_dict",
     "checkpoint_filter_fn",
     "find_pretrained",
     "is_release_format",
@@ -34,6 +36,7 @@ __all__ = [
     "release_entries",
     "resample_grid",
     "save_state_dict",
+    "tag_of",
     "unwrap",
 ]
 
@@ -59,7 +62,8 @@ def load_state_dict(path: str | Path) -> StateDict:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its options
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it was not loaded") from error
     except OSError as error:
@@ -74,9 +78,16 @@ def load_state_dict(path: str | Path) -> StateDict:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, as ``save_state_dict`` wrote it."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+    """Return the metadata of a safetensors file, as ``save_state_dict`` wrote it.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or is no checkpoint: {error}") from error
 
 
 def save_state_dict(state: StateDict, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -113,11 +124,16 @@ def find_pretrained(name: str, tag: str | None = None) -> Path | None:
     for folder in checkpoint_folders():
         found = sorted(folder.glob(f"{name}.{tag or '*'}.safetensors"))
         if len(found) > 1:
-            tags = ", ".join(path.name.split(".")[1] for path in found)
+            tags = ", ".join(tag_of(path) for path in found)
             raise ValueError(f"{folder} has several {name} checkpoints: name one as {name}.TAG, TAG of {tags}")
         if found:
             return found[0]
     return None
+
+
+def tag_of(path: Path) -> str:
+    """Return the TAG of a file NAME.TAG.safetensors."""
+    return path.name.removesuffix(".safetensors").split(".", 1)[1]
 
 
 # State dicts
@@ -134,10 +150,10 @@ def unwrap(checkpoint: Mapping) -> StateDict:
             checkpoint = checkpoint[wrapper]
             break
     state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "_orig_mod.", "backbone."):
-        if any(key.startswith(prefix) for key in state):
-            others = {} if prefix == "backbone." else {k: v for k, v in state.items() if not k.startswith(prefix)}
-            state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)} | others
+    while any(key.startswith(("module.", "_orig_mod.")) for key in state):
+        state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    state = backbone or state
     return state
 
 
@@ -167,6 +183,8 @@ def release_entries(model: "RaftMLP") -> list[ReleaseEntry]:
     multi_scale = any(len(stage.embed.kernels) > 1 for stage in model.stages)
 
     def add(key: str, target: str, convert: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        if f"{target}.weight" not in ours:  # pruned
+            return
         for kind in ("weight", "bias"):
             shape = tuple(ours[f"{target}.{kind}"].shape)
             name = f"{target}.{kind}"
@@ -234,22 +252,39 @@ def _convert_release(state: StateDict, model: "RaftMLP") -> StateDict:
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
-    """Return weights as this model takes them: the hook that timm calls, and the model itself on loading.
+    """Return the weights that ``model.pretrained_cfg`` describes as this model takes them: the hook that timm calls.
 
-    Wrapping and prefixes are dropped, the release's format is converted. Where the model was built for another image
-    size than its pretrained weights, which ``pretrained_cfg["input_size"]`` tells, the token-mixing weights are
-    resampled. Whatever else does not fit is left for ``load_state_dict`` to refuse.
+    What ``adapt_state_dict`` does, and for an image size other than the cfg's the token-mixing weights are resampled.
 
     Raises:
         ValueError: If the release's checkpoint of another variant is given.
     """
+    return resample_grid(_converted(state, model), model, _pretrained_size(model), model.img_size)
+
+
+def adapt_state_dict(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
+    """Return any checkpoint's weights as this model takes them: what the model does itself on ``load_state_dict``.
+
+    Wrapping and prefixes are dropped, the release's format is converted. Token-mixing weights that do not fit are
+    resampled if they are made for the image size of ``model.pretrained_cfg``. Whatever else does not fit is left for
+    ``load_state_dict`` to refuse.
+
+    Raises:
+        ValueError: If the release's checkpoint of another variant is given.
+    """
+    state = _converted(state, model)
+    resampled = resample_grid(state, model, _pretrained_size(model), model.img_size)
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    return {key: value if value.shape == shapes.get(key) else resampled[key] for key, value in state.items()}
+
+
+def _converted(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
     state = unwrap(state)
-    source = tuple(getattr(model, "pretrained_cfg", {}).get("input_size", ()))[-2:] or model.img_size
-    if is_release_format(state):
-        state = _convert_release(state, model)
-    if source != model.img_size:
-        state = resample_grid(state, model, source, model.img_size)
-    return state
+    return _convert_release(state, model) if is_release_format(state) else state
+
+
+def _pretrained_size(model: "RaftMLP") -> tuple[int, int]:
+    return tuple(getattr(model, "pretrained_cfg", {}).get("input_size", ()))[-2:] or model.img_size
 
 
 def resample_grid(

@@ -19,6 +19,7 @@ from timm.data import (
 )
 from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
@@ -30,7 +31,14 @@ from timm.models import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import checkpoint_filter_fn, find_pretrained, read_metadata, resample_grid
+from .checkpoint import (
+    adapt_state_dict,
+    checkpoint_filter_fn,
+    find_pretrained,
+    read_metadata,
+    resample_grid,
+    tag_of,
+)
 from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
 from .resize import resize_bicubic
 
@@ -168,6 +176,8 @@ class RaftMLP(nn.Module):
         mlp_ratio: Hidden units per channel of the channel-mixing MLPs.
         drop_rate: Rate of dropout before the classifier.
         drop_path_rate: Rate of stochastic depth, the same for every block.
+        device: Where the parameters are made.
+        dtype: Their type.
 
     Raises:
         ValueError: If arguments do not fit together; the message names the value and what is allowed. Calls raise it
@@ -264,7 +274,7 @@ class RaftMLP(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # takes the release's checkpoints as they are, wherever this model sits
         own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        own = checkpoint_filter_fn({key[len(prefix) :]: value for key, value in own.items()}, self)
+        own = adapt_state_dict({key[len(prefix) :]: value for key, value in own.items()}, self)
         state_dict.update({prefix + key: value for key, value in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -286,17 +296,18 @@ class RaftMLP(nn.Module):
             img_size: Image size in pixels, one number or (height, width).
         """
         img_size = _image_size(img_size)
-        state = resample_grid(self.state_dict(), self, self.img_size, img_size)
+        old = self.state_dict()
+        new = resample_grid(old, self, self.img_size, img_size)
         for stage, grid in zip(self.stages, self.grids(img_size)):
             for block in stage.blocks:
                 block.grid = grid
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and f"{name}.weight" in state:
-                for key, parameter in list(module.named_parameters()):
-                    value = state[f"{name}.{key}"]
-                    if value.shape != parameter.shape:
-                        setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad))
-                module.out_features, module.in_features = module.weight.shape
+        for key in old:
+            if new[key] is not old[key]:
+                name, _, kind = key.rpartition(".")
+                linear = self.get_submodule(name)
+                requires_grad = getattr(linear, kind).requires_grad
+                setattr(linear, kind, nn.Parameter(new[key], requires_grad=requires_grad))
+                linear.out_features, linear.in_features = linear.weight.shape
         self.img_size = img_size
         # timm's record of how the model was made, which its hub export reads
         self._traits = dict(getattr(self, "_traits", {}), img_size=img_size)
@@ -304,12 +315,15 @@ class RaftMLP(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that must not decay: none, the paper's recipe decays all."""
+        """Return the names of parameters that must not decay: none; timm leaves out biases and norms by itself."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the patterns that sort parameters into layers, stages if coarse, for layer-wise decay."""
+        """Return the patterns that sort parameters into layers for layer-wise decay: blocks, or stages if coarse.
+
+        An embedding behind the first stage goes with its stage's first block.
+        """
         return dict(
             stem=r"^stages\.0\.embed",
             blocks=r"^stages\.(\d+)"
@@ -356,7 +370,7 @@ class RaftMLP(nn.Module):
         Args:
             x: Images of shape (B, in_chans, H, W).
             indices: The maps to take: the last n for a number, all for None; negative ones count from the end.
-            norm: Apply the final LayerNorm to the maps that have its channels.
+            norm: Apply the final LayerNorm, to the last stage's map, or to all maps in a network of one stage.
             stop_early: Compute nothing behind the last map asked for.
             output_fmt: "NCHW" or "NHWC", of the maps.
             intermediates_only: Return the maps alone.
@@ -383,11 +397,11 @@ class RaftMLP(nn.Module):
             else:
                 x = layer(x)
             if i in taken:
-                y = self.norm(x) if norm and x.shape[3] == self.num_features else x
+                y = self.norm(x) if norm and (single or i == len(layers) - 1) else x
                 intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return intermediates
-        if x.shape[3] == self.num_features:  # not so where it stopped early
+        if single or i == len(layers) - 1:  # not so where it stopped early
             x = self.norm(x)
         return x.permute(0, 3, 1, 2), intermediates
 
@@ -471,14 +485,17 @@ def _create_raftmlp(
     variant: str, pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs: Any
 ) -> RaftMLP:
     overlay = dict(pretrained_cfg_overlay or {})
-    elsewhere = isinstance(pretrained_cfg, dict) or {"url", "file", "state_dict", "hf_hub_id"} & overlay.keys()
-    if pretrained and not elsewhere:
+    tagged = pretrained_cfg is None or isinstance(pretrained_cfg, str)
+    if pretrained and tagged and not {"url", "file", "state_dict", "hf_hub_id"} & overlay.keys():
         overlay = {**_local_cfg(variant, tag=pretrained_cfg), **overlay}
         pretrained_cfg = None
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
     stages = len(kwargs["embed_dims"])
-    feature_cfg = dict(out_indices=tuple(range(stages)) if stages > 1 else 3, feature_cls="getter")
+    maps = tuple(range(stages)) if stages > 1 else min(3, kwargs["depths"][0])
+    feature_cfg = dict(out_indices=maps, feature_cls="getter")
     if kwargs.get("feature_cls", "getter") != "getter":  # timm's other wrappers look at the stream itself
         feature_cfg["output_fmt"] = "NHWC"
     return build_model_with_cfg(
@@ -504,7 +521,7 @@ def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
         )
     cfg = json.loads(read_metadata(path).get("pretrained_cfg", "{}"))
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-    return {**cfg, "file": str(path), "tag": path.name.removesuffix(".safetensors").split(".", 1)[1]}
+    return {**cfg, "file": str(path), "tag": tag_of(path)}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -547,7 +564,8 @@ default_cfgs = generate_default_cfgs({
     "raftmlp_mixer_cifar": _single_cfg(pool_size=(56, 56)),
     "raftmlp_digits.sklearn": _cfg(
         file=str(_digits_file) if _digits_file else None, num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1),
-        crop_pct=1.0, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, paper_name=None, paper_ids=None,
+        crop_pct=1.0, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD,
+        origin_url=None, paper_name=None, paper_ids=None,
     ),
 })  # fmt: skip
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from timm.models import register_notrace_function
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 
 __all__ = ["bicubic_matrix", "resize_bicubic"]
 
@@ -26,8 +27,10 @@ def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torc
     Returns:
         Tensor of shape (size_out, size_in); every row sums to 1 and has at most four entries that are not 0.
     """
-    # position of every output sample among the input samples
-    position = (torch.arange(size_out, dtype=dtype, device=device) + 0.5) * (size_in / size_out) - 0.5
+    # position of every output sample among the input samples, rounded where PyTorch rounds: the scale, and the result
+    scale = torch.full((1,), size_in, dtype=dtype, device=device) / size_out
+    position = (torch.arange(size_out, dtype=torch.float64, device=device) + 0.5) * scale.double() - 0.5
+    position = position.to(dtype)
     left = torch.floor(position)
     t = (position - left).unsqueeze(1)
     # weights of the four samples around it: cubic polynomials of t, PyTorch's constant a = -0.75 put in
@@ -48,7 +51,7 @@ def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torc
 def _cached_bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # an inference tensor could not be used in training later on
     with torch.inference_mode(False), torch.no_grad():
-        matrix = bicubic_matrix(size_in, size_out, dtype, device)
+        matrix = bicubic_matrix(size_in, size_out, dtype, torch.device("cpu")).to(device)
     if device.type == "cuda":  # the next caller may be on another stream
         torch.cuda.current_stream(device).synchronize()
     return matrix
@@ -65,13 +68,28 @@ def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
     return _cached_bicubic_matrix(size_in, size_out, dtype, x.device)
 
 
+# torch 2.6 cannot trace the question, which came with guard_or_false; it gets a graph for every answer
+_known_true = symbolic_shapes.statically_known_true if hasattr(symbolic_shapes, "guard_or_false") else bool
+
+
+def _same(size: int, other: int) -> bool:
+    """Return whether two sizes are known to be the same.
+
+    Dynamic sizes in a compiled graph are not: a question would cost a graph for every answer, and where nothing changes
+    the matrix is the identity.
+    """
+    if torch.jit.is_scripting():
+        return size == other
+    return _known_true(size == other)
+
+
 def _resize_rows_and_columns(x: Tensor, height: int, width: int) -> Tensor:
     B, H, W, C = x.shape
     dtype = x.dtype
     x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    if H != height:
+    if not _same(H, height):
         x = torch.bmm(_matrix(x, H, height).expand(B, -1, -1), x.reshape(B, H, W * C))  # B height (W C)
-    if W != width:
+    if not _same(W, width):
         x = x.reshape(B * height, W, C)
         x = torch.bmm(_matrix(x, W, width).expand(B * height, -1, -1), x)  # (B height) width C
     return x.reshape(B, height, width, C).to(dtype)
@@ -92,7 +110,7 @@ def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
     Returns:
         Maps of shape (B, height, width, C) in x's dtype.
     """
-    if x.shape[1] == height and x.shape[2] == width:
+    if _same(x.shape[1], height) and _same(x.shape[2], width):
         return x
     if torch.jit.is_scripting():
         return _resize_rows_and_columns(x, height, width)

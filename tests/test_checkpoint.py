@@ -1,5 +1,6 @@
 """Weights: the release's format, safe reading, whole writing, another trained grid, pretrained=True."""
 
+import argparse
 import hashlib
 import json
 import pickle
@@ -137,6 +138,29 @@ def test_loading_what_was_saved_at_the_same_grid_changes_nothing(digits):
     assert same_weights(again, digits)
 
 
+def test_a_mixers_own_weights_are_never_resampled():
+    # 7x28 positions are as many as 14x14: the shapes do not tell them apart
+    kwargs = dict(embed_dims=(16,), depths=(2,), img_size=(112, 448))
+    made = timm.create_model("raftmlp_mixer_b16", **kwargs)
+    again = timm.create_model("raftmlp_mixer_b16", **kwargs)
+    again.load_state_dict(made.state_dict())
+    assert same_weights(again, made)
+
+    resized = timm.create_model("raftmlp_mixer_b16", **kwargs)
+    resized.load_state_dict(made.state_dict())
+    resized.set_input_size((448, 112))
+    assert not torch.equal(
+        resized.stages[0].blocks[0].tokens.plain.fc1.weight, made.stages[0].blocks[0].tokens.plain.fc1.weight
+    )
+
+
+def test_pruned_models_take_release_checkpoints(release_s):
+    backbone = timm.create_model("raftmlp_s", features_only=True)
+    result = backbone.model.load_state_dict(release_s[0], strict=False)
+    assert not result.missing_keys
+    assert torch.equal(backbone.model.stages[3].embed.bias, release_s[1].stages[3].embed.bias)
+
+
 # Files
 
 
@@ -148,6 +172,7 @@ def test_unwrap():
         {"state_dict": {"module.a": weight}},
         {"state_dict": {"a": weight * 0}, "state_dict_ema": {"a": weight}},
         {"_orig_mod.a": weight},
+        {"_orig_mod.module.a": weight},
         {"state_dict": {"backbone.a": weight, "head.b": weight}},
     ):
         unwrapped = unwrap(state)
@@ -172,6 +197,12 @@ def test_a_failed_write_leaves_the_old_file(digits, tmp_path, monkeypatch):
         save_state_dict(digits.state_dict(), file)
     assert list(load_state_dict(file)) == ["a"]
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_checkpoints_of_timms_training_script(tmp_path):
+    options = argparse.Namespace(model="raftmlp_s", lr=1e-3)
+    torch.save({"state_dict": {"a": torch.ones(1)}, "args": options, "arch": "raftmlp_s"}, tmp_path / "timm.pth.tar")
+    assert list(load_state_dict(tmp_path / "timm.pth.tar")) == ["a"]
 
 
 class Evil:
@@ -236,6 +267,13 @@ def test_folder_of_checkpoints(tmp_path, monkeypatch):
         assert tuple(model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
         assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 192, 192)
     assert timm.create_model("raftmlp_s", pretrained=True, img_size=224).img_size == (224, 224)
+
+    cfg = timm.models.PretrainedCfg(file=str(tmp_path / "raftmlp_s.mine.safetensors"), num_classes=5, classifier="head")
+    assert same_weights(timm.create_model("raftmlp_s", pretrained=True, pretrained_cfg=cfg, img_size=192), made)
+    (tmp_path / "raftmlp_s.cut.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="cut.safetensors is damaged"):
+        timm.create_model("raftmlp_s.cut", pretrained=True)
+    (tmp_path / "raftmlp_s.cut.safetensors").unlink()
 
     with pytest.raises(FileNotFoundError, match=r"raftmlp_s\.other\.safetensors"):
         timm.create_model("raftmlp_s.other", pretrained=True)

@@ -182,12 +182,14 @@ def test_every_parameter_gets_a_gradient(model):
 
 @torch.no_grad()
 def test_a_call_leaves_no_trace(small):
-    before = {name: dict(vars(module)) for name, module in small.named_modules()}
+    def snapshot():
+        return str([(name, sorted(vars(module).items())) for name, module in small.named_modules()])
+
+    before = snapshot()
     expected = {size: small(batch(size)) for size in SIZES}
     for size in reversed(SIZES):
         assert torch.equal(small(batch(size)), expected[size])
-    after = {name: dict(vars(module)) for name, module in small.named_modules()}
-    assert str(before) == str(after)
+    assert snapshot() == before
 
 
 def test_two_threads_with_different_sizes(small):
@@ -314,6 +316,8 @@ def test_intermediates_options(model):
     assert all(torch.equal(a.permute(0, 3, 1, 2), b) for a, b in zip(nhwc, maps, strict=True))
     normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
     assert torch.equal(normed[-1], final)
+    if len(model.stages) > 1:
+        assert all(torch.equal(a, b) for a, b in zip(normed[:-1], maps[:-1]))
 
     called = []
     last = dict(model.named_modules())[model.feature_info[-1]["module"]]
@@ -343,6 +347,7 @@ def test_features_only(name):
     expected = plain.forward_intermediates(x, indices=len(maps), intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
 
+    narrow(name, features_only=True, depths=(2,) * len(plain.stages))  # fewer blocks than maps by default
     first = narrow(name, features_only=True, out_indices=(0,)).eval()
     assert first.feature_info.channels() == [16]
     assert first(x)[0].shape[1] == 16
@@ -373,12 +378,18 @@ def test_pruning(model):
 def test_grad_checkpointing(model):
     plain, checkpointed = copy.deepcopy(model).train(), copy.deepcopy(model).train()
     checkpointed.set_grad_checkpointing()
+    called = []
+    for m in (plain, checkpointed):
+        m.stages[0].blocks[0].channels.register_forward_hook(lambda *_: called.append(1))
     for forward in (lambda m, x: m(x), lambda m, x: m.forward_intermediates(x)[0]):
-        grads = []
+        grads, calls = [], []
         for m in (plain, checkpointed):
             m.zero_grad()
             forward(m, batch(SIZES[1])).square().mean().backward()
             grads.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
+            calls.append(len(called))
+            called.clear()
+        assert calls == [1, 2]  # once more in the backward pass
         assert len(grads[0]) == len(grads[1])
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
 
@@ -387,13 +398,13 @@ def test_group_matcher_sorts_every_parameter_by_depth(model):
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))
-    depths = [len(stage.blocks) for stage in model.stages]
     named = dict(model.named_parameters())
-    # one step a block; an embedding goes with the first block of its stage, or with the stem
-    firsts = [scale[id(named[f"stages.{i}.blocks.0.channels.fc1.weight"])] for i in range(len(depths))]
-    assert scale[id(named["head.weight"])] == 1
-    assert scale[id(named["stages.0.embed.bias"])] < firsts[0]
-    assert firsts == sorted(firsts)
+    # one step a block; an embedding goes with the first block of its stage, the first one is the stem
+    blocks = [(i, j) for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
+    scales = [scale[id(named[f"stages.{i}.blocks.{j}.channels.fc1.weight"])] for i, j in blocks]
+    assert scales == [0.5 ** (len(blocks) - k) for k in range(len(blocks))]
+    assert scale[id(named["stages.0.embed.bias"])] == scales[0] / 2
+    assert scale[id(named["norm.weight"])] == scale[id(named["head.weight"])] == 1
     assert model.no_weight_decay() == set()
 
 
@@ -437,6 +448,25 @@ def test_set_input_size_smaller(model):
     fresh = narrow_like(model, img_size=32)
     fresh.load_state_dict(resized.state_dict())
     assert_same(fresh(batch((32, 32))), resized(batch((32, 32))))
+    # hidden units are kept or dropped whole, so each bias is one of the old ones
+    for old, new in zip(model.stages[0].blocks[0].tokens, resized.stages[0].blocks[0].tokens):
+        assert new.fc1.bias.numel() < old.fc1.bias.numel()
+        assert set(new.fc1.bias.tolist()) < set(old.fc1.bias.tolist())
+
+
+@torch.no_grad()
+def test_set_input_size_smaller_keeps_what_matters():
+    # where the dropped hidden units do nothing, no number changes but by the resizing
+    old = tiny(embed_dims=(16,), depths=(1,), patch_sizes=(8,), patch_kernels=((8,),), raft_size=2)
+    layer = old.stages[0].blocks[0].tokens.vertical
+    layer.fc2.weight[:, ::2] = 0
+    new = copy.deepcopy(old)
+    new.set_input_size(32)
+    stream = torch.randn(2, 4, 4, 16)
+    layer.norm, new.stages[0].blocks[0].tokens.vertical.norm = torch.nn.Identity(), torch.nn.Identity()
+    large = raftmlp.resize_bicubic(stream, 8, 4)
+    expected = stream + raftmlp.resize_bicubic(layer(large) - large, 4, 4)
+    assert_same(new.stages[0].blocks[0].tokens.vertical(stream), expected)
 
 
 # Compilers
@@ -496,12 +526,14 @@ def test_compile_makes_one_graph(name):
 
 
 @torch.no_grad()
-def test_compile_with_dynamic_sizes_makes_one_graph():
+def test_compile_with_dynamic_sizes_does_not_make_a_graph_a_size():
     torch._dynamo.reset()
-    model = one_stage()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-    for size in SIZES:
+    graphs = []
+    model = tiny(embed_dims=(8, 8), depths=(1, 1), raft_size=2).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g)
+    for size in [*SIZES, (64, 65), (50, 70), (31, 31), (40, 40), (77, 13), (100, 90), (66, 30)]:
         assert_same(compiled(batch(size)), model(batch(size)))
+    assert len(graphs) <= 5
 
 
 def test_compile_with_inductor():

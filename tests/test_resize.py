@@ -8,6 +8,7 @@ from raftmlp.resize import bicubic_matrix, resize_bicubic
 
 LENGTHS = [1, 2, 3, 7, 14, 33, 56, 97, 333]
 SIZES = [((h, w), (w, h)) for h in LENGTHS for w in LENGTHS if h != w] + [((1, 1), (5, 9)), ((31, 800), (56, 56))]
+SIZES += [((801, 1333), (804, 1336)), ((427, 641), (428, 644))]
 
 
 def reference(x, size):

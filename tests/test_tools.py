@@ -158,7 +158,7 @@ def test_train_on_a_folder_of_images(image_folder, run):
         train, *options, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned2"
     )
     assert status == 0, err
-    assert "its classifier is another task's" in out
+    assert "its classifier is missing or another task's" in out
     status, _, err = run(validate, *options)
     assert status == 2 and "head.weight has shape [10, 128], not [2, 128]" in err
 
@@ -243,6 +243,12 @@ def test_help_tells_every_option(tool, run):
         (["-c", "wrong.yaml"], "wrong.yaml: batch_size: must be a whole number of 1 or more, not 'big'"),
         (["-c", "flag.yaml"], "flag.yaml: amp must be true or false, not 'perhaps'"),
         (["-c", "count.yaml"], "count.yaml: scale takes 2 values"),
+        (["-c", "number.yaml"], "number.yaml must be a mapping"),
+        (["-c", "circle.yaml"], "circle.yaml is its own base"),
+        (["-c", "badbase.yaml"], "badbase.yaml: base must be the name of a file"),
+        (["-c", "null.yaml"], "null.yaml: model has no value"),
+        (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
+        (["--dataset", "torch/cifar10"], "torch/cifar10"),
     ],
 )
 @pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)
@@ -253,7 +259,8 @@ def test_bad_input(run, tool, options, message):
     torch.save({"conv.weight": torch.zeros(3)}, "foreign.pth")
     for name, text in {
         "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
-        "count": "scale: [1]", "base": "base: nowhere.yaml",
+        "count": "scale: [1]", "base": "base: nowhere.yaml", "number": "1: 2", "circle": "base: circle.yaml",
+        "badbase": "base: [a]", "null": "model:",
     }.items():  # fmt: skip
         Path(f"{name}.yaml").write_text(text)
     before = sorted(Path().iterdir())
@@ -273,6 +280,8 @@ def test_train_only_bad_input(run):
         (["--opt", "adamx"], "adamx"),
         (["--sched", "cosin"], "cosin"),
         (["--aa", "random"], "--aa 'random'"),
+        (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),
+        (["--mixup", "0.8", "--batch-size", "7"], "--batch-size 7 must be even"),
         (["--lr", "-1"], "must be a number of 0 or more, not '-1'"),
         (["--epochs", "1.5"], "must be a whole number of 1 or more, not '1.5'"),
     ]:
@@ -283,6 +292,48 @@ def test_train_only_bad_input(run):
     Path("file").write_text("")
     status, _, err = run(train, *digits, "--output", "file/run")
     assert status == 2 and "cannot write into file/run" in err
+
+
+def test_validate_checks_what_it_shall_write_before_the_work(run):
+    Path("file").write_text("")
+    for options, message in [
+        (["--picture", "picture"], "picture must be named .png"),
+        (["--results-file", "file/result.json"], "cannot write file/result.json"),
+        (["--results-file", "result.txt"], "result.txt must be named .json"),
+    ]:
+        status, out, err = run(validate, "--model", "raftmlp_digits", "--pretrained", "--dataset", "digits", *options)
+        assert status == 2
+        assert message in err and "Traceback" not in err
+        assert not out
+
+
+def test_folders_that_would_spoil_the_figure(image_folder, run, tmp_path):
+    options = [*TINY, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
+    status, _, err = run(train, *options, "--data-dir", image_folder / "train")
+    assert status == 2 and "overlap" in err
+    for split, names in (("train", "abc"), ("val", "bc")):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "1.png")
+    status, _, err = run(train, *options, "--data-dir", tmp_path / "data")
+    assert status == 2 and "are not those to evaluate on" in err
+
+
+def test_a_failed_resume_changes_nothing(digits_run, run):
+    output, _ = digits_run
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    options = [*TINY, "--dataset", "digits", "--output", output, "--resume", "missing.pth", "--lr", 7]
+    assert run(train, *options)[0] == 2
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_resume_into_another_folder_and_from_its_options(digits_run, run):
+    output, _ = digits_run
+    status, _, err = run(
+        train, "-c", output / "args.yaml", "--epochs", 3, "--resume", output / "last.pth.tar", "--output", "new"
+    )
+    assert status == 0, err
+    assert Path(json.loads(Path("new/summary.json").read_text())["best_checkpoint"]).exists()
 
 
 def test_no_traceback_from_a_process():
@@ -342,6 +393,7 @@ def test_convert_refuses(run):
     odd["levels.1.fn.0.fc.bias"] = torch.zeros(5)
     torch.save({**odd, "extra.weight": torch.zeros(2)}, "odd.pth")
     torch.save({**weights, "classifier.bias": torch.full((1000,), float("nan"))}, "nan.pth")
+    torch.save({key: value for key, value in weights.items() if key != "classifier.bias"}, "head.pth")
     Path("there.safetensors").write_text("mine")
     for options, messages in [
         (["release.pth", "out.pth"], ["must be named .safetensors"]),
@@ -350,6 +402,7 @@ def test_convert_refuses(run):
         (["release.pth", "out.safetensors", "--model", "raftmlp_x"], ["unknown model 'raftmlp_x'"]),
         (["release.pth", "out.safetensors", "--model", "resnet18"], ["unknown model 'resnet18'"]),
         (["nan.pth", "out.safetensors"], ["not finite"]),
+        (["head.pth", "out.safetensors"], ["its classifier is damaged: head.bias is missing"]),
         (
             ["odd.pth", "out.safetensors"],
             [

@@ -16,7 +16,7 @@ from timm.data import create_loader, resolve_data_config
 from timm.utils import ParseKwargs
 
 from raftmlp import RaftMLP
-from raftmlp.checkpoint import checkpoint_filter_fn, load_state_dict
+from raftmlp.checkpoint import adapt_state_dict, load_state_dict
 from raftmlp.data import class_names, create_dataset
 
 
@@ -105,6 +105,8 @@ class Parser(argparse.ArgumentParser):
 
     def _checked(self, action: argparse.Action, value, path: str):
         """Return a YAML value as the command line would have given it."""
+        if value is None and action.default is not None:
+            raise UserError(f"{path}: {action.dest} has no value")
         if value is None or isinstance(action, ParseKwargs):
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {action.dest} must be a mapping, not {value!r}")
@@ -126,23 +128,29 @@ class Parser(argparse.ArgumentParser):
         return checked if many else checked[0]
 
     def error(self, message):
-        self.print_usage(sys.stderr)
         raise SystemExit(_line(UserError(f"{message} (--help lists the options)")))
 
 
-def read_config(path: str | Path) -> dict:
+def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
     """Return the options in a YAML file, those of its ``base`` file under them."""
+    path = Path(path)
+    if path.resolve() in above:
+        raise UserError(f"{path} is its own base")
     try:
-        options = yaml.safe_load(Path(path).read_text())
+        options = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     options = {} if options is None else options
-    if not isinstance(options, dict):
-        raise UserError(f"{path} must be a mapping of options, not a {type(options).__name__}")
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise UserError(f"{path} must be a mapping from options to values")
     base = options.pop("base", None)
-    return {**read_config(Path(path).parent / base), **options} if base else options
+    if base is None:
+        return options
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the name of a file, not {base!r}")
+    return {**read_config(path.parent / base, (*above, path.resolve())), **options}
 
 
 def known_model(name: str, among: str = "") -> str:
@@ -245,8 +253,11 @@ def create_model(args: argparse.Namespace, fresh_head: bool = False, **kwargs) -
         **kwargs: More arguments of the model; those that are None are left out.
     """
     given = dict(num_classes=args.num_classes, **kwargs)
+    cfg = timm.models.get_pretrained_cfg(timm.models.split_model_name_tag(args.model)[0])
+    if args.img_size and cfg and cfg.fixed_input_size:  # must be told; others take any size
+        given["img_size"] = image_size(args.img_size)
     given = {**given, **args.model_kwargs}
-    with user_errors(ValueError, FileNotFoundError, TypeError):
+    with user_errors(ValueError, FileNotFoundError, TypeError, RuntimeError):
         model = timm.create_model(args.model, pretrained=args.pretrained, **given)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, fresh_head)
@@ -258,13 +269,13 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None
     with user_errors(ValueError, FileNotFoundError):
         state = load_state_dict(path)
         if isinstance(model, RaftMLP):
-            state = checkpoint_filter_fn(state, model)
-    own = model.state_dict()
+            state = adapt_state_dict(state, model)
+    own, note = model.state_dict(), ""
     if fresh_head:
         classifier = model.pretrained_cfg.get("classifier") or ()
         for name in (classifier,) if isinstance(classifier, str) else classifier:
-            if len(state.get(f"{name}.bias", ())) not in (0, model.num_classes):
-                print(f"{path}: its classifier is another task's; this model keeps its own, fresh one")
+            if len(state.get(f"{name}.bias", ())) != model.num_classes:
+                note = f"{path}: its classifier is missing or another task's; this model keeps its own, fresh one"
                 state.update({key: value for key, value in own.items() if key.startswith(f"{name}.")})
     differences = describe_differences(
         {key: tuple(value.shape) for key, value in state.items()},
@@ -272,7 +283,11 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None
     )
     if differences:
         more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+        if any("fc1.weight has shape" in line for line in differences):
+            more += "; if it was trained at another image size, say --model-kwargs img_size=N"
         raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(differences[:3])}{more}")
+    if note:
+        print(note)
     model.load_state_dict(state)
 
 
@@ -338,6 +353,31 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format=path.suffix[1:])
+    temporary.replace(path)
+
+
+def output_file(suffixes: tuple[str, ...]) -> Callable[[str], Path]:
+    """Return an option type: files to write, with one of the suffixes; their folder is made."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text} must be named {' or '.join(suffixes)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"cannot write {text}")
+        return path
+
+    return parse
 
 
 def find_device(name: str | None) -> torch.device:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import cli
 from raftmlp.checkpoint import (
-    checkpoint_filter_fn,
+    adapt_state_dict,
     is_release_format,
     load_state_dict,
     release_entries,
@@ -92,8 +92,12 @@ def main() -> None:
     classifier = next((state[f"{key}weight"] for key in CLASSIFIERS if f"{key}weight" in state), None)
     num_classes = 0 if classifier is None else len(classifier)
     model = timm.create_model(name, num_classes=num_classes, **kwargs)
-    state = checkpoint_filter_fn(state, model)
-    model.load_state_dict(state)  # every key once more, the classifier's too
+    with cli.user_errors(ValueError):
+        state = adapt_state_dict(state, model)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if lines := cli.describe_differences({key: tuple(value.shape) for key, value in state.items()}, expected):
+        raise cli.UserError(f"{args.checkpoint} is a {name}, but its classifier is damaged: {'; '.join(lines)}")
+    model.load_state_dict(state)
     with torch.inference_mode():
         logits = model.eval()(torch.zeros(1, model.in_chans, *model.img_size))
     if not logits.isfinite().all():

@@ -79,7 +79,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--min-lr", type=cli.number(float, 0), default=1e-5, metavar="X", help="learning rate at the end"
     )
-    group.add_argument("--smoothing", type=cli.number(float, 0, 1), default=0.1, metavar="X", help="label smoothing")
+    group.add_argument("--smoothing", type=cli.number(float, 0, 0.99), default=0.1, metavar="X", help="label smoothing")
     group.add_argument(
         "--model-ema",
         action=argparse.BooleanOptionalAction,
@@ -137,7 +137,7 @@ def build_parser() -> cli.Parser:
 
 
 def trained_size(args) -> tuple[int, int] | None:
-    """Return the image size a model is built for: RaftMLP's trained grid; other models are not told."""
+    """Return the image size a RaftMLP is built for; other models are not told."""
     ours = timm.models.split_model_name_tag(args.model)[0] in timm.list_models(module="raftmlp")
     return cli.image_size(args.img_size) if ours else None
 
@@ -155,10 +155,26 @@ def prepare_output(args) -> Path:
                 path.unlink()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        cli.write_whole(output / "args.yaml", yaml.safe_dump(vars(args), sort_keys=False))
     except OSError as error:
         raise cli.UserError(f"cannot write into {output}: {error.strerror}") from error
     return output
+
+
+def check_split(train_set, val_set) -> None:
+    """Refuse folders of images that are the same for training and evaluation, or that name other classes."""
+    train_names, val_names = class_names(train_set), class_names(val_set)
+    if train_names and val_names and train_names != val_names:
+        raise cli.UserError(
+            f"the classes to train on, {train_names[:5]} ..., are not those to evaluate on, {val_names[:5]} ..."
+        )
+    roots = [getattr(getattr(part, "reader", None), "root", None) for part in (train_set, val_set)]
+    if None not in roots:
+        train_root, val_root = (Path(root).resolve() for root in roots)
+        if train_root == val_root or train_root in val_root.parents or val_root in train_root.parents:
+            raise cli.UserError(
+                f"images to train on in {train_root} and to evaluate on in {val_root} overlap: put them into "
+                f"train/ and val/ of the data folder, or name the sub-folders with --train-split and --val-split"
+            )
 
 
 def training_loader(args, dataset, settings: dict, device: torch.device):
@@ -188,6 +204,8 @@ def training_loader(args, dataset, settings: dict, device: torch.device):
         ) from error
     if args.affine:
         degrees, shift, scale = args.affine
+        if shift > 1 or scale >= 1:
+            raise cli.UserError(f"--affine takes a SHIFT up to 1 and a SCALE below 1, not {shift} and {scale}")
         affine = RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), interpolation=InterpolationMode.BILINEAR)
         dataset.transform = Compose([affine, dataset.transform])
     return loader
@@ -237,7 +255,8 @@ def resume(path: Path, model, optimizer, ema, saver) -> int:
         optimizer.load_state_dict(state["optimizer"])
         if ema:
             ema.module.load_state_dict(state["state_dict_ema"])
-        saver.load_state_dict(state["saver"])
+        if path.parent.resolve() == Path(saver.checkpoint_dir).resolve():  # the best ones so far are here too
+            saver.load_state_dict(state["saver"])
     except Exception as error:  # whatever a damaged or foreign file brings about
         raise cli.UserError(f"cannot resume from {path}: {str(error).splitlines()[0]}") from error
     return state["epoch"] + 1
@@ -260,7 +279,7 @@ def plot_curves(log: Path, picture: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(picture, dpi=120)
+    cli.save_figure(figure, picture)
     plt.close(figure)
 
 
@@ -272,6 +291,7 @@ def main() -> None:
     # data and model
     train_set = cli.create_data(args, args.train_split, is_training=True)
     val_set = cli.create_data(args, args.val_split)
+    check_split(train_set, val_set)
     if args.num_classes is None and (names := class_names(train_set)):
         args.num_classes = len(names)
     model = cli.create_model(
@@ -296,6 +316,10 @@ def main() -> None:
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
     mixup = None
     if args.mixup > 0 or args.cutmix > 0:
+        if args.batch_size % 2:
+            raise cli.UserError(
+                f"mixup and cutmix pair the images of a batch: --batch-size {args.batch_size} must be even"
+            )
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
     loss_fn = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(args.smoothing)
 
@@ -310,6 +334,8 @@ def main() -> None:
         path = output / "last.pth.tar" if args.resume == "auto" else Path(args.resume)
         first_epoch = resume(path, model, optimizer, ema, saver)
         print(f"going on from {path}, epoch {first_epoch + 1}")
+    options = {key: value for key, value in vars(args).items() if key not in ("config", "overwrite", "resume")}
+    cli.write_whole(output / "args.yaml", yaml.safe_dump(options, sort_keys=False))
     trim_summary(str(log), first_epoch)
     scheduler.step_update(first_epoch * len(train_loader))
 

@@ -34,8 +34,15 @@ def build_parser() -> cli.Parser:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
     group = parser.add_argument_group("output")
-    group.add_argument("--results-file", metavar="FILE", help="write the figures as JSON")
-    group.add_argument("--picture", metavar="FILE", help="draw images with their predictions, the wrong ones marked")
+    group.add_argument(
+        "--results-file", type=cli.output_file((".json",)), metavar="FILE", help="write the figures, a .json file"
+    )
+    group.add_argument(
+        "--picture",
+        type=cli.output_file((".png", ".jpg", ".pdf", ".svg")),
+        metavar="FILE",
+        help="draw images with their predictions, the wrong ones marked",
+    )
     return parser
 
 
@@ -110,8 +117,7 @@ class Gallery:
                 axis.set_title(f"{label}\nis {self._name(truth)}", fontsize=8, color="tab:red", weight="bold")
         figure.suptitle(title, fontsize=10)
         figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        cli.save_figure(figure, path)
         plt.close(figure)
 
     def _name(self, index: int) -> str:
@@ -139,13 +145,11 @@ def main() -> None:
         f"over {result['images']} images, {result['images_per_second']:.0f} images/s on {device}"
     )
     if args.results_file:
-        path = Path(args.results_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cli.write_whole(path, json.dumps(result, indent=2) + "\n")
-        print(f"figures: {path}")
+        cli.write_whole(args.results_file, json.dumps(result, indent=2) + "\n")
+        print(f"figures: {args.results_file}")
     if gallery:
         right = round(result["top1"] * result["images"] / 100)
-        gallery.draw(Path(args.picture), f"{args.model}: {right} of {result['images']} right, the wrong ones first")
+        gallery.draw(args.picture, f"{args.model}: {right} of {result['images']} right, the wrong ones first")
         print(f"picture: {args.picture}")
 
 

@@ -38,7 +38,7 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
             raise FileNotFoundError(f"no data at {root}")
     try:
         return create_timm_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f"no data set {name!r} with split {split!r} in {root}: {error}") from error
 
 
