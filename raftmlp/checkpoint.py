@@ -69,7 +69,8 @@ def load_state_dict(path: str | Path) -> StateDict:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the readers raise anything on bytes that are no checkpoint
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        told = isinstance(error, (RuntimeError, safetensors.SafetensorError)) and str(error)
+        reason = str(error).splitlines()[0] if told else "not a file of torch.save or safetensors"
         raise ValueError(f"{path} is damaged or is no checkpoint: {reason}") from error
     state = unwrap(content) if isinstance(content, Mapping) else {}
     if not state:

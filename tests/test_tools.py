@@ -126,7 +126,15 @@ def test_resume_goes_on(digits_run, run):
     status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
     assert status == 2 and "cannot resume from" in err
 
+    (output / "empty.pth").write_bytes(b"")
+    status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "empty.pth")
+    assert status == 2 and "cannot resume from" in err
+    status, _, err = run(train, *config, "--epochs", "3", "--resume", "elsewhere/last.pth.tar")
+    assert status == 2 and "holds a run" in err
+
+    (output / "mine.txt").write_text("keep")
     status, out, _ = run(train, *config, "--epochs", "1", "--overwrite", "--no-model-ema")
+    assert (output / "mine.txt").read_text() == "keep"
     assert status == 0
     assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["0"]
 
@@ -249,6 +257,7 @@ def test_help_tells_every_option(tool, run):
         (["-c", "null.yaml"], "null.yaml: model has no value"),
         (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
         (["--dataset", "torch/cifar10"], "torch/cifar10"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size"], "takes KEY=VALUE pairs"),
     ],
 )
 @pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)

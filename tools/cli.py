@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_line(error))
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("\ninterrupted; training goes on with --resume after the last finished epoch", file=sys.stderr)
         sys.exit(130)
 
 
@@ -75,6 +75,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if none or "(default" in action.help else super()._get_help_string(action)
 
 
+def first_words(error: Exception) -> str:
+    """Return an exception's message in one line of bounded length."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 400 else words[:400] + " ..."
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose options can also stand in a YAML file, given with -c/--config; the command line wins.
 
@@ -92,7 +98,10 @@ class Parser(argparse.ArgumentParser):
         config = finder.parse_known_args(args)[0].config
         if config:
             self._apply(read_config(config), config)
-        return super().parse_args(args, namespace)
+        try:
+            return super().parse_args(args, namespace)
+        except ValueError:  # of timm's ParseKwargs
+            self.error("--model-kwargs takes KEY=VALUE pairs")
 
     def _apply(self, options: dict, path: str) -> None:
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
@@ -257,8 +266,10 @@ def create_model(args: argparse.Namespace, fresh_head: bool = False, **kwargs) -
     if args.img_size and cfg and cfg.fixed_input_size:  # must be told; others take any size
         given["img_size"] = image_size(args.img_size)
     given = {**given, **args.model_kwargs}
-    with user_errors(ValueError, FileNotFoundError, TypeError, RuntimeError):
+    try:
         model = timm.create_model(args.model, pretrained=args.pretrained, **given)
+    except (ValueError, FileNotFoundError, TypeError, RuntimeError) as error:
+        raise UserError(f"cannot make {args.model}: {first_words(error)}") from error
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, fresh_head)
     return model

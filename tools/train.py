@@ -120,7 +120,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("run")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed")
+    group.add_argument("--seed", type=cli.number(int, 0), default=42, metavar="N", help="random seed")
     group.add_argument("--output", default="runs/train", metavar="DIR", help="folder of this run")
     group.add_argument("--overwrite", action="store_true", help="remove a run that is in the folder already")
     group.add_argument(
@@ -145,7 +145,8 @@ def trained_size(args) -> tuple[int, int] | None:
 def prepare_output(args) -> Path:
     """Make the run's folder; refuse to write over a run that nobody gave up."""
     output = Path(args.output)
-    if (output / "last.pth.tar").exists() and not args.resume:
+    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).parent.resolve() == output.resolve())
+    if (output / "last.pth.tar").exists() and not goes_on:
         if not args.overwrite:
             raise cli.UserError(
                 f"{output} holds a run: go on with --resume, name another folder with --output, or --overwrite it"
@@ -258,7 +259,7 @@ def resume(path: Path, model, optimizer, ema, saver) -> int:
         if path.parent.resolve() == Path(saver.checkpoint_dir).resolve():  # the best ones so far are here too
             saver.load_state_dict(state["saver"])
     except Exception as error:  # whatever a damaged or foreign file brings about
-        raise cli.UserError(f"cannot resume from {path}: {str(error).splitlines()[0]}") from error
+        raise cli.UserError(f"cannot resume from {path}: {cli.first_words(error)}") from error
     return state["epoch"] + 1
 
 

@@ -9,6 +9,7 @@ Prints one line, and writes JSON and a picture where they are asked for.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -134,6 +135,9 @@ def main() -> None:
     model = cli.create_model(args).to(device)
     settings = cli.image_settings(args, model)
     cli.check_classes(dataset, model)
+
+    if not args.pretrained and not args.checkpoint:
+        print("note: neither --pretrained nor --checkpoint is given, the weights are random", file=sys.stderr)
 
     gallery = Gallery(settings["mean"], settings["std"], names) if args.picture else None
     loader = cli.evaluation_loader(args, dataset, settings, device)
