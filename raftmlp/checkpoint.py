@@ -5,6 +5,7 @@ file: safetensors, or ``torch.load(weights_only=True)``.
 """
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -31,16 +32,19 @@ __all__ = [
     "checkpoint_filter_fn",
     "find_pretrained",
     "is_release_format",
+    "load_checkpoint",
     "load_state_dict",
     "read_metadata",
     "release_entries",
     "resample_grid",
     "save_state_dict",
     "tag_of",
+    "trained_as",
     "unwrap",
 ]
 
 StateDict = dict[str, Tensor]
+CFG_KEYS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 
 
 # Files
@@ -50,6 +54,19 @@ def load_state_dict(path: str | Path) -> StateDict:
     """Return the weights in a checkpoint file (safetensors, or any ``torch.save`` file), read without running code.
 
     Of a training checkpoint, the averaged weights (EMA) are taken where there are some.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, is no checkpoint, or holds anything but plain data.
+    """
+    state = unwrap(load_checkpoint(path))
+    if not state:
+        raise ValueError(f"{path} holds no weights")
+    return state
+
+
+def load_checkpoint(path: str | Path) -> Mapping:
+    """Return all that is in a checkpoint file (safetensors, or any ``torch.save`` file), read without running code.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,10 +89,36 @@ def load_state_dict(path: str | Path) -> StateDict:
         told = isinstance(error, (RuntimeError, safetensors.SafetensorError)) and str(error)
         reason = str(error).splitlines()[0] if told else "not a file of torch.save or safetensors"
         raise ValueError(f"{path} is damaged or is no checkpoint: {reason}") from error
-    state = unwrap(content) if isinstance(content, Mapping) else {}
-    if not state:
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no weights")
-    return state
+    return content
+
+
+def trained_as(path: str | Path) -> dict:
+    """Return what a checkpoint file tells of its model: ``model``, ``model_kwargs``, ``pretrained_cfg``, if it does.
+
+    Of a ``pretrained_cfg`` (timm's word for how images are prepared and how many classes there are) CFG_KEYS are taken.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, is no checkpoint, or holds anything but plain data.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        told = read_metadata(path)
+        try:
+            told["pretrained_cfg"] = json.loads(told.get("pretrained_cfg", "{}"))
+        except ValueError as error:
+            raise ValueError(f"{path} has damaged metadata: {error}") from error
+    else:
+        content = load_checkpoint(path)
+        told = {**content, "model": content.get("arch")}
+    kinds = dict(model=str, model_kwargs=dict, pretrained_cfg=dict)
+    told = {key: told[key] for key, kind in kinds.items() if isinstance(told.get(key), kind)}
+    if "pretrained_cfg" in told:  # plain facts only, nothing that names files to fetch
+        cfg = {key: value for key, value in told["pretrained_cfg"].items() if key in CFG_KEYS}
+        told["pretrained_cfg"] = {key: tuple(v) if isinstance(v, list) else v for key, v in cfg.items()}
+    return told
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

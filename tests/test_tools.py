@@ -7,22 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_checkpoint
 import numpy as np
 import pytest
 import timm
 import torch
-import train
 import yaml
 from PIL import Image
 from test_golden import release_weights
 
 import cli
+import convert_checkpoint
+import predict
+import train
 import validate
 from raftmlp.checkpoint import load_state_dict, read_metadata
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TINY = ["--workers", "0", "--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]
 
 
@@ -92,7 +92,7 @@ def test_validate_gives_the_runs_figure(digits_run, run):
     options = [*TINY, "--checkpoint", output / "model_best.pth.tar", "--dataset", "digits"]
     status, out, _ = run(validate, *options, "--results-file", "a/result.json", "--picture", "b/picture.png")
     assert status == 0
-    result = json.loads(Path("a/result.json").read_text())
+    (result,) = json.loads(Path("a/result.json").read_text())["rows"]
     best = json.loads((output / "summary.json").read_text())["best_top1"]
     assert result["top1"] == pytest.approx(best)
     assert f"top-1 {best:.2f} %" in out
@@ -124,16 +124,16 @@ def test_resume_goes_on(digits_run, run):
     assert status == 2 and "no checkpoint to resume from" in err
     (output / "cut.pth").write_bytes(before[:3000])
     status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
-    assert status == 2 and "cannot resume from" in err
+    assert status == 2 and "cut.pth is damaged" in err
 
     (output / "empty.pth").write_bytes(b"")
     status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "empty.pth")
-    assert status == 2 and "cannot resume from" in err
+    assert status == 2 and "empty.pth is damaged" in err
     status, _, err = run(train, *config, "--epochs", "3", "--resume", "elsewhere/last.pth.tar")
     assert status == 2 and "holds a run" in err
 
     (output / "mine.txt").write_text("keep")
-    status, out, _ = run(train, *config, "--epochs", "1", "--overwrite", "--no-model-ema")
+    status, out, _ = run(train, *config, "--epochs", "1", "--warmup-epochs", 0, "--overwrite", "--no-model-ema")
     assert (output / "mine.txt").read_text() == "keep"
     assert status == 0
     assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["0"]
@@ -168,7 +168,7 @@ def test_train_on_a_folder_of_images(image_folder, run):
     assert status == 0, err
     assert "its classifier is missing or another task's" in out
     status, _, err = run(validate, *options)
-    assert status == 2 and "head.weight has shape [10, 128], not [2, 128]" in err
+    assert status == 2 and "the data has 2 classes, the model tells 10 apart" in err
 
 
 def test_other_models_of_timm(run):
@@ -190,13 +190,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
 # Configs and options
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_configs_parse_and_open_with_their_command(config):
-    args = train.build_parser().parse_args(["-c", str(config)])
-    assert timm.is_model(args.model)
-    assert f"python tools/train.py -c {config.relative_to(ROOT)}" in config.read_text()
-
-
 def test_the_command_line_wins_over_the_config(tmp_path):
     (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\nmodel_kwargs: {depths: [1, 1]}\n")
     (tmp_path / "run.yaml").write_text("base: base.yaml\nlr: 0.25\nscale: [0.5, 1]\nmodel_ema: true\n")
@@ -207,7 +200,7 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     assert parse(["-c", str(tmp_path / "run.yaml"), "--no-model-ema"]).model_ema is False
 
 
-@pytest.mark.parametrize("tool", [train, validate, convert_checkpoint])
+@pytest.mark.parametrize("tool", [train, validate, predict, convert_checkpoint])
 def test_help_tells_every_option(tool, run):
     status, out, _ = run(tool, "--help")
     assert status == 0
@@ -254,7 +247,7 @@ def test_help_tells_every_option(tool, run):
         (["-c", "number.yaml"], "number.yaml must be a mapping"),
         (["-c", "circle.yaml"], "circle.yaml is its own base"),
         (["-c", "badbase.yaml"], "badbase.yaml: base must be the name of a file"),
-        (["-c", "null.yaml"], "null.yaml: model has no value"),
+        (["-c", "null.yaml"], "null.yaml: batch_size has no value"),
         (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
         (["--dataset", "torch/cifar10"], "torch/cifar10"),
         (["--dataset", "digits", "--model-kwargs", "raft_size"], "takes KEY=VALUE pairs"),
@@ -269,7 +262,7 @@ def test_bad_input(run, tool, options, message):
     for name, text in {
         "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
         "count": "scale: [1]", "base": "base: nowhere.yaml", "number": "1: 2", "circle": "base: circle.yaml",
-        "badbase": "base: [a]", "null": "model:",
+        "badbase": "base: [a]", "null": "batch_size:",
     }.items():  # fmt: skip
         Path(f"{name}.yaml").write_text(text)
     before = sorted(Path().iterdir())
@@ -285,9 +278,15 @@ def test_bad_input(run, tool, options, message):
 def test_train_only_bad_input(run):
     digits = ["--dataset", "digits", "--model", "raftmlp_digits", "--workers", 0]
     for options, message in [
-        (["--batch-size", 5000], "1437 images make no batch of 5000"),
+        (["--batch-size", 5000], "1437 images make no update of 5000"),
         (["--opt", "adamx"], "adamx"),
-        (["--sched", "cosin"], "cosin"),
+        (["--sched", "cosin"], "invalid choice: 'cosin'"),
+        (["--warmup-epochs", "300"], "--warmup-epochs 300 must be less than --epochs 300"),
+        (["--opt", "adamww"], "unknown optimiser 'adamww'; did you mean adamw"),
+        (["--global-batch-size", "0"], "must be a whole number of 1 or more"),
+        (["--mixup-then-cutmix", "--mixup", "1"], "needs --mixup and --cutmix above 0"),
+        (["--mean", "0.5", "0.5"], "--mean takes 1 or 3 numbers"),
+        (["--in-chans", "2"], "images have 1 or 3 channels"),
         (["--aa", "random"], "--aa 'random'"),
         (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),
         (["--mixup", "0.8", "--batch-size", "7"], "--batch-size 7 must be even"),

@@ -1,23 +1,25 @@
-"""The manners that the tools share: options in YAML files, errors for people, models and data by name."""
+"""The manners that the tools share: options in YAML files, errors for people, models by name, files that land whole."""
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
 import yaml
-from timm.data import create_loader, resolve_data_config
 from timm.utils import ParseKwargs
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from tqdm import tqdm
 
 from raftmlp import RaftMLP
-from raftmlp.checkpoint import adapt_state_dict, load_state_dict
-from raftmlp.data import class_names, create_dataset
+from raftmlp.checkpoint import adapt_state_dict, load_state_dict, trained_as
 
 
 class UserError(Exception):
@@ -25,20 +27,42 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a tool's main function; user errors and Ctrl-C end it in one line."""
+    """Run a tool's main function; user errors, a full disk and Ctrl-C end it in one line."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         main()
     except UserError as error:
         sys.exit(_line(error))
+    except BrokenPipeError:  # of "... | head": whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(_line(f"the disk is full: {error}"))
     except KeyboardInterrupt:
-        print("\ninterrupted; training goes on with --resume after the last finished epoch", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _line(error: Exception) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+def _line(error: Exception | str) -> int:
+    """Print an error for people and return the exit status; of several processes with one error, the first prints."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or torch.distributed.is_initialized():
+        print(f"{Path(sys.argv[0]).name}: error: {f'[process {rank}] ' if rank else ''}{error}", file=sys.stderr)
     return 2
+
+
+def is_first() -> bool:
+    """Return whether this is the first of several processes, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*words) -> None:
+    """Print a line at once, above a progress bar; of several processes, the first prints."""
+    if is_first():
+        with tqdm.external_write_mode():
+            print(*words, flush=True)
 
 
 @contextmanager
@@ -175,7 +199,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     """Add the options that say which model: the ones of ``create_model``."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", type=known_model, default="raftmlp_s", metavar="NAME", help="any model of timm's list"
+        "--model",
+        type=known_model,
+        metavar="NAME",
+        help="any model of timm's list (default: the checkpoint's, else raftmlp_s)",
     )
     group.add_argument(
         "--pretrained",
@@ -186,6 +213,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument("--checkpoint", metavar="FILE", help="start from the weights in this file")
     group.add_argument(
         "--num-classes", type=number(int, 1), metavar="N", help="classes (default: the data set's, else the model's)"
+    )
+    group.add_argument(
+        "--in-chans", type=number(int, 1), metavar="N", help="channels of the images: 1 or 3 (default: the model's)"
     )
     group.add_argument(
         "--img-size",
@@ -205,45 +235,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return group
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say which data, and how images come to the model."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="folder of the data set")
-    group.add_argument(
-        "--dataset",
-        default="",
-        metavar="NAME",
-        help="'digits' (embedded), or one of timm's: torch/NAME, hfds/NAME, wds/NAME; empty for a folder of images",
-    )
-    group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch the data set")
-    group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
-    group.add_argument("-b", "--batch-size", type=number(int, 1), default=128, metavar="N", help="images a batch")
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=number(int, 0),
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that load images, 0 to load them in this one",
-    )
-    group.add_argument(
-        "--interpolation",
-        choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
-        help="resizing of images (default: the model's)",
-    )
-    group.add_argument(
-        "--crop-pct",
-        type=number(float, 0.01, 1),
-        metavar="X",
-        help="share of the image in the centre crop (default: the model's)",
-    )
-    group.add_argument("--mean", type=float, nargs=3, metavar="X", help="mean of the pixels (default: the model's)")
-    group.add_argument(
-        "--std", type=number(float, 1e-6), nargs=3, metavar="X", help="deviation of the pixels (default: the model's)"
-    )
-    return group
-
-
 def image_size(values: list[int] | None) -> tuple[int, int] | None:
     """Return height and width for an --img-size of one number or two."""
     if not values:
@@ -253,22 +244,40 @@ def image_size(values: list[int] | None) -> tuple[int, int] | None:
     return values[0], values[-1]
 
 
-def create_model(args: argparse.Namespace, fresh_head: bool = False, **kwargs) -> torch.nn.Module:
+def create_model(
+    args: argparse.Namespace, fresh_head: bool = False, classes: int | None = None, **kwargs
+) -> torch.nn.Module:
     """Return the model that the options name, its pretrained weights or its checkpoint loaded, on the CPU.
 
+    What the options leave open is taken from the checkpoint where it tells: name, arguments, classes, trained size.
+
     Args:
-        args: What ``add_model_arguments`` made.
+        args: What ``add_model_arguments`` made; its ``model`` is set.
         fresh_head: Let a checkpoint's classifier go where it has another number of classes.
+        classes: Number of classes if nothing else tells it.
         **kwargs: More arguments of the model; those that are None are left out.
     """
-    given = dict(num_classes=args.num_classes, **kwargs)
-    cfg = timm.models.get_pretrained_cfg(timm.models.split_model_name_tag(args.model)[0])
-    if args.img_size and cfg and cfg.fixed_input_size:  # must be told; others take any size
+    told = {}
+    if args.checkpoint:
+        with user_errors(ValueError, FileNotFoundError):
+            told = trained_as(args.checkpoint)
+    name = told.get("model") if told.get("model") in timm.list_models() else None
+    args.model = args.model or name or "raftmlp_s"
+    if args.model != name:
+        told = {}
+    cfg = dict(told.get("pretrained_cfg", {}))
+    given = dict(
+        num_classes=args.num_classes or cfg.get("num_classes") or (None if args.pretrained else classes),
+        in_chans=args.in_chans or cfg.get("input_size", (None,))[0],
+        **kwargs,
+    )
+    default = timm.models.get_pretrained_cfg(timm.models.split_model_name_tag(args.model)[0])
+    if args.img_size and default and default.fixed_input_size:  # must be told; others take any size
         given["img_size"] = image_size(args.img_size)
-    given = {**given, **args.model_kwargs}
+    given = {**told.get("model_kwargs", {}), **{k: v for k, v in given.items() if v is not None}, **args.model_kwargs}
     try:
-        model = timm.create_model(args.model, pretrained=args.pretrained, **given)
-    except (ValueError, FileNotFoundError, TypeError, RuntimeError) as error:
+        model = timm.create_model(args.model, pretrained=args.pretrained, pretrained_cfg_overlay=cfg or None, **given)
+    except Exception as error:  # constructors raise anything on arguments that they cannot take
         raise UserError(f"cannot make {args.model}: {first_words(error)}") from error
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, fresh_head)
@@ -314,51 +323,6 @@ def describe_differences(found: dict[str, tuple], expected: dict[str, tuple]) ->
     return lines
 
 
-def create_data(args: argparse.Namespace, split: str, is_training: bool = False):
-    """Return a split of the data set that the options name."""
-    with user_errors(ValueError, FileNotFoundError, ImportError):
-        return create_dataset(
-            args.dataset,
-            args.data_dir,
-            split,
-            is_training=is_training,
-            batch_size=args.batch_size,
-            download=args.dataset_download,
-        )
-
-
-def check_classes(dataset, model: torch.nn.Module) -> None:
-    """Refuse a data set of more classes than the model tells apart."""
-    names = class_names(dataset)
-    if names and len(names) > model.num_classes:
-        raise UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
-
-
-def image_settings(args: argparse.Namespace, model: torch.nn.Module) -> dict:
-    """Return how images are prepared: timm's data config of the model with the options over it."""
-    settings = resolve_data_config(vars(args) | dict(img_size=None), model=model)
-    if size := image_size(args.img_size):
-        settings["input_size"] = (settings["input_size"][0], *size)
-    return settings
-
-
-def evaluation_loader(args: argparse.Namespace, dataset, settings: dict, device: torch.device):
-    """Return a loader of batches to evaluate on, in the data set's order, every image once."""
-    return create_loader(
-        dataset,
-        input_size=settings["input_size"],
-        batch_size=args.batch_size,
-        interpolation=settings["interpolation"],
-        mean=settings["mean"],
-        std=settings["std"],
-        crop_pct=settings["crop_pct"],
-        crop_mode=settings["crop_mode"],
-        num_workers=args.workers,
-        device=device,
-        pin_memory=device.type == "cuda",
-    )
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -400,3 +364,60 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together: its device, its number, how many they are."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process, or the only one."""
+        return self.rank == 0
+
+    def broadcast(self, value):
+        """Return the first process's value in all of them."""
+        values = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def leave(self) -> None:
+        """End together: a process that ends while others still talk to it may take them down."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
+def start_processes(name: str | None) -> Processes:
+    """Join the processes that torchrun or SLURM started, if any: NCCL between GPUs, gloo between CPUs."""
+    device = find_device(name)
+    if not is_distributed_env():
+        return Processes(device)
+    try:
+        joined = init_distributed_device_so(device.type)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"the processes do not find each other: {first_words(error)}") from error
+    return Processes(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
+
+
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say where a model runs, and in which precision."""
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (autocast)")
+    group.add_argument(
+        "--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="lower precision of --amp"
+    )
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=False, help="channels-last memory layout"
+    )
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """Return the precision that the options name, as a context."""
+    return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)

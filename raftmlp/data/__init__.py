@@ -6,18 +6,19 @@ from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
 from .digits import Digits
+from .transfer import INaturalist, create_transfer_dataset
 
-__all__ = ["Digits", "class_names", "create_dataset"]
+__all__ = ["Digits", "INaturalist", "class_names", "create_dataset"]
 
 
 def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs) -> Dataset:
     """Return a data set by name.
 
     Args:
-        name: "digits" for the embedded one; else what timm's create_dataset knows: "" for an image folder or tar,
-            "torch/NAME", "hfds/NAME", "wds/NAME", ...
-        root: Folder of the data.
-        split: Name of the split; of an image folder, a sub-folder of that name is taken where there is one.
+        name: "digits" for the embedded one; "torch/flowers102", "torch/stanford_cars", "inat/2018", "inat/2019"; else
+            what timm's create_dataset knows: "" for images in folders or a tar, "torch/NAME", "hfds/NAME", ...
+        root: Folder of the data, or a tar file.
+        split: Name of the split; of a folder, the sub-folder or tar file of that name is taken where there is one.
         **kwargs: Whatever else timm's create_dataset takes.
 
     Raises:
@@ -36,15 +37,24 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
             raise ValueError("name the folder of images with --data-dir, or a data set with --dataset")
         if not Path(root).exists():
             raise FileNotFoundError(f"no data at {root}")
+        synonyms = (split, "val", "validation") if split in ("val", "validation") else (split,)
+        tars = [Path(root) / f"{name}.tar" for name in synonyms]
+        root = str(next((tar for tar in tars if tar.is_file()), root))
+    elif not root and not name.startswith("hfds/"):
+        raise ValueError(f"name the folder of {name} with --data-dir")
     try:
+        if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
+            return found
         return create_timm_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"no data set {name!r} with split {split!r} in {root}: {error}") from error
+    except (AssertionError, RuntimeError, TypeError, ImportError) as error:
+        reason = str(error) or "not found"
+        raise ValueError(f"no data set {name!r} with split {split!r} in {root}: {reason}") from error
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
     """Return a data set's class names by index, or None where it tells none."""
-    if hasattr(dataset, "classes"):
-        return list(dataset.classes)
-    index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if getattr(dataset, "classes", None):
+        return [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]  # ImageNet: synonyms
+    reader = getattr(dataset, "reader", None)
+    index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folder; tar
     return sorted(index, key=index.get) if index else None
