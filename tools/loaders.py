@@ -481,7 +481,7 @@ class BatchAugmentation:
             return
         if args.batch_size % 2:
             raise cli.UserError(
-                f"mixup and cutmix pair the images of a batch: {args.batch_size} images a batch, it must be even"
+                f"mixup and cutmix pair the images of a batch: --batch-size {args.batch_size} must be even"
             )
         self.mix = Mixup(
             args.mixup,
