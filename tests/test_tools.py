@@ -236,7 +236,10 @@ def test_help_tells_every_option(tool, run):
         (["--dataset", "digits", "--interpolation", "cubic"], "invalid choice: 'cubic'"),
         (["--dataset", "digits", "--device", "gpu"], "no device 'gpu'"),
         (["--dataset", "digits", "--batch-size", "many"], "must be a whole number of 1 or more, not 'many'"),
-        (["--dataset", "digits", "--batchsize", "3"], "unrecognized arguments: --batchsize"),
+        (
+            ["--dataset", "digits", "--batchsize", "3"],
+            "unrecognized arguments: --batchsize 3; did you mean --batch-size",
+        ),
         (["-c", "missing.yaml"], "cannot read the config missing.yaml"),
         (["-c", "unknown.yaml"], "unknown.yaml: unknown key 'batchsize'; did you mean batch_size"),
         (["-c", "broken.yaml"], "broken.yaml is no YAML file"),

@@ -91,8 +91,8 @@ def number(kind: type, minimum: float, maximum: float | None = None) -> Callable
     return parse
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where there is one."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default only where there is one, and the description as it is written."""
 
     def _get_help_string(self, action):
         none = action.default in (None, False, "", argparse.SUPPRESS) or action.default == {}
@@ -111,8 +111,8 @@ class Parser(argparse.ArgumentParser):
     Keys are the options' long names with underscores. A file may name one to start from as ``base``.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+    def __init__(self, usage: str = "%(prog)s [OPTION ...]", **kwargs):
+        super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it")
 
     def parse_args(self, args=None, namespace=None):
@@ -161,6 +161,10 @@ class Parser(argparse.ArgumentParser):
         return checked if many else checked[0]
 
     def error(self, message):
+        if message.startswith("unrecognized arguments: --"):
+            name = message.split(": ")[1].split()[0].split("=")[0]
+            if near := difflib.get_close_matches(name, self._option_string_actions, n=3):
+                message += f"; did you mean {' or '.join(near)}?"
         raise SystemExit(_line(UserError(f"{message} (--help lists the options)")))
 
 

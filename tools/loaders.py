@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data import IterableImageDataset, Mixup, create_loader, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing as BatchErasing
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import (
     ColorJitter,
     Compose,
@@ -161,7 +161,10 @@ def seed_everything(*key: int) -> None:
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if get_worker_info():  # uses no device, whose generators take long to seed
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 # Evaluation

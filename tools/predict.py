@@ -36,7 +36,7 @@ MAX_IMAGES, MAX_BARS = 16, 10  # of a picture
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser("%(prog)s IMAGE ... [OPTION ...]", description=__doc__)
     group = parser.add_argument_group("images")
     group.add_argument(
         "images", nargs="*", metavar="IMAGE", help="an image, a folder (all below it) or a pattern; put these first"

@@ -70,7 +70,7 @@ STRUCTURAL = (
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__)
     group = cli.add_model_arguments(parser)
     group.add_argument(
         "--drop", type=cli.number(float, 0, 1), default=0.0, metavar="X", help="dropout before the classifier"
@@ -804,6 +804,7 @@ def main() -> None:
     description = dict(arch=args.model, model_kwargs=args.model_kwargs, pretrained_cfg=facts)
     training = Training(args, processes, task, optimizer, scheduler, loader, augment, val_loader, folder, description)
     path = processes.broadcast(prepare_folder(args, folder) if processes.is_first else None)
+    folder.path.mkdir(parents=True, exist_ok=True)  # on other machines, where it is no shared one
     if path:
         training.load(path)
         cli.say(f"going on from {path}, epoch {training.epoch + 1}, update {training.update + 1}")

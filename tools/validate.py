@@ -40,7 +40,7 @@ from reports import Gallery, Predictions
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__)
     cli.add_model_arguments(parser)
     loaders.add_arguments(parser)
     group = parser.add_argument_group("evaluation")
