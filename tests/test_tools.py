@@ -198,6 +198,8 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     assert (args.epochs, args.lr, args.scale, args.model_ema) == (7, 0.25, [0.7, 0.9], True)
     assert args.model_kwargs == {"depths": [1, 1]}
     assert parse(["-c", str(tmp_path / "run.yaml"), "--no-model-ema"]).model_ema is False
+    (tmp_path / "resume.yaml").write_text("resume: true\n")
+    assert train.build_parser().parse_args(["-c", str(tmp_path / "resume.yaml")]).resume == "auto"
 
 
 @pytest.mark.parametrize("tool", [train, validate, predict, convert_checkpoint])
@@ -289,6 +291,11 @@ def test_train_only_bad_input(run):
         (["--global-batch-size", "0"], "must be a whole number of 1 or more"),
         (["--mixup-then-cutmix", "--mixup", "1"], "needs --mixup and --cutmix above 0"),
         (["--mean", "0.5", "0.5"], "--mean takes 1 or 3 numbers"),
+        (["--mean", "nan"], "must be a number of 0 or more, not 'nan'"),
+        (["--lr", "inf"], "must be a number of 0 or more, not 'inf'"),
+        (["--seed", "5000000000"], "must be a whole number from 0 to 4294967295"),
+        (["--device", "meta"], "no device 'meta' here"),
+        (["--scale", "1", "0.5"], "--scale takes the smaller number first"),
         (["--in-chans", "2"], "images have 1 or 3 channels"),
         (["--aa", "random"], "--aa 'random'"),
         (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -311,14 +312,19 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "batch_size, total, world_size, expected",
-    [(128, None, 2, (128, 1)), (256, 2048, 8, (256, 1)), (128, 2048, 8, (128, 2)), (100, 2048, 8, (64, 4))],
+    [
+        (128, None, 2, (128, 1)),
+        (256, 2048, 8, (256, 1)),
+        (128, 2048, 8, (128, 2)),
+        (100, 2048, 8, (64, 4)),
+        (10**11, None, 1, (10**11, 1)),
+    ],
 )
 def test_the_global_batch_is_kept(batch_size, total, world_size, expected):
     args = train.build_parser().parse_args(["--batch-size", str(batch_size)])
     args.global_batch_size = total
-    steps = train.share_batches(args, world_size)
-    assert (args.batch_size, steps) == expected
-    assert args.global_batch_size == (total or batch_size * world_size) == args.batch_size * steps * world_size
+    assert train.share_batches(args, world_size) == expected
+    assert args.global_batch_size == (total or batch_size * world_size) == math.prod(expected) * world_size
 
 
 def test_a_global_batch_that_cannot_be_shared():
@@ -395,7 +401,27 @@ def test_a_loss_that_is_no_number_names_its_images(run, image_folder):
     assert "the loss became" in err and "at learning rate 9.9" in err and "out/bad_batch.txt lists its images" in err
     names = Path("out/bad_batch.txt").read_text().splitlines()
     assert len(names) == 4 and all(Path(name).is_file() for name in names)
-    assert not Path("out/summary.json").exists()
+    assert "there is no checkpoint of before" in err
+    assert not Path("out/summary.json").exists() and not Path("out/last.pth.tar").exists()
+
+
+def test_weights_that_blew_up_are_not_gone_on_with(run, image_folder):
+    options = folder_options(image_folder, "--sched", "constant", "--smoothing", 0, "--output", "out", "--epochs", 3)
+    status, _, err = run(*options, "--epochs", 1)
+    assert status == 0, err
+    status, _, err = run(*options, "--resume", "--lr", "1e30", "--save-every", 1)
+    assert status == 2 and "the loss became nan in epoch 2, update 2 of 4" in err
+    assert "--resume goes on from out/previous.pth.tar, which is of before" in err
+    assert Path("out/diverged.pth.tar").exists() and not Path("out/last.pth.tar").exists()
+    status, out, err = run(*options, "--resume")
+    assert status == 0, err
+    assert "going on from out/previous.pth.tar, epoch 2, update 1" in out
+
+    # in a single update an epoch only the evaluation shows it
+    options = folder_options(image_folder, "--batch-size", 16, "--lr", "1e30", "--epochs", 1, "--output", "single")
+    status, _, err = run(*options)
+    assert status == 2 and "the validation loss became nan in epoch 1; there is no checkpoint of before" in err
+    assert not Path("single/last.pth.tar").exists() and not Path("single/model_best.pth.tar").exists()
 
 
 def test_training_on_tars_and_gray_images(run, image_folder):
@@ -457,6 +483,9 @@ def test_export_writes_pretrained_weights_and_a_card(run, monkeypatch):
     assert status == 2 and "raftmlp_digits.mine.safetensors exists" in err
     status, _, err = run(*options, "--export", "second", "--resume")  # of a finished run
     assert status == 0 and Path("weights/raftmlp_digits.second.safetensors").exists(), err
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", "/proc/nowhere")
+    status, _, err = run(*options, "--export", "third", "--resume")
+    assert status == 2 and "cannot export to /proc/nowhere/raftmlp_digits.third.safetensors" in err
     status, _, err = run(*options, "--export", "a.b")
     assert status == 2 and "a tag is made of letters" in err
 
@@ -622,9 +651,9 @@ def test_the_releases_recipe():
     ]  # fmt: skip
     assert (steps[0].size, steps[1].size, steps[2].p) == (256, (224, 224), 0.5)
     assert steps[3].brightness == steps[3].contrast == steps[3].saturation == (0.6, 1.4) and steps[3].hue is None
-    assert steps[4].num_layers == 2
+    assert steps[4].num_layers == 2 and all(operation.prob == 1 for operation in steps[4].ops)
     assert (steps[6].p, steps[6].scale, steps[6].ratio) == (0.25, (0.02, 1 / 3), (0.3, 1 / 0.3))
-    mix = loaders.BatchAugmentation(args, 1000, torch.device("cpu")).mix
+    mix = loaders.BatchAugmentation(args, 256, 1000, torch.device("cpu")).mix
     assert (type(mix), mix.mixup, mix.cutmix, mix.smoothing) == (loaders.MixupThenCutmix, 0.8, 0.8, 0.1)
     assert (args.epochs, args.global_batch_size, args.amp, args.model_ema, args.seed) == (305, 2048, False, False, 42)
     modern = read_config("imagenet/raftmlp_s_modern")

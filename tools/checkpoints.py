@@ -63,6 +63,7 @@ class RunFolder:
         for pattern in RUN_FILES:
             for path in self.path.glob(pattern):
                 path.unlink()
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
     def save(self, state: dict, best: bool = False) -> None:
         """Write a checkpoint as the last one, and as the best one too; a kill at any moment leaves whole ones.
@@ -88,6 +89,13 @@ class RunFolder:
                 f"cannot save a checkpoint into {self.path}: {cli.first_words(error)}; the checkpoints of before are "
                 f"intact: make room, then the same command with --resume goes on"
             ) from error
+
+    def go_back(self, past_last: bool) -> Path | None:
+        """Return the checkpoint that the next --resume goes on from, if any; past the last one, that is put aside."""
+        found = [path for path in (self.last, self.previous) if path.exists()]
+        if found and past_last:
+            os.replace(found.pop(0), self.path / "diverged.pth.tar")
+        return found[0] if found else None
 
     def adopt(self, source: Path) -> None:
         """Take over the best checkpoint of the run that is gone on with from another folder."""
@@ -124,11 +132,15 @@ def _put(source: Path, target: Path) -> None:
     beside = target.with_name(f".{target.name}")
     beside.unlink(missing_ok=True)
     try:
-        os.link(source, beside)
+        os.link(source.resolve(), beside)
     except OSError:  # a file system without hard links
-        shutil.copyfile(source, beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        try:
+            shutil.copyfile(source, beside)
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
     os.replace(beside, target)
 
 

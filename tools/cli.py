@@ -15,7 +15,7 @@ import timm
 import torch
 import yaml
 from timm.utils import ParseKwargs
-from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 from tqdm import tqdm
 
 from raftmlp import RaftMLP
@@ -23,46 +23,64 @@ from raftmlp.checkpoint import adapt_state_dict, load_state_dict, trained_as
 
 
 class UserError(Exception):
-    """What the user gave cannot be: the message is all that is shown, the exit status is 2."""
+    """What the user gave cannot be: the message is all that is shown, the exit status is 2.
+
+    Args:
+        message: The message.
+        shared: Of several processes, all raise it, so that the first alone shows it.
+    """
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
+
+
+# what a disk does, and a user can mend
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
+    errno.ENOENT,
+)  # fmt: skip
+_started = False  # whether this process knows the others
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a tool's main function; user errors, a full disk and Ctrl-C end it in one line."""
+    """Run a tool's main function; user errors, errors of a disk and Ctrl-C end it in one line."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         main()
     except UserError as error:
         sys.exit(_line(error))
-    except BrokenPipeError:  # of "... | head": whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_ERRORS:
             raise
-        sys.exit(_line(f"the disk is full: {error}"))
+        sys.exit(_line(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _line(error: Exception | str) -> int:
-    """Print an error for people and return the exit status; of several processes with one error, the first prints."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or torch.distributed.is_initialized():
+def _line(error: Exception) -> int:
+    """Print an error for people and return the exit status."""
+    rank = world_info_from_env()[1]
+    if rank == 0 or (_started and not getattr(error, "shared", False)):
         print(f"{Path(sys.argv[0]).name}: error: {f'[process {rank}] ' if rank else ''}{error}", file=sys.stderr)
     return 2
 
 
 def is_first() -> bool:
     """Return whether this is the first of several processes, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return world_info_from_env()[1] == 0
 
 
 def say(*words) -> None:
     """Print a line at once, above a progress bar; of several processes, the first prints."""
-    if is_first():
+    if not is_first():
+        return
+    try:
         with tqdm.external_write_mode():
             print(*words, flush=True)
+    except BrokenPipeError:  # whoever read ("| head") has enough: the work goes on in silence
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -82,7 +100,7 @@ def number(kind: type, minimum: float, maximum: float | None = None) -> Callable
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not minimum <= value <= (float("inf") if maximum is None else maximum):
+        if value is None or not minimum <= value <= (sys.float_info.max if maximum is None else maximum):
             kinds = "a whole number" if kind is int else "a number"
             allowed = f"of {minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
             raise argparse.ArgumentTypeError(f"must be {kinds} {allowed}, not {text!r}")
@@ -148,6 +166,8 @@ class Parser(argparse.ArgumentParser):
             if not isinstance(value, bool):
                 raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
             return value
+        if value is True and action.nargs == "?":
+            return action.const
         many = isinstance(action.nargs, int) or action.nargs in ("+", "*")
         values = value if many and isinstance(value, list) else [value]
         if isinstance(action.nargs, int) and len(values) != action.nargs:
@@ -249,7 +269,7 @@ def image_size(values: list[int] | None) -> tuple[int, int] | None:
 
 
 def create_model(
-    args: argparse.Namespace, fresh_head: bool = False, classes: int | None = None, **kwargs
+    args: argparse.Namespace, to_train: bool = False, classes: int | None = None, **kwargs
 ) -> torch.nn.Module:
     """Return the model that the options name, its pretrained weights or its checkpoint loaded, on the CPU.
 
@@ -257,7 +277,8 @@ def create_model(
 
     Args:
         args: What ``add_model_arguments`` made; its ``model`` is set.
-        fresh_head: Let a checkpoint's classifier go where it has another number of classes.
+        to_train: Build a RaftMLP's grid for --img-size, and let a checkpoint's classifier go where it has another
+            number of classes.
         classes: Number of classes if nothing else tells it.
         **kwargs: More arguments of the model; those that are None are left out.
     """
@@ -275,8 +296,10 @@ def create_model(
         in_chans=args.in_chans or cfg.get("input_size", (None,))[0],
         **kwargs,
     )
-    default = timm.models.get_pretrained_cfg(timm.models.split_model_name_tag(args.model)[0])
-    if args.img_size and default and default.fixed_input_size:  # must be told; others take any size
+    architecture = timm.models.split_model_name_tag(args.model)[0]
+    default = timm.models.get_pretrained_cfg(architecture)
+    ours = architecture in timm.list_models(module="raftmlp")
+    if args.img_size and default and (default.fixed_input_size or (ours and to_train)):  # others take any size
         given["img_size"] = image_size(args.img_size)
     given = {**told.get("model_kwargs", {}), **{k: v for k, v in given.items() if v is not None}, **args.model_kwargs}
     try:
@@ -284,7 +307,7 @@ def create_model(
     except Exception as error:  # constructors raise anything on arguments that they cannot take
         raise UserError(f"cannot make {args.model}: {first_words(error)}") from error
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint, fresh_head)
+        load_checkpoint(model, args.checkpoint, fresh_head=to_train)
     return model
 
 
@@ -311,7 +334,7 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None
             more += "; if it was trained at another image size, say --model-kwargs img_size=N"
         raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(differences[:3])}{more}")
     if note:
-        print(note)
+        say(note)
     model.load_state_dict(state)
 
 
@@ -364,8 +387,8 @@ def find_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -383,12 +406,21 @@ class Processes:
         """Whether this is the first process, or the only one."""
         return self.rank == 0
 
-    def broadcast(self, value):
-        """Return the first process's value in all of them."""
-        values = [value]
+    def on_first(self, function: Callable, *args):
+        """Return in all processes what a function returns in the first, or raise its UserError in all."""
+        value = error = None
+        if self.is_first:
+            try:
+                value = function(*args)
+            except UserError as raised:
+                error = str(raised)
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(values)
-        return values[0]
+            result = [value, error]
+            torch.distributed.broadcast_object_list(result)
+            value, error = result
+        if error is not None:
+            raise UserError(error, shared=True)
+        return value
 
     def leave(self) -> None:
         """End together: a process that ends while others still talk to it may take them down."""
@@ -399,9 +431,14 @@ class Processes:
 
 def start_processes(name: str | None) -> Processes:
     """Join the processes that torchrun or SLURM started, if any: NCCL between GPUs, gloo between CPUs."""
-    device = find_device(name)
+    global _started
+    _started = True
     if not is_distributed_env():
-        return Processes(device)
+        return Processes(find_device(name))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):  # each on a GPU of its own
+        name = f"cuda:{world_info_from_env()[0]}"
+    device = find_device(name)
     try:
         joined = init_distributed_device_so(device.type)
     except (AssertionError, RuntimeError, ValueError) as error:

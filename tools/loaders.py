@@ -61,12 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "-j",
         "--workers",
         type=cli.number(int, 0),
-        default=min(8, os.cpu_count() or 1),
+        default=default_workers(),
         metavar="N",
         help="processes that load images, for each process that trains; 0 to load them in this one",
     )
     add_image_arguments(group)
     return group
+
+
+def default_workers() -> int:
+    """Return how many processes load images: up to 8, as many as there are processors for each process that trains."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def add_image_arguments(group: argparse._ArgumentGroup) -> None:
@@ -82,7 +88,9 @@ def add_image_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="share of the resized image in the crop (default: the model's)",
     )
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels (default: the model's)")
+    group.add_argument(
+        "--mean", type=cli.number(float, 0), nargs="+", metavar="X", help="mean of the pixels (default: the model's)"
+    )
     group.add_argument(
         "--std",
         type=cli.number(float, 1e-6),
@@ -135,6 +143,12 @@ def image_settings(args: argparse.Namespace, model: torch.nn.Module, size: tuple
         if len(values) == 3 and channels == 1:
             settings[name] = (sum(values) / 3,)
     return settings
+
+
+def count(dataset: Dataset) -> int:
+    """Return the number of images, those of all processes."""
+    reader = getattr(dataset, "reader", None)
+    return getattr(reader, "num_samples", None) or len(dataset)  # a stream's length is this process's share
 
 
 def file_name(dataset: Dataset, index: int) -> str:
@@ -290,7 +304,7 @@ class TrainingImages(Dataset):
             try:
                 image, target = read_image(self.dataset, taken, self.mode)
             except Exception as error:  # PIL raises anything on bytes that are no image
-                with self.bad_images.open("a") as file:  # one write: lines of several processes do not mix
+                with self.bad_images.open("a", errors="surrogateescape") as file:  # one write a line: they do not mix
                     file.write(f"{file_name(self.dataset, taken)}\t{cli.first_words(error)}\n")
                 continue
             seed_everything(self.seed, 0, epoch, index)
@@ -301,6 +315,10 @@ class TrainingImages(Dataset):
 def training_transform(args: argparse.Namespace, settings: dict):
     """Return what makes an augmented uint8 tensor (C, H, W) of an image: timm's transforms, and the release's."""
     size = settings["input_size"][-2:]
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise cli.UserError(f"--{name} takes the smaller number first, not {low} {high}")
     try:
         crop, colours, tensor = create_transform(
             size,
@@ -346,13 +364,14 @@ class TrainingLoader:
         dataset: The data set to train on.
         settings: How images are prepared.
         device: Where the batches go.
+        batch_size: Images a batch.
         steps: Batches that one process accumulates for an update.
         rank: Number of this process.
         world_size: Number of processes.
         bad_images: File that names the images that could not be read.
     """
 
-    def __init__(self, args, dataset, settings, device, steps, rank, world_size, bad_images: Path):
+    def __init__(self, args, dataset, settings, device, batch_size, steps, rank, world_size, bad_images: Path):
         self.dataset, self.steps, self.seed, self.rank = dataset, steps, args.seed, rank
         self.bad_images, self.max_bad_images = bad_images, args.max_bad_images
         self._named, self._read = set(), 0
@@ -363,14 +382,14 @@ class TrainingLoader:
         self.batches = None
         if isinstance(dataset, IterableDataset):
             # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch
-            workers = max(1, args.workers)
+            workers = self._stream_workers(args.workers, world_size)
             dataset.transform = transform
             if isinstance(dataset, IterableImageDataset):
                 dataset.set_loader_cfg(num_workers=workers)
-            loader = DataLoader(dataset, args.batch_size, num_workers=workers, drop_last=True, **common)
+            loader = DataLoader(dataset, batch_size, num_workers=workers, drop_last=True, **common)
             self.updates_per_epoch = len(loader) // steps
         else:
-            self.batches = Batches(len(dataset), args.batch_size, steps, rank, world_size, args.seed)
+            self.batches = Batches(len(dataset), batch_size, steps, rank, world_size, args.seed)
             mode = "L" if channels == 1 else "RGB"
             images = TrainingImages(dataset, transform, mode, args.seed, bad_images, args.max_bad_images)
             loader = DataLoader(
@@ -404,20 +423,36 @@ class TrainingLoader:
             raise cli.UserError(
                 f"more images in a row than --max-bad-images {self.max_bad_images} cannot be read; {self._last_bad()}"
             ) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise cli.UserError(
+                f"a process that loads images was killed, for want of memory perhaps: fewer --workers than "
+                f"{self.loader.loader.num_workers} or a smaller --batch-size may help ({cli.first_words(error)})"
+            ) from error
         except StopIteration as error:
             raise cli.UserError("the data set ended before the epoch did: it has fewer images than it says") from error
+
+    def _stream_workers(self, wanted: int, world_size: int) -> int:
+        """Return how many processes read a stream: at least one, and none without a shard of its own."""
+        split = getattr(getattr(self.dataset, "reader", None), "split_info", None)
+        shards = len(getattr(split, "filenames", ()))
+        if not shards:
+            return max(1, wanted)
+        if shards < world_size:
+            raise cli.UserError(f"{shards} shards cannot be shared among {world_size} processes")
+        return max(1, min(wanted, shards // world_size))
 
     def check_bad_images(self) -> None:
         """Name the images that could not be read since the last look; end the run if there are too many."""
         size = self.bad_images.stat().st_size if self.bad_images.exists() else 0
         if size <= self._read:
             return
-        with self.bad_images.open() as file:
+        with self.bad_images.open("rb") as file:
             file.seek(self._read)
-            text = file.read()
-        whole = text.rpartition("\n")[0]
-        self._read += len(whole.encode()) + 1
-        for line in whole.splitlines():
+            whole = file.read().rpartition(b"\n")[0]
+        self._read += len(whole) + 1
+        for line in whole.decode(errors="backslashreplace").splitlines():
             name, _, reason = line.partition("\t")
             if name not in self._named:
                 self._named.add(name)
@@ -429,7 +464,7 @@ class TrainingLoader:
             )
 
     def _last_bad(self) -> str:
-        lines = self.bad_images.read_text().splitlines() if self.bad_images.exists() else []
+        lines = self.bad_images.read_text(errors="backslashreplace").splitlines() if self.bad_images.exists() else []
         return f"the last one: {lines[-1]}" if lines else ""
 
     @property
@@ -466,11 +501,12 @@ class BatchAugmentation:
 
     Args:
         args: The options of train.py.
+        batch_size: Images a batch.
         num_classes: Number of classes.
         device: Where the batches are.
     """
 
-    def __init__(self, args: argparse.Namespace, num_classes: int, device: torch.device):
+    def __init__(self, args: argparse.Namespace, batch_size: int, num_classes: int, device: torch.device):
         self.erase = self.mix = None
         if args.reprob:
             self.erase = BatchErasing(args.reprob, mode=args.remode, device=device)
@@ -482,9 +518,10 @@ class BatchAugmentation:
                 raise cli.UserError("--mixup-then-cutmix needs --mixup and --cutmix above 0")
             self.mix = MixupThenCutmix(args.mixup, args.cutmix, args.smoothing, num_classes)
             return
-        if args.batch_size % 2:
+        if batch_size % 2:
             raise cli.UserError(
-                f"mixup and cutmix pair the images of a batch: --batch-size {args.batch_size} must be even"
+                f"mixup and cutmix pair the images of a batch, which must be even: {batch_size} images, the outcome of "
+                f"--batch-size {args.batch_size} and --global-batch-size {args.global_batch_size}, are not"
             )
         self.mix = Mixup(
             args.mixup,

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -84,7 +85,7 @@ def build_parser() -> cli.Parser:
         type=cli.number(int, 0),
         default=100,
         metavar="N",
-        help="end the run when more images than these cannot be read",
+        help="end the run when more images than these cannot be read (a stream's are left out without a count)",
     )
 
     group = parser.add_argument_group("optimisation")
@@ -111,9 +112,9 @@ def build_parser() -> cli.Parser:
         "--momentum", type=cli.number(float, 0), default=0.9, metavar="X", help="momentum, where the optimiser has it"
     )
     group.add_argument(
-        "--layer-decay", type=cli.number(float, 0), metavar="X", help="layer-wise decay of the learning rate"
+        "--layer-decay", type=cli.number(float, 0.01, 1), metavar="X", help="layer-wise decay of the learning rate"
     )
-    group.add_argument("--clip-grad", type=cli.number(float, 0), metavar="X", help="clip gradients, off without")
+    group.add_argument("--clip-grad", type=cli.number(float, 1e-9), metavar="X", help="clip gradients, off without")
     group.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm", help="what --clip-grad bounds")
     group.add_argument(
         "--sched",
@@ -215,12 +216,18 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("run")
     cli.add_device_arguments(group)
     group.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="TensorFloat-32 in float32 products, on GPUs that have it",
+    )
+    group.add_argument(
         "--grad-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="recompute activations in the backward pass, to save memory",
     )
-    group.add_argument("--seed", type=cli.number(int, 0), default=42, metavar="N", help="random seed")
+    group.add_argument("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N", help="random seed")
     group.add_argument("--output", default="runs/train", metavar="DIR", help="folder of this run")
     group.add_argument("--overwrite", action="store_true", help="remove a run that is in the folder already")
     group.add_argument(
@@ -265,29 +272,32 @@ def known_optimizer(name: str) -> str:
 # What is made of the options
 
 
-def share_batches(args, world_size: int) -> int:
-    """Set the two batch sizes so that one divides the other; return how many batches a process accumulates."""
+def share_batches(args, world_size: int) -> tuple[int, int]:
+    """Return the images a batch, and the batches that a process accumulates for --global-batch-size, which is set."""
     total = args.global_batch_size or args.batch_size * world_size
     share, rest = divmod(total, world_size)
     if rest or not share:
         raise cli.UserError(f"--global-batch-size {total} cannot be shared among {world_size} processes")
     args.global_batch_size = total
-    args.batch_size = max(n for n in range(1, min(share, args.batch_size) + 1) if share % n == 0)
-    return share // args.batch_size
-
-
-def trained_size(args) -> tuple[int, int] | None:
-    """Return the image size a RaftMLP is built for; other models are not told."""
-    ours = not args.model or timm.models.split_model_name_tag(args.model)[0] in timm.list_models(module="raftmlp")
-    return cli.image_size(args.img_size) if ours else None
+    batch_size = min(share, args.batch_size)
+    while share % batch_size:
+        batch_size -= 1
+    if batch_size < min(share, args.batch_size) / 2:
+        cli.say(
+            f"note: batches of {batch_size} images, not of {args.batch_size}: a process's share of an update, {share} "
+            f"images, divides into no others"
+        )
+    return batch_size, share // batch_size
 
 
 def check_split(args, train_set, val_set) -> None:
     """Refuse images that are the same for training and evaluation, or that have other classes."""
     train_names, val_names = class_names(train_set), class_names(val_set)
     if train_names and val_names and train_names != val_names:
+        odd = sorted(set(train_names) ^ set(val_names))
         raise cli.UserError(
-            f"the classes to train on, {train_names[:5]} ..., are not those to evaluate on, {val_names[:5]} ..."
+            f"the {len(train_names)} classes to train on are not the {len(val_names)} to evaluate on: {odd[:5]} "
+            f"{'and others ' if len(odd) > 5 else ''}belong to one of them only"
         )
     if args.dataset in ("", "folder", "tar"):
         train_root, val_root = (Path(part.reader.root).resolve() for part in (train_set, val_set))
@@ -362,6 +372,17 @@ def prepare_folder(args, folder: RunFolder) -> Path | None:
     return Path(args.resume) if args.resume else None
 
 
+def start_folder(args, folder: RunFolder, path: Path | None) -> None:
+    """Make the folder this run's, which goes on from a checkpoint of its own, from another folder's, or from none."""
+    if not path or path.parent.resolve() != folder.path.resolve():
+        if args.overwrite:
+            folder.clear()
+        if path:
+            folder.adopt(path)
+    options = {key: value for key, value in vars(args).items() if key not in ("config", "overwrite", "resume")}
+    cli.write_whole(folder.path / "args.yaml", yaml.safe_dump(options, sort_keys=False))
+
+
 # The run
 
 
@@ -391,6 +412,7 @@ class Training:
         self.loss_sum = 0.0  # of the running epoch's updates
         self.log: list[dict] = []  # a row an epoch
         self.fresh: list[tuple] = []  # updates whose loss was not looked at: (loss and stop wish, update, lr)
+        self.saved: tuple[int, int] | None = None  # the place of the last checkpoint
         self.signal: int | None = None  # that asked to stop
 
     @property
@@ -401,13 +423,24 @@ class Training:
     def stop_on_signals(self) -> None:
         """From now on SIGTERM and the first Ctrl-C let the running update end, and save."""
 
+        asked = time.monotonic()
+
         def ask(number, _frame):
-            if self.signal == signal.SIGINT == number:
+            nonlocal asked
+            # torchrun passes a Ctrl-C on that the terminal has sent already: two at once are one
+            if self.signal == signal.SIGINT == number and time.monotonic() > asked + 2:
                 raise KeyboardInterrupt
-            self.signal = number
+            self.signal, asked = number, time.monotonic()
 
         signal.signal(signal.SIGTERM, ask)
         signal.signal(signal.SIGINT, ask)
+
+    def asked_to_stop(self) -> bool:
+        """Return whether one of the processes was asked to stop."""
+        wish = torch.tensor(float(self.signal is not None), device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(wish)
+        return wish.item() > 0
 
     # Saving
 
@@ -416,8 +449,10 @@ class Training:
 
         Random states are not in it: they are functions of the seed and of the place in the run.
         """
-        if not self.processes.is_first:
-            return
+        self.saved = (self.epoch, self.update)
+        self.processes.on_first(self._save, best)
+
+    def _save(self, best: bool) -> None:
         state = dict(
             **self.description,
             version=raftmlp.__version__,
@@ -460,14 +495,15 @@ class Training:
                 self.scaler.load_state_dict(state["amp_scaler"])
             self.epoch, self.update, self.loss_sum = state["epoch"], state["update"], state["loss_sum"]
             self.log = list(state["log"])
-            global_batch_size = state["options"]["global_batch_size"]
+            self.saved = (self.epoch, self.update) if path.parent.resolve() == self.folder.path.resolve() else None
         except Exception as error:  # whatever a foreign file brings about
             raise cli.UserError(f"cannot resume from {path}: {cli.first_words(error)}") from error
-        if self.update and global_batch_size != self.args.global_batch_size:
-            raise cli.UserError(
-                f"{path} is of the middle of an epoch, with updates of {global_batch_size} images: "
-                f"--global-batch-size {self.args.global_batch_size} cannot go on from there"
-            )
+        for key in ("global_batch_size", "seed"):
+            if self.update and before.get(key) != now[key]:
+                raise cli.UserError(
+                    f"{path} is of the middle of an epoch with --{key.replace('_', '-')} {before.get(key)}: "
+                    f"{now[key]} cannot go on from there"
+                )
         for group, options in zip(self.optimizer.param_groups, hyperparameters):
             group.update(options)
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
@@ -478,6 +514,9 @@ class Training:
 
     def run_epoch(self) -> dict | None:
         """Train what is left of the epoch and evaluate; return the log's new row, None if asked to stop and saved."""
+        if self.asked_to_stop():
+            self.save()
+            return None
         args, first, start = self.args, self.update, time.perf_counter()
         self.waited = 0.0
         self.task.train()
@@ -497,7 +536,8 @@ class Training:
                 bar.update()
                 stop = self.look_at_losses(keep=1)
                 save = args.save_every and self.update % args.save_every == 0
-                if save or stop or self.update == self.updates_per_epoch:
+                save = save or self.update == self.updates_per_epoch  # the evaluation may take long
+                if save or stop:
                     stop = self.look_at_losses() or stop
                 if save or stop:
                     self.save()
@@ -517,6 +557,11 @@ class Training:
         row = dict(epoch=self.epoch, train_loss=self.loss_sum / self.updates_per_epoch)
         row["train_images_per_second"] = (self.update - first) * args.global_batch_size / (time.perf_counter() - start)
         row |= {f"eval_{key}": value for key, value in self.evaluate().items()}
+        if not math.isfinite(row["eval_loss"]):
+            raise cli.UserError(
+                f"the validation loss became {row['eval_loss']} in epoch {self.epoch + 1}; {self.go_back(self.update)}",
+                shared=True,
+            )
         row |= dict(lr=self.optimizer.param_groups[0]["lr"], bad_images=self.loader.bad_image_count)
         row["seconds"] = time.perf_counter() - start
         self.log.append(row)
@@ -579,7 +624,7 @@ class Training:
             found, update, lr = self.fresh.pop(0)
             loss, wish = found.tolist()
             if not math.isfinite(loss):
-                raise cli.UserError(self.tell_bad_loss(loss, update, lr))
+                raise cli.UserError(self.tell_bad_loss(loss, update, lr), shared=True)
             self.loss_sum += loss
             stop = stop or wish > 0
         return stop
@@ -594,9 +639,16 @@ class Training:
             listed = f"; {path} lists its images: {names[0]} and {len(names) - 1} more"
         return (
             f"the loss became {loss} in epoch {self.epoch + 1}, update {update + 1} of {self.updates_per_epoch}, at "
-            f"learning rate {lr:.3g}{listed}. The checkpoints in {self.folder.path} are of before. A smaller --lr or "
-            f"--clip-grad 1 may help"
+            f"learning rate {lr:.3g}{listed}; {self.go_back(update)}"
         )
+
+    def go_back(self, update: int) -> str:
+        """Let the last checkpoint be one of before the weights that this update began with; return what to say."""
+        hint = "a smaller --lr or --clip-grad 1 may help"
+        kept = self.folder.go_back(self.saved == (self.epoch, update)) if self.processes.is_first else None
+        if not kept:
+            return f"there is no checkpoint of before; {hint}"
+        return f"--resume goes on from {kept}, which is of before; {hint}"
 
     def progress(self, rate: float, seconds: float) -> dict[str, str]:
         """Return what the bar shows: loss, images/s, share of the time that waits for data, memory."""
@@ -630,26 +682,37 @@ def recipe(args) -> dict:
 
 
 class Journal:
-    """Writes the log where the options say: log.csv and curves.png, TensorBoard, Weights & Biases."""
+    """Writes the log where the options say: log.csv and curves.png, TensorBoard, Weights & Biases.
 
-    def __init__(self, args, folder: Path):
-        self.folder, self.tensorboard, self.wandb = folder, None, None
+    Args:
+        args: The options.
+        folder: The run's folder.
+        writes: Whether this process does it.
+    """
+
+    def __init__(self, args, folder: Path, writes: bool):
+        self.folder, self.writes, self.tensorboard, self.wandb = folder, writes, None, None
         if args.log_tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise cli.UserError("--log-tensorboard needs TensorBoard: pip install tensorboard") from error
-            self.tensorboard = SummaryWriter(folder / "tensorboard")
+            self.tensorboard = SummaryWriter(folder / "tensorboard") if writes else None
         if args.log_wandb:
             try:
                 import wandb
             except ImportError as error:
                 raise cli.UserError("--log-wandb needs Weights & Biases: pip install wandb") from error
-            name = re.sub(r"\W+", "-", str(folder.resolve())).strip("-")
-            self.wandb = wandb.init(project="raftmlp", id=name, resume="allow", dir=str(folder), config=recipe(args))
+            if writes:
+                name = re.sub(r"\W+", "-", str(folder.resolve())).strip("-")
+                self.wandb = wandb.init(
+                    project="raftmlp", id=name, resume="allow", dir=str(folder), config=recipe(args)
+                )
 
     def write(self, log: list[dict]) -> None:
         """Write the log into the folder."""
+        if not self.writes:
+            return
         text = io.StringIO()
         table = csv.DictWriter(text, fieldnames=log[-1], lineterminator="\n")
         table.writeheader()
@@ -729,6 +792,12 @@ def export_path(args) -> Path | None:
     path = checkpoint_folders()[0] / f"{args.model}.{args.export}.safetensors"
     if path.exists() and not args.overwrite:
         raise cli.UserError(f"{path} exists: choose another --export, or --overwrite it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.UserError(f"cannot export to {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise cli.UserError(f"cannot export to {path}: no permission")
     return path
 
 
@@ -755,7 +824,9 @@ def main() -> None:
     processes = cli.start_processes(args.device)
     device, place = processes.device, dict(rank=processes.rank, world_size=processes.world_size)
     random_seed(args.seed)
-    steps = share_batches(args, processes.world_size)
+    batch_size, steps = share_batches(args, processes.world_size)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
 
     # data and model
     train_set = loaders.create_data(args, args.train_split, is_training=True)
@@ -764,9 +835,7 @@ def main() -> None:
     names = class_names(train_set)
     if args.num_classes is None and names:
         args.num_classes = len(names)
-    model = cli.create_model(
-        args, fresh_head=True, drop_rate=args.drop, drop_path_rate=args.drop_path, img_size=trained_size(args)
-    ).to(device)
+    model = cli.create_model(args, to_train=True, drop_rate=args.drop, drop_path_rate=args.drop_path).to(device)
     args.num_classes, args.in_chans = model.num_classes, model.in_chans
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -780,15 +849,15 @@ def main() -> None:
     # optimisation
     folder = RunFolder(args.output)
     loader = loaders.TrainingLoader(
-        args, train_set, settings, device, steps, **place, bad_images=folder.path / "bad_images.txt"
+        args, train_set, settings, device, batch_size, steps, **place, bad_images=folder.path / "bad_images.txt"
     )
     if not loader.updates_per_epoch:
         raise cli.UserError(
-            f"{len(train_set)} images make no update of {args.global_batch_size}: choose a smaller --batch-size"
-            f" or --global-batch-size"
+            f"{loaders.count(train_set)} images make no update of {args.global_batch_size}: choose a smaller "
+            f"--batch-size or --global-batch-size"
         )
     val_loader = loaders.evaluation_loader(args, val_set, settings, device, **place)
-    augment = loaders.BatchAugmentation(args, model.num_classes, device)
+    augment = loaders.BatchAugmentation(args, batch_size, model.num_classes, device)
     task = create_task(args, model, augment.makes_soft_targets, device)
     optimizer, scheduler = create_optimisation(args, model, loader.updates_per_epoch)
     if args.model_ema:
@@ -803,29 +872,22 @@ def main() -> None:
     exported = export_path(args)
     description = dict(arch=args.model, model_kwargs=args.model_kwargs, pretrained_cfg=facts)
     training = Training(args, processes, task, optimizer, scheduler, loader, augment, val_loader, folder, description)
-    path = processes.broadcast(prepare_folder(args, folder) if processes.is_first else None)
+    path = processes.on_first(prepare_folder, args, folder)
     folder.path.mkdir(parents=True, exist_ok=True)  # on other machines, where it is no shared one
     if path:
         training.load(path)
-        cli.say(f"going on from {path}, epoch {training.epoch + 1}, update {training.update + 1}")
-    journal = None
-    if processes.is_first:
-        if not path or path.parent.resolve() != folder.path.resolve():
-            if args.overwrite:
-                folder.clear()
-            if path:
-                folder.adopt(path)
-        journal = Journal(args, folder.path)
-        options = {key: value for key, value in vars(args).items() if key not in ("config", "overwrite", "resume")}
-        cli.write_whole(folder.path / "args.yaml", yaml.safe_dump(options, sort_keys=False))
+        where = f"epoch {training.epoch + 1}, update {training.update + 1}"
+        cli.say(f"going on from {path}, {where if training.epoch < args.epochs else 'which is finished'}")
+    processes.on_first(start_folder, args, folder, path)
+    journal = Journal(args, folder.path, writes=processes.is_first)
 
     height, width = settings["input_size"][-2:]
     count = sum(p.numel() for p in model.parameters())
     cli.say(
-        f"{args.model}, {count:,} parameters, {model.num_classes} classes, {height}x{width}: {len(train_set)} images "
-        f"to train on, {len(val_set)} to evaluate on\n"
+        f"{args.model}, {count:,} parameters, {model.num_classes} classes, {height}x{width}: "
+        f"{loaders.count(train_set)} images to train on, {loaders.count(val_set)} to evaluate on\n"
         f"{args.epochs} epochs of {loader.updates_per_epoch} updates of {args.global_batch_size} images: "
-        f"{processes.world_size} process{'es' * (processes.world_size > 1)} x {steps} x {args.batch_size}, on {device}"
+        f"{processes.world_size} process{'es' * (processes.world_size > 1)} x {steps} x {batch_size}, on {device}"
     )
     training.stop_on_signals()
     while training.epoch < args.epochs:
@@ -838,9 +900,8 @@ def main() -> None:
             processes.leave()
             sys.exit(130 if training.signal == signal.SIGINT else 0)
         training.save(best=training.best is row)
-        if journal:
-            journal.write(training.log)
-            journal.report(row)
+        journal.write(training.log)
+        journal.report(row)
         left = timedelta(seconds=round(row["seconds"] * (args.epochs - training.epoch)))
         cli.say(
             f"epoch {training.epoch}/{args.epochs}: training loss {row['train_loss']:.4f}, validation loss "
@@ -848,7 +909,7 @@ def main() -> None:
             f"{training.best['epoch'] + 1}), {row['train_images_per_second']:.0f} images/s, {left} left"
         )
 
-    if journal:
+    if processes.is_first:
         journal.write(training.log)  # again: a kill may have come between the last checkpoint and the log
         summary = summarise(args, training)
         cli.write_whole(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
