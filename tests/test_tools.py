@@ -299,7 +299,7 @@ def test_train_only_bad_input(run):
         (["--in-chans", "2"], "images have 1 or 3 channels"),
         (["--aa", "random"], "--aa 'random'"),
         (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),
-        (["--mixup", "0.8", "--batch-size", "7"], "--batch-size 7 must be even"),
+        (["--mixup", "0.8", "--batch-size", "7"], "must be even: 7 images"),
         (["--lr", "-1"], "must be a number of 0 or more, not '-1'"),
         (["--epochs", "1.5"], "must be a whole number of 1 or more, not '1.5'"),
     ]:
@@ -334,7 +334,7 @@ def test_folders_that_would_spoil_the_figure(image_folder, run, tmp_path):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "1.png")
     status, _, err = run(train, *options, "--data-dir", tmp_path / "data")
-    assert status == 2 and "are not those to evaluate on" in err
+    assert status == 2 and "classes to train on are not the" in err
 
 
 def test_a_failed_resume_changes_nothing(digits_run, run):
