@@ -73,6 +73,8 @@ def load_checkpoint(path: str | Path) -> Mapping:
         ValueError: If the file is damaged, is no checkpoint, or holds anything but plain data.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: name a checkpoint file in it")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -87,7 +89,7 @@ def load_checkpoint(path: str | Path) -> Mapping:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the readers raise anything on bytes that are no checkpoint
         told = isinstance(error, (RuntimeError, safetensors.SafetensorError)) and str(error)
-        reason = str(error).splitlines()[0] if told else "not a file of torch.save or safetensors"
+        reason = str(error).splitlines()[0].split(". ")[0] if told else "not a file of torch.save or safetensors"
         raise ValueError(f"{path} is damaged or is no checkpoint: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no weights")

@@ -161,7 +161,7 @@ def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_p
     assert status == 0, said
     assert_same(outcome(tmp_path / "run"), uninterrupted)
     rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "curves.png"}
 
 
@@ -263,9 +263,14 @@ def test_resume_refuses_another_run(run):
     status, out, err = run(*options, "--resume", "--epochs", 3, "--lr", 0.5)
     assert status == 0, err
     assert "note: not the options of before: epochs 2 -> 3, lr 0.001 -> 0.5" in out
-    torch.save({"state_dict": {}}, "foreign.pth")
+    status, _, err = run(*options, "--resume", "--epochs", 2)
+    assert status == 2 and "is of epoch 3, --epochs says 2" in err
+    torch.save({"state_dict": {}, "optimizer": {}}, "foreign.pth")
     status, _, err = run(*options, "--resume", "foreign.pth", "--output", "new")
     assert status == 2 and "cannot resume from foreign.pth" in err
+    torch.save({"state_dict": {}}, "weights.pth")
+    status, _, err = run(*options, "--resume", "weights.pth", "--output", "new")
+    assert status == 2 and "weights.pth holds weights only: --checkpoint starts a new run" in err
 
 
 def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run):
@@ -481,8 +486,11 @@ def test_export_writes_pretrained_weights_and_a_card(run, monkeypatch):
     assert model.pretrained_cfg["label_names"] == tuple("0123456789")
     status, _, err = run(*options, "--export", "mine", "--resume")
     assert status == 2 and "raftmlp_digits.mine.safetensors exists" in err
-    status, _, err = run(*options, "--export", "second", "--resume")  # of a finished run
-    assert status == 0 and Path("weights/raftmlp_digits.second.safetensors").exists(), err
+    before = {name: Path("out", name).read_text() for name in ("args.yaml", "summary.json", "log.csv")}
+    status, _, err = run(*options, "--export", "second", "--resume", "--lr", 0.5)  # of a finished run
+    assert status == 0, err
+    assert json.loads(Path("weights/raftmlp_digits.second.json").read_text())["options"]["lr"] == 0.001
+    assert before == {name: Path("out", name).read_text() for name in before}
     monkeypatch.setenv("RAFTMLP_CHECKPOINTS", "/proc/nowhere")
     status, _, err = run(*options, "--export", "third", "--resume")
     assert status == 2 and "cannot export to /proc/nowhere/raftmlp_digits.third.safetensors" in err
@@ -693,3 +701,11 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     other = [images[key][0] for key in ((1, 5), (0, 6))]
     assert torch.equal(images[(0, 5)][0], first)
     assert not any(torch.equal(first, image) for image in other)
+
+
+def test_an_evaluation_without_a_readable_image_ends_the_run(run, image_folder):
+    for path in (image_folder / "val").rglob("*.jpg"):
+        path.write_text("no image")
+    status, _, err = run(*folder_options(image_folder, "--epochs", 1, "--output", "out"))
+    assert status == 2 and "none of the 6 images to evaluate on can be read" in err
+    assert not Path("out/model_best.pth.tar").exists()

@@ -17,7 +17,7 @@ import cli
 import loaders
 import validate
 from imagenet import RealLabels, names_for_people
-from raftmlp.data import create_dataset
+from raftmlp.data import Digits, create_dataset
 from reports import Confusion, Gallery
 
 DIGITS = ["--model", "raftmlp_digits", "--pretrained", "--dataset", "digits"]
@@ -527,3 +527,36 @@ def test_too_large_a_batch(run, monkeypatch):
     status, _, err = run(*DIGITS, "--batch-size", 77)
     assert status == 2
     assert err.splitlines() == ["validate.py: error: raftmlp_digits: --batch-size 77 is too much for the memory"]
+
+
+# Classes by name
+
+
+def test_classes_are_found_by_their_names(run, tmp_path):
+    """A checkpoint that tells its classes' names is evaluated on a part of them, whatever their numbers there."""
+    model = timm.create_model("raftmlp_digits", pretrained=True)
+    digits = Digits("validation")
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for i in range(60):
+        image, target = digits[i]
+        if target in (3, 7, 8):
+            (tmp_path / "val" / words[target]).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "val" / words[target] / f"{i}.png")
+    told = dict(
+        num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, label_names=words
+    )
+    torch.save(dict(arch="raftmlp_digits", pretrained_cfg=told, state_dict=model.state_dict()), "named.pth")
+    options = ["--checkpoint", "named.pth", "--data-dir", tmp_path, "--workers", 0]
+    status, out, err = run(*options)
+    assert status == 0, err
+    assert "the 3 classes are a part of the model's: raftmlp_digits chooses among these" in out
+    assert "top-1 100.00 %" in out
+    (tmp_path / "val/three").rename(tmp_path / "val/drei")
+    status, _, err = run(*options)
+    assert status == 2 and "the data has classes that the model was not trained on: ['drei']" in err
+
+
+def test_pretrained_weights_are_not_evaluated_with_a_random_classifier(run):
+    options = ["--model", "raftmlp_digits", "--pretrained", "--dataset", "digits", "--num-classes", 12]
+    status, _, err = run(*options)
+    assert status == 2 and "tell 10 classes apart, not 12" in err

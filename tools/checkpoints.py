@@ -123,7 +123,8 @@ class RunFolder:
                 cli.say(f"{damaged[0]}; it is {aside.name} now, {path.name} takes its place")
             return path
         if damaged:
-            raise cli.UserError(f"no checkpoint is whole: {'; '.join(damaged)}")
+            hint = f"; --resume {self.best} goes on from the best one" if self.best.exists() else ""
+            raise cli.UserError(f"no checkpoint is whole: {'; '.join(damaged)}{hint}")
         return None
 
 

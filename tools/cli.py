@@ -283,6 +283,8 @@ def create_model(
         **kwargs: More arguments of the model; those that are None are left out.
     """
     told = {}
+    if args.checkpoint and args.pretrained:
+        raise UserError("--checkpoint and --pretrained exclude each other")
     if args.checkpoint:
         with user_errors(ValueError, FileNotFoundError):
             told = trained_as(args.checkpoint)
@@ -307,12 +309,27 @@ def create_model(
     except Exception as error:  # constructors raise anything on arguments that they cannot take
         raise UserError(f"cannot make {args.model}: {first_words(error)}") from error
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint, fresh_head=to_train)
+        load_checkpoint(model, args.checkpoint, to_train, name)
+    known = model.pretrained_cfg.get("num_classes")
+    if args.pretrained and known and model.num_classes != known:
+        if not to_train:
+            raise UserError(
+                f"the pretrained weights of {args.model} tell {known} classes apart, not {model.num_classes}: the "
+                f"classifier would be a random one"
+            )
+        say(f"the classifier starts anew: {model.num_classes} classes, the pretrained weights have {known}")
     return model
 
 
-def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None:
-    """Load weights strictly; if fresh_head, but for a classifier of another number of classes, and say so."""
+def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool, told: str | None) -> None:
+    """Load weights strictly; if fresh_head, but for a classifier of another number of classes, and say so.
+
+    Args:
+        model: The model.
+        path: The checkpoint file.
+        fresh_head: Whether the classifier may go.
+        told: The model that the file says it is of.
+    """
     with user_errors(ValueError, FileNotFoundError):
         state = load_state_dict(path)
         if isinstance(model, RaftMLP):
@@ -332,7 +349,8 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool) -> None
         more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
         if any("fc1.weight has shape" in line for line in differences):
             more += "; if it was trained at another image size, say --model-kwargs img_size=N"
-        raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(differences[:3])}{more}")
+        whose = f" (it is of {told})" if told else ""
+        raise UserError(f"{path}{whose} does not fit this {type(model).__name__}: {'; '.join(differences[:3])}{more}")
     if note:
         say(note)
     model.load_state_dict(state)

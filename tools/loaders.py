@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import random
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "-j",
         "--workers",
-        type=cli.number(int, 0),
+        type=cli.number(int, 0, 256),
         default=default_workers(),
         metavar="N",
         help="processes that load images, for each process that trains; 0 to load them in this one",
@@ -305,7 +306,8 @@ class TrainingImages(Dataset):
                 image, target = read_image(self.dataset, taken, self.mode)
             except Exception as error:  # PIL raises anything on bytes that are no image
                 with self.bad_images.open("a", errors="surrogateescape") as file:  # one write a line: they do not mix
-                    file.write(f"{file_name(self.dataset, taken)}\t{cli.first_words(error)}\n")
+                    reason = re.sub(r" <_io\S* name=.*?>", "", cli.first_words(error))
+                    file.write(f"{file_name(self.dataset, taken)}\t{reason}\n")
                 continue
             seed_everything(self.seed, 0, epoch, index)
             return self.transform(image), target

@@ -362,7 +362,8 @@ def prepare_folder(args, folder: RunFolder) -> Path | None:
             f"{folder.path} holds a run: go on with --resume, name another folder with --output, or --overwrite it"
         )
     if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
-        raise cli.UserError(f"no checkpoint to resume from at {args.resume}")
+        hint = f"; to go on in that folder: --output {args.resume} --resume" if Path(args.resume).is_dir() else ""
+        raise cli.UserError(f"no checkpoint to resume from at {args.resume}{hint}")
     folder.open()
     if args.resume == "auto":
         path = folder.find()
@@ -459,6 +460,7 @@ class Training:
             options=recipe(self.args),
             epoch=self.epoch,
             update=self.update,
+            updates_per_epoch=self.updates_per_epoch,
             loss_sum=self.loss_sum,
             log=self.log,
             state_dict=self.model.state_dict(),
@@ -478,6 +480,8 @@ class Training:
         """
         with cli.user_errors(ValueError, FileNotFoundError):
             state = load_checkpoint(path)
+        if "optimizer" not in state:
+            raise cli.UserError(f"{path} holds weights only: --checkpoint starts a new run from them")
         before, now = state.get("options", {}), recipe(self.args)
         for key in STRUCTURAL:
             if key in before and before[key] != now[key]:
@@ -504,6 +508,15 @@ class Training:
                     f"{path} is of the middle of an epoch with --{key.replace('_', '-')} {before.get(key)}: "
                     f"{now[key]} cannot go on from there"
                 )
+        if self.update and state.get("updates_per_epoch") != self.updates_per_epoch:
+            raise cli.UserError(
+                f"{path} is of the middle of an epoch of {state.get('updates_per_epoch')} updates, of which this data "
+                f"makes {self.updates_per_epoch}"
+            )
+        if self.epoch + (self.update > 0) > self.args.epochs:
+            raise cli.UserError(
+                f"{path} is of epoch {self.epoch + (self.update > 0)}, --epochs says {self.args.epochs}"
+            )
         for group, options in zip(self.optimizer.param_groups, hyperparameters):
             group.update(options)
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
@@ -520,7 +533,10 @@ class Training:
         args, first, start = self.args, self.update, time.perf_counter()
         self.waited = 0.0
         self.task.train()
-        self.scheduler.step_update(self.epoch * self.updates_per_epoch + first)
+        done = self.epoch * self.updates_per_epoch + first
+        for updates in (done - 1, done):  # the rate of the last update, for the log, and that of the next
+            self.lr = self.optimizer.param_groups[0]["lr"]
+            self.scheduler.step_update(max(0, updates))
         batches = self.loader.epoch(self.epoch, first)
         with tqdm(
             total=self.updates_per_epoch,
@@ -554,7 +570,7 @@ class Training:
                         f"epoch {self.epoch + 1}/{args.epochs}, update {self.update}/{self.updates_per_epoch}: "
                         f"{facts}, {timedelta(seconds=round(left))} left of the epoch"
                     )
-        row = dict(epoch=self.epoch, train_loss=self.loss_sum / self.updates_per_epoch)
+        row = dict(epoch=self.epoch + 1, train_loss=self.loss_sum / self.updates_per_epoch)
         row["train_images_per_second"] = (self.update - first) * args.global_batch_size / (time.perf_counter() - start)
         row |= {f"eval_{key}": value for key, value in self.evaluate().items()}
         if not math.isfinite(row["eval_loss"]):
@@ -562,7 +578,7 @@ class Training:
                 f"the validation loss became {row['eval_loss']} in epoch {self.epoch + 1}; {self.go_back(self.update)}",
                 shared=True,
             )
-        row |= dict(lr=self.optimizer.param_groups[0]["lr"], bad_images=self.loader.bad_image_count)
+        row |= dict(lr=self.lr, bad_images=self.loader.bad_image_count)
         row["seconds"] = time.perf_counter() - start
         self.log.append(row)
         self.epoch, self.update, self.loss_sum = self.epoch + 1, 0, 0.0
@@ -593,7 +609,8 @@ class Training:
         found[1] = float(self.signal is not None)
         if self.world_size > 1:
             torch.distributed.all_reduce(found)
-        self.fresh.append((found, self.update, self.optimizer.param_groups[0]["lr"]))
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.fresh.append((found, self.update, self.lr))
         self.scheduler.step_update(updates)
 
     def step_back(self, loss: torch.Tensor, is_last: bool) -> None:
@@ -669,7 +686,10 @@ class Training:
         model = self.task.get_eval_model(ema=self.args.model_ema)
         model = model.module if isinstance(model, DistributedDataParallel) else model
         context = cli.autocast(self.args, self.device)
-        return evaluate(model, self.val_loader, self.device, context, distributed=self.world_size > 1)
+        figures = evaluate(model, self.val_loader, self.device, context, distributed=self.world_size > 1)
+        if not figures["images"]:
+            raise cli.UserError(f"none of the {figures['unread']} images to evaluate on can be read", shared=True)
+        return figures
 
 
 def recipe(args) -> dict:
@@ -722,7 +742,7 @@ class Journal:
 
     def report(self, row: dict) -> None:
         """Send the row of an epoch to TensorBoard and to Weights & Biases."""
-        epoch = row["epoch"] + 1
+        epoch = row["epoch"]
         figures = {key.replace("_", "/", 1): value for key, value in row.items() if key != "epoch"}
         if self.tensorboard:
             for key, value in figures.items():
@@ -739,7 +759,7 @@ def plot_curves(log: list[dict], picture: Path) -> None:
     matplotlib.use("Agg")  # files only, no screen needed
     from matplotlib import pyplot as plt
 
-    epochs = [row["epoch"] + 1 for row in log]
+    epochs = [row["epoch"] for row in log]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     left.plot(epochs, [row["train_loss"] for row in log], label="training")
     left.plot(epochs, [row["eval_loss"] for row in log], label="validation")
@@ -762,8 +782,9 @@ def summarise(args, training: Training) -> dict:
         model=args.model,
         parameters=sum(p.numel() for p in training.model.parameters()),
         epochs=args.epochs,
-        best_epoch=best["epoch"] + 1,
+        best_epoch=best["epoch"],
         best_top1=best["eval_top1"],
+        best={key: value for key, value in best.items() if key.startswith("eval_")},
         last={key: value for key, value in last.items() if key.startswith("eval_")},
         bad_images=last["bad_images"],
         seconds=round(sum(row["seconds"] for row in training.log), 1),
@@ -801,19 +822,19 @@ def export_path(args) -> Path | None:
     return path
 
 
-def export(path: Path, summary: dict, args) -> None:
+def export(path: Path, summary: dict) -> None:
     """Write the best weights as pretrained weights, and the card that tells where they come from."""
     checkpoint = load_checkpoint(summary["best_checkpoint"])
     cfg = checkpoint["pretrained_cfg"]
-    save_state_dict(unwrap(checkpoint), path, dict(model=args.model, pretrained_cfg=json.dumps(cfg)))
+    save_state_dict(unwrap(checkpoint), path, dict(model=checkpoint["arch"], pretrained_cfg=json.dumps(cfg)))
     card = dict(
         file=path.name,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         bytes=path.stat().st_size,
-        data=args.dataset or "a folder of images",
+        data=checkpoint["options"]["dataset"] or "a folder of images",
         **{key: value for key, value in summary.items() if key != "best_checkpoint"},
         pretrained_cfg=cfg,
-        options=recipe(args),
+        options=checkpoint["options"],
     )
     cli.write_whole(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
     cli.say(f"exported {path} and its card {path.with_suffix('.json').name}")
@@ -853,8 +874,8 @@ def main() -> None:
     )
     if not loader.updates_per_epoch:
         raise cli.UserError(
-            f"{loaders.count(train_set)} images make no update of {args.global_batch_size}: choose a smaller "
-            f"--batch-size or --global-batch-size"
+            f"{loaders.count(train_set)} images make no update of {args.global_batch_size}: choose --global-batch-size "
+            f"{loaders.count(train_set)} or less"
         )
     val_loader = loaders.evaluation_loader(args, val_set, settings, device, **place)
     augment = loaders.BatchAugmentation(args, batch_size, model.num_classes, device)
@@ -877,8 +898,13 @@ def main() -> None:
     if path:
         training.load(path)
         where = f"epoch {training.epoch + 1}, update {training.update + 1}"
+        if training.update == loader.updates_per_epoch:
+            where = f"epoch {training.epoch + 1}, which is to be evaluated"
         cli.say(f"going on from {path}, {where if training.epoch < args.epochs else 'which is finished'}")
-    processes.on_first(start_folder, args, folder, path)
+    summary_file = folder.path / "summary.json"
+    finished = training.epoch >= args.epochs and summary_file.exists()
+    if not finished:  # else its records stay as they are
+        processes.on_first(start_folder, args, folder, path)
     journal = Journal(args, folder.path, writes=processes.is_first)
 
     height, width = settings["input_size"][-2:]
@@ -906,17 +932,18 @@ def main() -> None:
         cli.say(
             f"epoch {training.epoch}/{args.epochs}: training loss {row['train_loss']:.4f}, validation loss "
             f"{row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} % (best {training.best['eval_top1']:.2f} in epoch "
-            f"{training.best['epoch'] + 1}), {row['train_images_per_second']:.0f} images/s, {left} left"
+            f"{training.best['epoch']}), {row['train_images_per_second']:.0f} images/s, {left} left"
         )
 
     if processes.is_first:
-        journal.write(training.log)  # again: a kill may have come between the last checkpoint and the log
-        summary = summarise(args, training)
-        cli.write_whole(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if not finished:
+            journal.write(training.log)  # again: a kill may have come between the last checkpoint and the log
+            cli.write_whole(summary_file, json.dumps(summarise(args, training), indent=2) + "\n")
+        summary = json.loads(summary_file.read_text())
         cli.say(f"best top-1 {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}, {summary['seconds']} s")
         cli.say(f"in {folder.path}: model_best.pth.tar, last.pth.tar, log.csv, curves.png, summary.json")
         if exported:
-            export(exported, summary, args)
+            export(exported, summary)
     processes.leave()
 
 

@@ -1,5 +1,6 @@
 """Data sets: the embedded ones, and by one function everything that timm reads."""
 
+import tarfile
 from pathlib import Path
 
 from timm.data import create_dataset as create_timm_dataset
@@ -40,15 +41,29 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         synonyms = (split, "val", "validation") if split in ("val", "validation") else (split,)
         tars = [Path(root) / f"{name}.tar" for name in synonyms]
         root = str(next((tar for tar in tars if tar.is_file()), root))
+        _check_split(Path(root), split)
     elif not root and not name.startswith("hfds/"):
         raise ValueError(f"name the folder of {name} with --data-dir")
     try:
         if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
             return found
         return create_timm_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, RuntimeError, TypeError, ImportError) as error:
+    except (AssertionError, RuntimeError, TypeError, ImportError, tarfile.TarError, EOFError) as error:
         reason = str(error) or "not found"
         raise ValueError(f"no data set {name!r} with split {split!r} in {root}: {reason}") from error
+
+
+def _check_split(root: Path, split: str) -> None:
+    """Refuse a split that a folder of splits does not have; timm would take all of the folder for it."""
+    kinds = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+    names = next((kind for kind in kinds if split in kind), (split,))
+    splits = sorted(path.name for path in root.glob("*") if path.stem in (*kinds[0], *kinds[1], "test"))
+    if (
+        root.is_dir()
+        and not any((root / name).is_dir() for name in names)
+        and (splits or split not in kinds[0] + kinds[1])
+    ):
+        raise ValueError(f"no split {split!r} in {root}: it has {', '.join(splits) or 'no folders of splits'}")
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
