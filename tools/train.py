@@ -846,7 +846,7 @@ def main() -> None:
     device, place = processes.device, dict(rank=processes.rank, world_size=processes.world_size)
     random_seed(args.seed)
     batch_size, steps = share_batches(args, processes.world_size)
-    if args.tf32:
+    if args.tf32 and device.type == "cuda":  # on a CPU it would mean something else
         torch.set_float32_matmul_precision("high")
 
     # data and model
