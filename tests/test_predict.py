@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,9 @@ DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the script in this process, in an empty folder; returns its exit status and its two outputs."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["tools/predict.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(predict.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(run_tool):
+    """Run predict.py; see ``run_tool``."""
+    return partial(run_tool, predict)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 from test_golden import release_weights
 
-import cli
 import convert_checkpoint
 import predict
 import train
@@ -24,23 +23,6 @@ from raftmlp.checkpoint import load_state_dict, read_metadata
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--workers", "0", "--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a tool in this process, in an empty folder; returns its exit status and its two outputs."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(tool, *args):
-        monkeypatch.setattr(sys, "argv", [f"tools/{tool.__name__}.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(tool.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +69,10 @@ def test_train_writes_a_run(digits_run):
     assert yaml.safe_load((output / "args.yaml").read_text())["epochs"] == 2
 
 
-def test_validate_gives_the_runs_figure(digits_run, run):
+def test_validate_gives_the_runs_figure(digits_run, run_tool):
     output, _ = digits_run
     options = [*TINY, "--checkpoint", output / "model_best.pth.tar", "--dataset", "digits"]
-    status, out, _ = run(validate, *options, "--results-file", "a/result.json", "--picture", "b/picture.png")
+    status, out, _ = run_tool(validate, *options, "--results-file", "a/result.json", "--picture", "b/picture.png")
     assert status == 0
     (result,) = json.loads(Path("a/result.json").read_text())["rows"]
     best = json.loads((output / "summary.json").read_text())["best_top1"]
@@ -107,47 +89,47 @@ def test_gallery_shows_the_wrong_ones_first():
     assert [(truth, guess) for _, truth, guess, _ in gallery.right] == [(0, 0), (1, 1), (1, 1)]
 
 
-def test_resume_goes_on(digits_run, run):
+def test_resume_goes_on(digits_run, run_tool):
     output, _ = digits_run
     config = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", "1", "--output", output]
     before = (output / "last.pth.tar").read_bytes()
-    status, _, err = run(train, *config, "--epochs", "3")
+    status, _, err = run_tool(train, *config, "--epochs", "3")
     assert status == 2 and "holds a run: go on with --resume" in err
     assert (output / "last.pth.tar").read_bytes() == before
 
-    status, out, _ = run(train, *config, "--epochs", "3", "--resume")
+    status, out, _ = run_tool(train, *config, "--epochs", "3", "--resume")
     assert status == 0
     assert "epoch 3/3" in out and "epoch 2/3" not in out
     assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["1", "2", "3"]
 
-    status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "missing.pth")
+    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", output / "missing.pth")
     assert status == 2 and "no checkpoint to resume from" in err
     (output / "cut.pth").write_bytes(before[:3000])
-    status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
+    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
     assert status == 2 and "cut.pth is damaged" in err
 
     (output / "empty.pth").write_bytes(b"")
-    status, _, err = run(train, *config, "--epochs", "3", "--resume", output / "empty.pth")
+    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", output / "empty.pth")
     assert status == 2 and "empty.pth is damaged" in err
-    status, _, err = run(train, *config, "--epochs", "3", "--resume", "elsewhere/last.pth.tar")
+    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", "elsewhere/last.pth.tar")
     assert status == 2 and "holds a run" in err
 
     (output / "mine.txt").write_text("keep")
-    status, out, _ = run(train, *config, "--epochs", "1", "--warmup-epochs", 0, "--overwrite", "--no-model-ema")
+    status, out, _ = run_tool(train, *config, "--epochs", "1", "--warmup-epochs", 0, "--overwrite", "--no-model-ema")
     assert (output / "mine.txt").read_text() == "keep"
     assert status == 0
     assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["1"]
 
 
-def test_train_on_a_folder_of_images(image_folder, run):
+def test_train_on_a_folder_of_images(image_folder, run_tool):
     options = [*TINY, "--data-dir", image_folder, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0]
-    status, out, err = run(
+    status, out, err = run_tool(
         train, *options, "--img-size", 40, 48, "--aa", "rand-m5", "--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.25,
         "--drop-path", 0.1, "--clip-grad", 1, "--grad-checkpointing", "--amp", "--lr", 1e-3,
     )  # fmt: skip
     assert status == 0, err
     assert "2 classes, 40x48: 24 images to train on, 12 to evaluate on" in out
-    status, out, err = run(
+    status, out, err = run_tool(
         validate, *TINY, "img_size=(40,48)", "--checkpoint", "runs/train/last.pth.tar",
         "--data-dir", image_folder, "--img-size", 40, 48, "--amp",
     )  # fmt: skip
@@ -156,32 +138,32 @@ def test_train_on_a_folder_of_images(image_folder, run):
 
     # another task's classifier stays behind, and that is said; evaluation wants the whole model
     finetune = ["--model", "raftmlp_digits", "--pretrained", "--data-dir", image_folder, "--workers", 0]
-    status, out, err = run(
+    status, out, err = run_tool(
         train, *finetune, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned"
     )
     assert status == 0, err
     shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
     options = ["--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", image_folder, "--workers", 0]
-    status, out, err = run(
+    status, out, err = run_tool(
         train, *options, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned2"
     )
     assert status == 0, err
     assert "its classifier is missing or another task's" in out
-    status, _, err = run(validate, *options)
+    status, _, err = run_tool(validate, *options)
     assert status == 2 and "classes that the model was not trained on: ['bright', 'dark']" in err
 
 
-def test_other_models_of_timm(run):
-    status, out, err = run(
+def test_other_models_of_timm(run_tool):
+    status, out, err = run_tool(
         validate, "--model", "resnet10t", "--dataset", "digits", "--img-size", 32, "--workers", 0, "--batch-size", 360
     )
     assert status == 0, err
     assert "resnet10t: top-1" in out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run):
+def test_a_loss_that_is_not_finite_ends_the_run(run_tool):
     options = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", 0, "--epochs", 3]
-    status, _, err = run(train, *options, "--lr", "1e30", "--output", "out")
+    status, _, err = run_tool(train, *options, "--lr", "1e30", "--output", "out")
     assert status == 2
     assert "the loss became" in err and "at learning rate" in err
     assert not Path("out/summary.json").exists()
@@ -203,8 +185,8 @@ def test_the_command_line_wins_over_the_config(tmp_path):
 
 
 @pytest.mark.parametrize("tool", [train, validate, predict, convert_checkpoint])
-def test_help_tells_every_option(tool, run):
-    status, out, _ = run(tool, "--help")
+def test_help_tells_every_option(tool, run_tool):
+    status, out, _ = run_tool(tool, "--help")
     assert status == 0
     for action in tool.build_parser()._actions:
         assert action.help
@@ -262,7 +244,7 @@ def test_help_tells_every_option(tool, run):
     ],
 )
 @pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)
-def test_bad_input(run, tool, options, message):
+def test_bad_input(run_tool, tool, options, message):
     if "count.yaml" in options and tool is validate:
         options, message = ["-c", "base.yaml"], "cannot read the config"
     Path("cut.pth").write_bytes(b"PK\x03\x04 cut")
@@ -279,7 +261,7 @@ def test_bad_input(run, tool, options, message):
     for name in ("train", "val"):
         Path(f"tars/{name}.tar").write_text("no tar")
     before = sorted(Path().iterdir())
-    status, out, err = run(tool, *options)
+    status, out, err = run_tool(tool, *options)
     assert status == 2
     assert message in err
     assert f"{tool.__name__}.py: error: " in err.splitlines()[-1]
@@ -288,7 +270,7 @@ def test_bad_input(run, tool, options, message):
     assert sorted(Path().iterdir()) == before
 
 
-def test_train_only_bad_input(run):
+def test_train_only_bad_input(run_tool):
     digits = ["--dataset", "digits", "--model", "raftmlp_digits", "--workers", 0]
     for options, message in [
         (["--batch-size", 5000], "1437 images make no update of 5000"),
@@ -312,51 +294,53 @@ def test_train_only_bad_input(run):
         (["--lr", "-1"], "must be a number of 0 or more, not '-1'"),
         (["--epochs", "1.5"], "must be a whole number of 1 or more, not '1.5'"),
     ]:
-        status, _, err = run(train, *digits, *options)
+        status, _, err = run_tool(train, *digits, *options)
         assert status == 2, err
         assert message in err
         assert not Path("runs").exists()
     Path("file").write_text("")
-    status, _, err = run(train, *digits, "--output", "file/run")
+    status, _, err = run_tool(train, *digits, "--output", "file/run")
     assert status == 2 and "cannot write into file/run" in err
 
 
-def test_validate_checks_what_it_shall_write_before_the_work(run):
+def test_validate_checks_what_it_shall_write_before_the_work(run_tool):
     Path("file").write_text("")
     for options, message in [
         (["--picture", "picture"], "picture must be named .png"),
         (["--results-file", "file/result.json"], "cannot write file/result.json"),
         (["--results-file", "result.txt"], "result.txt must be named .json"),
     ]:
-        status, out, err = run(validate, "--model", "raftmlp_digits", "--pretrained", "--dataset", "digits", *options)
+        status, out, err = run_tool(
+            validate, "--model", "raftmlp_digits", "--pretrained", "--dataset", "digits", *options
+        )
         assert status == 2
         assert message in err and "Traceback" not in err
         assert not out
 
 
-def test_folders_that_would_spoil_the_figure(image_folder, run, tmp_path):
+def test_folders_that_would_spoil_the_figure(image_folder, run_tool, tmp_path):
     options = [*TINY, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
-    status, _, err = run(train, *options, "--data-dir", image_folder / "train")
+    status, _, err = run_tool(train, *options, "--data-dir", image_folder / "train")
     assert status == 2 and "overlap" in err
     for split, names in (("train", "abc"), ("val", "bc")):
         for name in names:
             (tmp_path / "data" / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "1.png")
-    status, _, err = run(train, *options, "--data-dir", tmp_path / "data")
+    status, _, err = run_tool(train, *options, "--data-dir", tmp_path / "data")
     assert status == 2 and "classes to train on are not the" in err
 
 
-def test_a_failed_resume_changes_nothing(digits_run, run):
+def test_a_failed_resume_changes_nothing(digits_run, run_tool):
     output, _ = digits_run
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     options = [*TINY, "--dataset", "digits", "--output", output, "--resume", "missing.pth", "--lr", 7]
-    assert run(train, *options)[0] == 2
+    assert run_tool(train, *options)[0] == 2
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_resume_into_another_folder_and_from_its_options(digits_run, run):
+def test_resume_into_another_folder_and_from_its_options(digits_run, run_tool):
     output, _ = digits_run
-    status, _, err = run(
+    status, _, err = run_tool(
         train, "-c", output / "args.yaml", "--epochs", 3, "--resume", output / "last.pth.tar", "--output", "new"
     )
     assert status == 0, err
@@ -385,11 +369,11 @@ def test_import_needs_torch_and_timm_alone_and_is_silent():
 # Conversion
 
 
-def test_convert_finds_the_variant(run):
+def test_convert_finds_the_variant(run_tool):
     for name in ("raftmlp_s", "raftmlp_m_ss", "raftmlp_12_r2", "raftmlp_cifar"):
         weights = release_weights(name)
         torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, "release.pth")
-        status, out, err = run(convert_checkpoint, "release.pth", f"{name}.safetensors")
+        status, out, err = run_tool(convert_checkpoint, "release.pth", f"{name}.safetensors")
         assert status == 0, err
         assert f"release.pth: {name} in the release format" in out
         assert f"written: {name}.safetensors" in out
@@ -400,12 +384,12 @@ def test_convert_finds_the_variant(run):
         assert read_metadata(f"{name}.safetensors")["model"] == name
 
 
-def test_converted_files_are_pretrained_weights(run, monkeypatch):
+def test_converted_files_are_pretrained_weights(run_tool, monkeypatch):
     monkeypatch.setenv("RAFTMLP_CHECKPOINTS", ".")
     torch.manual_seed(0)
     made = timm.create_model("raftmlp_s", num_classes=6, img_size=96, in_chans=1)
     torch.save({"state_dict": made.state_dict()}, "ours.pth")
-    status, out, err = run(convert_checkpoint, "ours.pth", "raftmlp_s.mine.safetensors", "--img-size", 96)
+    status, out, err = run_tool(convert_checkpoint, "ours.pth", "raftmlp_s.mine.safetensors", "--img-size", 96)
     assert status == 0, err
     assert "6 classes, trained grid of 96x96" in out
     loaded = timm.create_model("raftmlp_s", pretrained=True)
@@ -413,7 +397,7 @@ def test_converted_files_are_pretrained_weights(run, monkeypatch):
     assert torch.equal(loaded.head.weight, made.head.weight)
 
 
-def test_convert_refuses(run):
+def test_convert_refuses(run_tool):
     weights = release_weights("raftmlp_s")
     torch.save(weights, "release.pth")
     odd = {key: value for key, value in weights.items() if key != "heads.0.1.bias"}
@@ -444,7 +428,7 @@ def test_convert_refuses(run):
             ["release.pth is no raftmlp_m, with", "levels.0.fn.0.fc.weight has shape [64, 240], not [96, 240]"],
         ),
     ]:
-        status, out, err = run(convert_checkpoint, *options)
+        status, out, err = run_tool(convert_checkpoint, *options)
         assert status == 2, options
         assert all(message in err for message in messages), err
         assert not out

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -94,23 +95,9 @@ def nursery():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run train.py in this process, in an empty folder; returns its exit status and its two outputs."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more cost more than they bring for networks this small
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["tools/train.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(train.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    yield run
-    torch.set_num_threads(threads)
+def run(run_tool):
+    """Run train.py; see ``run_tool``."""
+    return partial(run_tool, train)
 
 
 def outcome(folder) -> dict:

@@ -3,7 +3,6 @@
 import csv
 import json
 import pkgutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +26,9 @@ MEAN, STD = 0.5, 0.5  # of raftmlp_digits
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run validate.py in this process, in an empty folder; returns its exit status and its two outputs."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, args), "--workers", "0", "--device", "cpu"])
-        status = 0
-        try:
-            cli.run(validate.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(run_tool):
+    """Run validate.py; see ``run_tool``."""
+    return lambda *args: run_tool(validate, *args, "--workers", 0, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
