@@ -73,6 +73,14 @@ class Nursery:
     def wait(self) -> tuple[int, str]:
         return int(self._until("status")), "".join(self.said)
 
+    def wait_until_said(self, words: str) -> None:
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            assert not line.startswith("status "), "".join(said)
+            if words in line:
+                return
+
     def run(self, *options) -> tuple[int, str]:
         self.start(*options)
         return self.wait()
@@ -155,9 +163,7 @@ def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_p
 def test_sigterm_saves_and_tells_how_to_go_on(nursery, uninterrupted, tmp_path):
     options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
     child = nursery.start(*options, "--workers", 2, "--log-interval", 1)
-    for line in nursery.process.stdout:
-        if "update 3/5" in line:
-            break
+    nursery.wait_until_said("update 3/5")
     os.kill(child, signal.SIGTERM)
     status, said = nursery.wait()
     assert status == 0, said
@@ -262,9 +268,7 @@ def test_resume_refuses_another_run(run):
 
 def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run):
     child = nursery.start(*SHORT, "--epochs", 50, "--output", tmp_path / "run", "--log-interval", 1)
-    for line in nursery.process.stdout:
-        if "update 1/5" in line:
-            break
+    nursery.wait_until_said("update 1/5")
     status, _, err = run(*SHORT, "--epochs", 50, "--output", tmp_path / "run")
     os.kill(child, signal.SIGKILL)
     nursery.wait()
