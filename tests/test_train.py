@@ -167,8 +167,9 @@ def test_sigterm_saves_and_tells_how_to_go_on(nursery, uninterrupted, tmp_path):
     os.kill(child, signal.SIGTERM)
     status, said = nursery.wait()
     assert status == 0, said
-    assert "stopped in epoch 1 after update" in said and "the same command with --resume goes on" in said
-    assert load_checkpoint(tmp_path / "run/last.pth.tar")["update"] in (4, 5)
+    assert "stopped in epoch " in said and "and saved: the same command with --resume goes on" in said
+    assert load_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] < 6
+    assert not (tmp_path / "run/summary.json").exists()
     status, said = nursery.run(*options, "--resume")
     assert status == 0, said
     assert_same(outcome(tmp_path / "run"), uninterrupted)
@@ -269,7 +270,7 @@ def test_resume_refuses_another_run(run):
 def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run):
     child = nursery.start(*SHORT, "--epochs", 50, "--output", tmp_path / "run", "--log-interval", 1)
     nursery.wait_until_said("update 1/5")
-    status, _, err = run(*SHORT, "--epochs", 50, "--output", tmp_path / "run")
+    status, _, err = run(*SHORT, "--epochs", 50, "--output", tmp_path / "run", "--resume")
     os.kill(child, signal.SIGKILL)
     nursery.wait()
     assert status == 2 and "another run is writing into" in err
