@@ -4,7 +4,6 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
     Yuki Tatsunami, Masato Taki. ACCV 2022, https://arxiv.org/abs/2108.04384
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -35,9 +34,9 @@ from .checkpoint import (
     adapt_state_dict,
     checkpoint_filter_fn,
     find_pretrained,
-    read_metadata,
     resample_grid,
     tag_of,
+    trained_as,
 )
 from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
 from .resize import resize_bicubic
@@ -519,9 +518,7 @@ def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
             f"The authors of RaftMLP published none: train some with tools/train.py, or make them of a checkpoint "
             f"of the authors' code with tools/convert_checkpoint.py"
         )
-    cfg = json.loads(read_metadata(path).get("pretrained_cfg", "{}"))
-    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-    return {**cfg, "file": str(path), "tag": tag_of(path)}
+    return {**trained_as(path).get("pretrained_cfg", {}), "file": str(path), "tag": tag_of(path)}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -317,3 +317,9 @@ def test_bad_input(run, options, message):
     assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("predict.py: error: ")
     assert "Traceback" not in err
     assert sorted(Path().iterdir()) == before
+
+
+def test_synsets_that_a_checkpoint_tells_are_shown_in_english():
+    model = timm.create_model("raftmlp_digits", num_classes=2)
+    model.pretrained_cfg["label_names"] = ("n01440764", "n01443537")
+    assert predict.class_names(model, None) == ["tench", "goldfish"]

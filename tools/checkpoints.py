@@ -54,6 +54,10 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
 
+    def has(self, path: Path) -> bool:
+        """Return whether a file is one of this folder."""
+        return path.parent.resolve() == self.path.resolve()
+
     def holds_run(self) -> bool:
         """Return whether there is a checkpoint to go on from."""
         return self.last.exists() or self.previous.exists()

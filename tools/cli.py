@@ -368,18 +368,28 @@ def describe_differences(found: dict[str, tuple], expected: dict[str, tuple]) ->
     return lines
 
 
+@contextmanager
+def _landing(path: Path):
+    """Give a file beside path to write, which becomes path at the end, and goes if the writing fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with _landing(path) as temporary:
+        temporary.write_text(text)
 
 
 def save_figure(figure, path: Path) -> None:
     """Write a matplotlib figure as a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format=path.suffix[1:])
-    temporary.replace(path)
+    with _landing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
 
 
 def output_file(suffixes: tuple[str, ...]) -> Callable[[str], Path]:

@@ -122,17 +122,16 @@ def check_classes(dataset: Dataset, model: torch.nn.Module) -> None:
         raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
 
 
-def image_settings(args: argparse.Namespace, model: torch.nn.Module, size: tuple[int, int] | None = None) -> dict:
+def image_settings(args: argparse.Namespace, model: torch.nn.Module) -> dict:
     """Return how images are prepared: timm's data config of the model, the options over it.
 
     Args:
         args: What ``add_arguments`` made.
         model: The model; its ``pretrained_cfg`` tells the defaults.
-        size: Height and width in pixels that win over --img-size.
     """
     settings = resolve_data_config(dict(interpolation=args.interpolation, crop_pct=args.crop_pct), model=model)
     channels = getattr(model, "in_chans", settings["input_size"][0])
-    height, width = size or cli.image_size(args.img_size) or settings["input_size"][-2:]
+    height, width = cli.image_size(args.img_size) or settings["input_size"][-2:]
     settings["input_size"] = (channels, height, width)
     if channels not in (1, 3):
         raise cli.UserError(f"images have 1 or 3 channels, the model takes {channels}")

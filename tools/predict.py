@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 import cli
 import loaders
+from imagenet import names_for_people
+from reports import PICTURES
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_IMAGES, MAX_BARS = 16, 10  # of a picture
@@ -64,7 +66,7 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument(
         "--picture",
-        type=cli.output_file((".png", ".jpg", ".pdf", ".svg")),
+        type=cli.output_file(PICTURES),
         metavar="FILE",
         help=f"draw the first {MAX_IMAGES} images, as the model sees them, with up to {MAX_BARS} classes",
     )
@@ -144,7 +146,7 @@ def class_names(model: torch.nn.Module, path: str | None) -> list[str]:
         return names
     names = model.pretrained_cfg.get("label_names") or ()
     if len(names) == model.num_classes:
-        return [str(name) for name in names]
+        return names_for_people([str(name) for name in names])
     if subset := infer_imagenet_subset(model):
         return ImageNetInfo(subset).label_descriptions()
     return [str(index) for index in range(model.num_classes)]

@@ -356,7 +356,7 @@ def create_optimisation(args, model, updates_per_epoch: int):
 
 def prepare_folder(args, folder: RunFolder) -> Path | None:
     """Keep other runs out of the folder; return the checkpoint to go on from, if any."""
-    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).parent.resolve() == folder.path.resolve())
+    goes_on = args.resume == "auto" or (args.resume and folder.has(Path(args.resume)))
     if folder.holds_run() and not goes_on and not args.overwrite:
         raise cli.UserError(
             f"{folder.path} holds a run: go on with --resume, name another folder with --output, or --overwrite it"
@@ -375,7 +375,7 @@ def prepare_folder(args, folder: RunFolder) -> Path | None:
 
 def start_folder(args, folder: RunFolder, path: Path | None) -> None:
     """Make the folder this run's, which goes on from a checkpoint of its own, from another folder's, or from none."""
-    if not path or path.parent.resolve() != folder.path.resolve():
+    if not path or not folder.has(path):
         if args.overwrite:
             folder.clear()
         if path:
@@ -499,7 +499,7 @@ class Training:
                 self.scaler.load_state_dict(state["amp_scaler"])
             self.epoch, self.update, self.loss_sum = state["epoch"], state["update"], state["loss_sum"]
             self.log = list(state["log"])
-            self.saved = (self.epoch, self.update) if path.parent.resolve() == self.folder.path.resolve() else None
+            self.saved = (self.epoch, self.update) if self.folder.has(path) else None
         except Exception as error:  # whatever a foreign file brings about
             raise cli.UserError(f"cannot resume from {path}: {cli.first_words(error)}") from error
         for key in ("global_batch_size", "seed"):
@@ -754,13 +754,11 @@ class Journal:
 
 def plot_curves(log: list[dict], picture: Path) -> None:
     """Draw loss and accuracy over the epochs of a log."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # files only, no screen needed
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # draws into files, no screen needed
 
     epochs = [row["epoch"] for row in log]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4), layout="tight")
+    left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["train_loss"] for row in log], label="training")
     left.plot(epochs, [row["eval_loss"] for row in log], label="validation")
     left.set(xlabel="epoch", ylabel="loss")
@@ -769,9 +767,7 @@ def plot_curves(log: list[dict], picture: Path) -> None:
     right.set(xlabel="epoch", ylabel="validation top-1 in %")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     cli.save_figure(figure, picture)
-    plt.close(figure)
 
 
 def summarise(args, training: Training) -> dict:
