@@ -4,19 +4,38 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+TOOLBOXES := $(VENV)/installed-mm
+DETECTOR := mask_rcnn_raftmlp_digits
+SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo test lint clean
+.PHONY: help demo demo-detection demo-segmentation scenes test test-core lint clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED) ## train the small RaftMLP on real digits, evaluate it, draw its predictions (into runs/digits)
 	$(RUN) tools/train.py --config configs/digits/raftmlp_digits.yaml --overwrite
 	$(RUN) tools/validate.py --model raftmlp_digits --checkpoint runs/digits/model_best.pth.tar --dataset digits \
 		--picture runs/digits/predictions.png --results-file runs/digits/validation.json
 
-test: $(INSTALLED) ## run all tests
+demo-detection: $(TOOLBOXES) scenes ## train a small Mask R-CNN on scenes of digits, evaluate and draw it (mmdet)
+	$(RUN) tools/train_mm.py configs/detection/$(DETECTOR).py --overwrite
+	$(RUN) tools/test_mm.py configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/test \
+		--picture runs/$(DETECTOR)/predictions.png --results-file runs/$(DETECTOR)/results.json
+
+demo-segmentation: $(TOOLBOXES) scenes ## train a small Semantic FPN on the same scenes, evaluate and draw it (mmseg)
+	$(RUN) tools/train_mm.py configs/segmentation/$(SEGMENTOR).py --overwrite
+	$(RUN) tools/test_mm.py configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/test \
+		--picture runs/$(SEGMENTOR)/predictions.png --results-file runs/$(SEGMENTOR)/results.json
+
+scenes: $(INSTALLED)
+	$(RUN) -m raftmlp.data.scenes runs/scenes --train 2000 --val 200
+
+test: $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
 	$(RUN) -m pytest
+
+test-core: $(INSTALLED) ## run the tests that need neither mmdet nor mmseg
+	$(RUN) -m pytest --ignore-glob='tests/test_mm_*'
 
 lint: $(INSTALLED) ## check style
 	$(RUN) -m ruff check .
@@ -33,4 +52,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "this Python cannot make environments: install its venv package (python3-venv on Debian)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(TOOLBOXES): $(INSTALLED) tools/install_mm.py
+	$(RUN) tools/install_mm.py
 	@touch $@

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "adapt_state_dict",
     "checkpoint_filter_fn",
+    "describe_differences",
     "find_pretrained",
     "is_release_format",
     "load_checkpoint",
@@ -38,9 +40,11 @@ __all__ = [
     "release_entries",
     "resample_grid",
     "save_state_dict",
+    "shapes",
     "tag_of",
     "trained_as",
     "unwrap",
+    "write_bytes",
 ]
 
 StateDict = dict[str, Tensor]
@@ -81,7 +85,7 @@ def load_checkpoint(path: str | Path) -> Mapping:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its options
+            with torch.serialization.safe_globals(_plain_globals()):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it was not loaded") from error
@@ -94,6 +98,23 @@ def load_checkpoint(path: str | Path) -> Mapping:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no weights")
     return content
+
+
+class LogHistory:
+    """What stands for a log's numbers (mmengine's HistoryBuffer) in a checkpoint that was read."""
+
+
+def _plain_globals() -> list:
+    """Return what is plain data in the checkpoints of training scripts: timm's options, mmengine's logs."""
+    numbers = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")]
+    array, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2's name, and 1's
+        numbers += [(array, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    history = [
+        (LogHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
+        (lambda *_: None, "builtins.getattr"),  # its methods lie in the file by name: they are not looked up
+    ]
+    return [argparse.Namespace, *numbers, *history]
 
 
 def trained_as(path: str | Path) -> dict:
@@ -141,7 +162,11 @@ def save_state_dict(state: StateDict, path: str | Path, metadata: Mapping[str, s
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    content = safetensors.torch.save(state, {"format": "pt", **(metadata or {})})
+    write_bytes(path, safetensors.torch.save(state, {"format": "pt", **(metadata or {})}))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, and is on the disk when this returns."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -189,7 +214,8 @@ def unwrap(checkpoint: Mapping) -> StateDict:
     """Return the weights inside a checkpoint, without wrapping dicts and key prefixes.
 
     Takes plain state dicts and those under state_dict_ema, model_ema, state_dict or model; drops ``module.`` (data
-    parallel) and ``_orig_mod.`` (compiled) from the keys; of a detector's weights takes the ``backbone.`` part.
+    parallel) and ``_orig_mod.`` (compiled) from the keys; of a detector's weights takes the ``backbone.`` part (of one
+    with ``raftmlp.mm``, ``backbone.model.``).
     """
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(checkpoint.get(wrapper), Mapping):
@@ -199,8 +225,24 @@ def unwrap(checkpoint: Mapping) -> StateDict:
     while any(key.startswith(("module.", "_orig_mod.")) for key in state):
         state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    state = backbone or state
-    return state
+    return {key.removeprefix("model."): value for key, value in backbone.items()} or state
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of weights by key."""
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def describe_differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> list[str]:
+    """Return what separates two sets of keys and shapes, a line each; none if they are the same."""
+    lines = [f"{key} is missing" for key in expected if key not in found]
+    lines += [f"{key} is not known" for key in found if key not in expected]
+    lines += [
+        f"{key} has shape {list(found[key])}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    return lines
 
 
 def is_release_format(state: Mapping[str, Tensor]) -> bool:

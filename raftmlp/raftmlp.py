@@ -6,6 +6,7 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,7 +145,10 @@ class RaftMLPStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (B, H, W, in_chans) to (B, ceil(H / stride), ceil(W / stride), dim)."""
-        x = self.embed(x)
+        return self.mix(self.embed(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Pass the embedding's output of shape (B, H, W, dim) through the blocks."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -363,6 +367,7 @@ class RaftMLP(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        with_embed: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return feature maps along the way: those of the stages, or of the blocks in a network of one stage.
 
@@ -373,6 +378,7 @@ class RaftMLP(nn.Module):
             stop_early: Compute nothing behind the last map asked for.
             output_fmt: "NCHW" or "NHWC", of the maps.
             intermediates_only: Return the maps alone.
+            with_embed: Put one more map before the others, the first patch embedding's output, never normalised.
 
         Returns:
             The maps, contiguous; before them, unless intermediates_only, what ``forward_features`` returns.
@@ -382,22 +388,24 @@ class RaftMLP(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
-        x = image_to_stream(x, self.in_chans)
-        layers: Sequence[nn.Module] = self.stages
         single = len(self.stages) == 1
-        if single:
-            layers = self.stages[0].blocks
-            x = self.stages[0].embed(x)
+        layers: Sequence[nn.Module] = self.stages[0].blocks if single else self.stages
         taken, last = _take_indices(len(layers), indices)
+        x = embedded = self.stages[0].embed(image_to_stream(x, self.in_chans))
         intermediates = []
         for i, layer in enumerate(layers[: last + 1] if stop_early else layers):
             if single and self.stages[0].grad_checkpointing:
                 x = checkpoint(layer, x, use_reentrant=False)
+            elif i == 0 and not single:
+                x = layer.mix(x)
             else:
                 x = layer(x)
             if i in taken:
-                y = self.norm(x) if norm and (single or i == len(layers) - 1) else x
-                intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+                intermediates.append(self.norm(x) if norm and (single or i == len(layers) - 1) else x)
+        if with_embed:
+            intermediates.insert(0, embedded)
+        if output_fmt == "NCHW":
+            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
         if intermediates_only:
             return intermediates
         if single or i == len(layers) - 1:  # not so where it stopped early
@@ -508,8 +516,12 @@ def _create_raftmlp(
     )
 
 
-def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
-    """Return what a file in a checkpoint folder changes in the variant's pretrained_cfg."""
+def pretrained_file(variant: str, tag: str | None = None) -> Path:
+    """Return the file with the pretrained weights of a variant, those of its default tag if none is given.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     tag = tag or get_pretrained_cfg(variant).tag
     path = find_pretrained(variant, tag)
     if path is None:
@@ -518,6 +530,12 @@ def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
             f"The authors of RaftMLP published none: train some with tools/train.py, or make them of a checkpoint "
             f"of the authors' code with tools/convert_checkpoint.py"
         )
+    return path
+
+
+def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
+    """Return what a file in a checkpoint folder changes in the variant's pretrained_cfg."""
+    path = pretrained_file(variant, tag)
     return {**trained_as(path).get("pretrained_cfg", {}), "file": str(path), "tag": tag_of(path)}
 
 

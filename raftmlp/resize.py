@@ -62,6 +62,8 @@ def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if torch.jit.is_scripting():
         return bicubic_matrix(size_in, size_out, dtype, x.device)
+    if torch.jit.is_tracing():
+        size_in, size_out = int(size_in), int(size_out)
     traced = type(x) is not Tensor or torch.compiler.is_compiling()
     if traced or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return bicubic_matrix(size_in, size_out, dtype, x.device)
@@ -80,6 +82,8 @@ def _same(size: int, other: int) -> bool:
     """
     if torch.jit.is_scripting():
         return size == other
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return bool(size == other)
     return _known_true(size == other)
 
 

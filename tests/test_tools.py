@@ -240,7 +240,7 @@ def test_help_tells_every_option(tool, run_tool):
         (["-c", "null.yaml"], "null.yaml: batch_size has no value"),
         (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
         (["--dataset", "torch/cifar10"], "torch/cifar10"),
-        (["--dataset", "digits", "--model-kwargs", "raft_size"], "takes KEY=VALUE pairs"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
     ],
 )
 @pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)

@@ -19,7 +19,7 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 from tqdm import tqdm
 
 from raftmlp import RaftMLP
-from raftmlp.checkpoint import adapt_state_dict, load_state_dict, trained_as
+from raftmlp.checkpoint import adapt_state_dict, describe_differences, load_state_dict, shapes, trained_as
 
 
 class UserError(Exception):
@@ -49,17 +49,17 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_line(error))
+        sys.exit(show_error(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        sys.exit(_line(error))
+        sys.exit(show_error(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _line(error: Exception) -> int:
+def show_error(error: Exception) -> int:
     """Print an error for people and return the exit status."""
     rank = world_info_from_env()[1]
     if rank == 0 or (_started and not getattr(error, "shared", False)):
@@ -127,23 +127,33 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose options can also stand in a YAML file, given with -c/--config; the command line wins.
 
     Keys are the options' long names with underscores. A file may name one to start from as ``base``.
+
+    Args:
+        usage: The first line of the help.
+        yaml_config: Whether there is -c/--config.
+        **kwargs: What else an ArgumentParser takes.
     """
 
-    def __init__(self, usage: str = "%(prog)s [OPTION ...]", **kwargs):
+    def __init__(self, usage: str = "%(prog)s [OPTION ...]", yaml_config: bool = True, **kwargs):
         super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
-        self.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it")
+        self.yaml_config = yaml_config
+        if yaml_config:
+            self.add_argument(
+                "-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it"
+            )
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("-c", "--config")
-        config = finder.parse_known_args(args)[0].config
-        if config:
-            self._apply(read_config(config), config)
+        if self.yaml_config:
+            finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            finder.add_argument("-c", "--config")
+            config = finder.parse_known_args(args)[0].config
+            if config:
+                self._apply(read_config(config), config)
         try:
             return super().parse_args(args, namespace)
-        except ValueError:  # of timm's ParseKwargs
-            self.error("--model-kwargs takes KEY=VALUE pairs")
+        except ValueError:  # of timm's ParseKwargs and mmengine's DictAction
+            self.error("expected KEY=VALUE pairs")
 
     def _apply(self, options: dict, path: str) -> None:
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
@@ -185,7 +195,7 @@ class Parser(argparse.ArgumentParser):
             name = message.split(": ")[1].split()[0].split("=")[0]
             if near := difflib.get_close_matches(name, self._option_string_actions, n=3):
                 message += f"; did you mean {' or '.join(near)}?"
-        raise SystemExit(_line(UserError(f"{message} (--help lists the options)")))
+        raise SystemExit(show_error(UserError(f"{message} (--help lists the options)")))
 
 
 def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
@@ -341,10 +351,7 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool, told: s
             if len(state.get(f"{name}.bias", ())) != model.num_classes:
                 note = f"{path}: its classifier is missing or another task's; this model keeps its own, fresh one"
                 state.update({key: value for key, value in own.items() if key.startswith(f"{name}.")})
-    differences = describe_differences(
-        {key: tuple(value.shape) for key, value in state.items()},
-        {key: tuple(value.shape) for key, value in own.items()},
-    )
+    differences = describe_differences(shapes(state), shapes(own))
     if differences:
         more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
         if any("fc1.weight has shape" in line for line in differences):
@@ -354,18 +361,6 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool, told: s
     if note:
         say(note)
     model.load_state_dict(state)
-
-
-def describe_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> list[str]:
-    """Return what separates two sets of keys and shapes, a line each; none if they are the same."""
-    lines = [f"{key} is missing" for key in expected if key not in found]
-    lines += [f"{key} is not known" for key in found if key not in expected]
-    lines += [
-        f"{key} has shape {list(found[key])}, not {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    return lines
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from torch import Tensor
 import cli
 from raftmlp.checkpoint import (
     adapt_state_dict,
+    describe_differences,
     is_release_format,
     load_state_dict,
     release_entries,
     save_state_dict,
+    shapes,
 )
 
 CLASSIFIERS = ("classifier.", "head.")
@@ -78,7 +80,7 @@ def main() -> None:
     stem = found.get("stages.0.embed.convs.0.weight")
     kwargs = dict(img_size=cli.image_size(args.img_size), in_chans=stem[1] if stem else 3)
     names = [cli.known_model(args.model, "raftmlp*")] if args.model else timm.list_models("raftmlp*")
-    differences = {name: cli.describe_differences(found, expected_shapes(name, release, **kwargs)) for name in names}
+    differences = {name: describe_differences(found, expected_shapes(name, release, **kwargs)) for name in names}
     name = min(differences, key=lambda name: len(differences[name]))
     if differences[name]:
         lines = differences[name][:20] + ["..."] * (len(differences[name]) > 20)
@@ -94,8 +96,7 @@ def main() -> None:
     model = timm.create_model(name, num_classes=num_classes, **kwargs)
     with cli.user_errors(ValueError):
         state = adapt_state_dict(state, model)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if lines := cli.describe_differences({key: tuple(value.shape) for key, value in state.items()}, expected):
+    if lines := describe_differences(shapes(state), shapes(model.state_dict())):
         raise cli.UserError(f"{args.checkpoint} is a {name}, but its classifier is damaged: {'; '.join(lines)}")
     model.load_state_dict(state)
     with torch.inference_mode():

@@ -1,0 +1,282 @@
+"""Scenes to detect and segment: real handwritten digits on real photographs, made by seed on any machine.
+
+    python -m raftmlp.data.scenes OUT --train 400 --val 100
+
+The digits are scikit-learn's (see ``raftmlp.data.digits``), the photographs scikit-image's and scikit-learn's. What is
+trained on and what is evaluated on share neither. A folder of scenes serves mmdet and mmseg alike::
+
+    images/{training,validation}/00000.jpg            RGB
+    annotations/instances_{training,validation}.json  COCO: boxes, masks as RLE, categories 1 to 10 named "0" to "9"
+    annotations/{training,validation}/00000.png       a label a pixel: 0 is the background, 1 to 10 the digits
+    contact_sheet.png                                 some of them with their boxes
+    scenes.json                                       how they were made
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .digits import Digits
+
+__all__ = ["CLASSES", "Scene", "SceneMaker", "write_scenes"]
+
+CLASSES = Digits.classes
+SPLITS = ("training", "validation")
+PHOTOGRAPHS = {  # by the module that has them
+    "training": {
+        "skimage.data": ("astronaut", "brick", "camera", "coffee", "gravel", "moon", "rocket"),
+        "sklearn.datasets": ("china.jpg",),
+    },
+    "validation": {
+        "skimage.data": ("chelsea", "grass", "hubble_deep_field"),
+        "sklearn.datasets": ("flower.jpg",),
+    },
+}
+VERSION = 1  # of what a seed means
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image, and the digits in it from back to front.
+
+    Args:
+        image: Pixels (H, W, 3) of 8 bits.
+        masks: What is visible of each digit, (N, H, W), True or False.
+        digits: What each one is, 0 to 9.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    digits: tuple[int, ...]
+
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """Return the boxes around the masks, each left, top, width and height in pixels."""
+        boxes = []
+        for mask in self.masks:
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            left, top = int(columns[0]), int(rows[0])
+            boxes.append((left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top))
+        return boxes
+
+    def label_map(self) -> np.ndarray:
+        """Return a label a pixel, (H, W) of 8 bits: 0 for the background, a digit and one for a digit."""
+        labels = np.zeros(self.image.shape[:2], np.uint8)
+        for mask, digit in zip(self.masks, self.digits):
+            labels[mask] = digit + 1
+        return labels
+
+
+class SceneMaker:
+    """Makes the scenes of a split: scene i is a function of the seed, the split and i alone.
+
+    Args:
+        split: "training" or "validation".
+        size: Height and width of the scenes in pixels.
+        seed: Any number of 0 or more.
+
+    Raises:
+        ImportError: If scikit-learn or scikit-image is not installed.
+    """
+
+    def __init__(self, split: str, size: int = 256, seed: int = 0):
+        self.split, self.size, self.seed = SPLITS.index(split), size, seed
+        self.digits = Digits("train" if split == "training" else "validation")
+        self.photographs = _photographs(split)
+
+    def make(self, index: int) -> Scene:
+        """Return the scene of that number: two to six digits that hide at most a fifth of one another."""
+        rng = np.random.default_rng([self.seed, self.split, index])
+        image = self._background(rng)
+        masks: list[np.ndarray] = []
+        digits: list[int] = []
+        wanted = rng.integers(2, 7)
+        for _ in range(8 * wanted):  # some do not find room
+            if len(masks) == wanted:
+                break
+            which = rng.integers(len(self.digits))
+            ink = self._ink(self.digits.images[which], rng)
+            mask = ink > 0.5
+            if not mask.any() or any((old & mask).sum() > 0.2 * min(old.sum(), mask.sum()) for old in masks):
+                continue
+            colour = self._colour(image[mask], rng)
+            image += (ink * rng.uniform(0.8, 1))[..., None] * (colour - image)
+            masks = [old & ~mask for old in masks]
+            masks.append(mask)
+            digits.append(int(self.digits.labels[which]))
+        image += rng.normal(0, 3, image.shape)
+        return Scene(np.uint8(image.clip(0, 255)), np.array(masks), tuple(digits))
+
+    def _background(self, rng: np.random.Generator) -> np.ndarray:
+        """Return a random part of a random photograph."""
+        photograph = self.photographs[rng.integers(len(self.photographs))]
+        side = int(rng.uniform(0.3, 1) * min(photograph.size))
+        left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
+        part = photograph.resize(
+            (self.size, self.size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
+        )
+        pixels = np.asarray(part, dtype=np.float32)
+        return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
+
+    def _ink(self, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a handwritten digit (8, 8) at a random size, angle and place, 0 to 1 for every pixel of the scene."""
+        length = int(self.size * rng.uniform(0.2, 0.42))
+        digit = Image.fromarray(np.pad(digit, 1)).resize((length, length), Image.Resampling.BICUBIC)
+        digit = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
+        left, top = (int(rng.integers(self.size - side + 1)) for side in digit.size)
+        canvas = Image.new("L", (self.size, self.size))
+        canvas.paste(digit, (left, top))
+        threshold = rng.uniform(0.3, 0.5)  # a thick or a thin pen
+        return ((np.asarray(canvas, dtype=np.float32) / 255 - threshold) * 6 + 0.5).clip(0, 1)
+
+    def _colour(self, under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a random colour (3,) that stands out from the pixels (N, 3) under it."""
+        for distance in range(120, 0, -5):
+            colour = rng.uniform(0, 255, 3)
+            if abs(colour.mean() - under.mean()) > distance:
+                break
+        return colour.astype(np.float32)
+
+
+def _photographs(split: str) -> list[Image.Image]:
+    try:
+        import skimage.data
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise ImportError(
+            "the scenes' photographs come with scikit-image and scikit-learn: pip install 'raftmlp[mm]'"
+        ) from error
+    names = PHOTOGRAPHS[split]
+    arrays = [getattr(skimage.data, name)() for name in names["skimage.data"]]
+    arrays += [load_sample_image(name) for name in names["sklearn.datasets"]]
+    return [Image.fromarray(array).convert("RGB") for array in arrays]
+
+
+def write_scenes(root: str | Path, train: int = 400, val: int = 100, size: int = 256, seed: int = 0) -> bool:
+    """Write a folder of scenes, which is there whole or not at all; returns False where the very same is there.
+
+    Args:
+        root: The folder.
+        train: Number of scenes to train on.
+        val: Number of scenes to evaluate on.
+        size: Height and width of the scenes in pixels.
+        seed: Any number of 0 or more.
+
+    Raises:
+        FileExistsError: If the folder holds anything else.
+        ImportError: If scikit-learn or scikit-image is not installed.
+    """
+    root = Path(root)
+    made = dict(train=train, val=val, size=size, seed=seed, version=VERSION)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        try:
+            if json.loads((root / "scenes.json").read_text()) == made:
+                return False
+        except (OSError, ValueError):
+            pass
+        raise FileExistsError(f"{root} holds something else: name another folder, or remove it")
+    makers = [SceneMaker(split, size, seed) for split in SPLITS]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+    try:
+        for split, maker, number in zip(SPLITS, makers, (train, val)):
+            _write_split(beside, split, maker, number)
+        _draw_contact_sheet([makers[0].make(i) for i in range(min(train, 24))]).save(beside / "contact_sheet.png")
+        (beside / "scenes.json").write_text(json.dumps(made) + "\n")
+        beside.chmod(0o755)
+        os.replace(beside, root)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return True
+
+
+def _write_split(root: Path, split: str, maker: SceneMaker, number: int) -> None:
+    from tqdm import tqdm
+
+    (root / "images" / split).mkdir(parents=True)
+    (root / "annotations" / split).mkdir(parents=True)
+    images, annotations = [], []
+    for index in tqdm(range(number), desc=f"{split} scenes", unit="scene", disable=None):
+        scene, name = maker.make(index), f"{index:05}"
+        Image.fromarray(scene.image).save(root / "images" / split / f"{name}.jpg", quality=90)
+        Image.fromarray(scene.label_map()).save(root / "annotations" / split / f"{name}.png")
+        images.append(dict(id=index, file_name=f"{name}.jpg", height=maker.size, width=maker.size))
+        for mask, box, digit in zip(scene.masks, scene.boxes(), scene.digits):
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index,
+                    category_id=digit + 1,
+                    bbox=box,
+                    area=int(mask.sum()),
+                    iscrowd=0,
+                    segmentation=_run_lengths(mask),
+                )
+            )
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _run_lengths(mask: np.ndarray) -> dict:
+    """Return a mask (H, W) as COCO's run lengths: column after column, zeros first."""
+    pixels = mask.flatten(order="F")
+    starts = np.flatnonzero(np.diff(pixels)) + 1
+    counts = np.diff(np.concatenate([[0], starts, [pixels.size]])).tolist()
+    return dict(size=list(mask.shape), counts=[0, *counts] if pixels[0] else counts)
+
+
+def _draw_contact_sheet(scenes: list[Scene], columns: int = 6, scale: int = 2) -> Image.Image:
+    """Return a picture of scenes with their boxes and classes, what is visible of each digit outlined."""
+    size = scale * scenes[0].image.shape[0]
+    sheet = Image.new("RGB", (columns * size, -(-len(scenes) // columns) * size))
+    for i, scene in enumerate(scenes):
+        tile = Image.fromarray(scene.image).resize((size, size), Image.Resampling.NEAREST)
+        draw = ImageDraw.Draw(tile)
+        for (left, top, width, height), digit in zip(scene.boxes(), scene.digits):
+            corners = [scale * edge for edge in (left, top, left + width, top + height)]
+            draw.rectangle(corners, outline="yellow")
+            draw.text((corners[0] + 3, corners[1]), CLASSES[digit], fill="yellow")
+        sheet.paste(tile, (i % columns * size, i // columns * size))
+    return sheet
+
+
+def main() -> None:
+    """Write a folder of scenes as the command line says."""
+
+    def number(minimum: int):
+        def parse(text: str) -> int:
+            if not text.isdecimal() or int(text) < minimum:
+                raise argparse.ArgumentTypeError(f"must be a whole number of {minimum} or more, not {text!r}")
+            return int(text)
+
+        return parse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m raftmlp.data.scenes",
+        description="Write scenes of handwritten digits on photographs, for mmdet (COCO) and mmseg (label maps).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder; it must not hold anything else")
+    parser.add_argument("--train", type=number(1), default=400, metavar="N", help="scenes to train on")
+    parser.add_argument("--val", type=number(1), default=100, metavar="N", help="scenes to evaluate on")
+    parser.add_argument("--size", type=number(32), default=256, metavar="N", help="height and width in pixels")
+    parser.add_argument("--seed", type=number(0), default=0, metavar="N", help="other scenes for another one")
+    args = parser.parse_args()
+    try:
+        new = write_scenes(args.out, args.train, args.val, args.size, args.seed)
+    except (OSError, ImportError) as error:
+        sys.exit(print(f"{parser.prog}: error: {error}", file=sys.stderr) or 2)
+    print(f"{args.train} + {args.val} scenes {'are' if new else 'were already'} in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""RaftMLP as a backbone of mmdet and mmseg: ``backbone=dict(type="RaftMLP", arch="raftmlp_s")`` in a config.
+
+A config finds it by ``custom_imports = dict(imports=["raftmlp.mm"])``. It is registered once, in mmengine's root
+registry, where those of the toolboxes look too.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch.nn as nn
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from .checkpoint import checkpoint_filter_fn, describe_differences, load_state_dict, shapes, trained_as
+from .raftmlp import RaftMLP, pretrained_file
+
+__all__ = ["RaftMLPBackbone"]
+
+EMBED = -1  # the place of the first patch embedding's output among the maps of the stages or blocks
+HEAD = ("norm.", "head.", "heads.0.1.", "classifier.")  # keys of the final norm and the classifier, here and there
+
+
+@MODELS.register_module(name="RaftMLP")
+class RaftMLPBackbone(BaseModule):
+    """RaftMLP for dense prediction: a batch of images of any size in, a tuple of feature maps (B, C, H, W) out.
+
+    A network of several stages hands out a map of each: stride 4, 8, 16 and 32 in S, M and L. A network of one stage
+    hands out four maps of one stride, as the release's MLP-Mixer does: the patch embedding's output and those of the
+    blocks 4, 10 and 12 of 12, or at the same fractions of another depth.
+
+    Args:
+        arch: Name of a variant, such as "raftmlp_s", or a dict of arguments of ``raftmlp.RaftMLP``.
+        img_size: Image size in pixels that the trained grid is made for, one number or (height, width); None is the
+            variant's own. Images of other sizes are resized inside; pretrained weights are resampled.
+        out_indices: The maps to hand out, rising from 0; None is all. What lies behind the last one is not built.
+        out_norm: Put a LayerNorm over channels on each map handed out; the release has none.
+        frozen_stages: What does not train: nothing (-1), the first patch embedding (0), the first k stages (k); in a
+            network of one stage, all that its first k maps need.
+        with_cp: Compute the blocks anew in the backward pass, to save memory (gradient checkpointing).
+        drop_path_rate: Rate of stochastic depth.
+        first_map: "stage", or "embed" to hand out the first patch embedding's output instead of the first stage's, as
+            the release does.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)``, with a file (ours, the release's, or that of a whole
+            detector) or the name of pretrained weights ("raftmlp_digits"). Weights must fit, but for the classifier.
+
+    Attributes:
+        out_channels: Channels of the maps handed out, what a neck needs as ``in_channels``.
+
+    Raises:
+        ValueError: If an argument cannot be; the message names the value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "raftmlp_s",
+        img_size: int | Sequence[int] | None = None,
+        out_indices: Sequence[int] | None = None,
+        out_norm: bool = False,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+        first_map: str = "stage",
+        init_cfg: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(init_cfg)
+        if first_map not in ("stage", "embed"):
+            raise ValueError(f"first_map {first_map!r} must be 'stage' or 'embed'")
+        self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate)
+        self.model = _create(**self._network)
+        places = _places(self.model, first_map)
+        self.out_indices = tuple(range(len(places)) if out_indices is None else out_indices)
+        if (
+            list(self.out_indices) != sorted(set(self.out_indices))
+            or not self.out_indices
+            or not 0 <= self.out_indices[0] <= self.out_indices[-1] < len(places)
+        ):
+            raise ValueError(f"out_indices {self.out_indices} must rise from 0 or more to {len(places) - 1} or less")
+        if not -1 <= frozen_stages <= len(places):
+            raise ValueError(f"frozen_stages {frozen_stages} must be from -1 to {len(places)}")
+        taken = [places[i] for i in self.out_indices]
+        self.layers, self.with_embed = [place for place in taken if place != EMBED], EMBED in taken
+        if not self.layers:
+            raise ValueError(f"out_indices {self.out_indices} takes the patch embedding alone: take a later map too")
+        self.out_channels = [self.model.feature_info[max(place, 0)]["num_chs"] for place in taken]
+        self.model.prune_intermediate_layers(self.layers, prune_norm=True)
+        self.model.set_grad_checkpointing(with_cp)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) if out_norm else nn.Identity() for c in self.out_channels)
+        self.frozen_stages, self._places = frozen_stages, places
+        self.train()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps, contiguous, for images of shape (B, in_chans, H, W)."""
+        maps = self.model.forward_intermediates(
+            x, self.layers, stop_early=True, output_fmt="NHWC", intermediates_only=True, with_embed=self.with_embed
+        )
+        return tuple(norm(y).permute(0, 3, 1, 2).contiguous() for norm, y in zip(self.norms, maps))
+
+    def train(self, mode: bool = True) -> "RaftMLPBackbone":
+        """Switch between training and evaluation; what is frozen stays in evaluation, and without gradients."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval().requires_grad_(False)
+        return self
+
+    def _frozen(self) -> Iterator[nn.Module]:
+        stages = self.model.stages
+        if self.frozen_stages >= 0:
+            yield stages[0].embed
+        if len(stages) == 1 and self._places[0] == EMBED:
+            yield from stages[0].blocks[: self._places[self.frozen_stages - 1] + 1 if self.frozen_stages > 0 else 0]
+        else:
+            yield from stages[: max(self.frozen_stages, 0)]
+        yield from (norm for i, norm in zip(self.out_indices, self.norms) if i < self.frozen_stages)
+
+    def init_weights(self) -> None:
+        """Load the weights that ``init_cfg`` names, without running code from the file; or as mmengine does.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or does not fit this network.
+        """
+        if not self.init_cfg or self.init_cfg.get("type") != "Pretrained":
+            super().init_weights()
+            return
+        if unknown := self.init_cfg.keys() - {"type", "checkpoint"}:
+            raise ValueError(f"init_cfg of RaftMLP takes a checkpoint alone, not {', '.join(sorted(unknown))}")
+        path = _weights_file(self.init_cfg["checkpoint"])
+        told = trained_as(path)
+        whole = _create(**self._network, device="meta")  # the network before it was pruned
+        whole.pretrained_cfg = {**getattr(whole, "pretrained_cfg", {}), **told.get("pretrained_cfg", {})}
+        state = load_state_dict(path)
+        norms = {key: state.pop(key) for key in list(state) if key.startswith("norms.")}
+        state = {k: v for k, v in checkpoint_filter_fn(state, whole).items() if not k.startswith(HEAD)}
+        own = self.model.state_dict()
+        for key in whole.state_dict().keys() - own.keys():  # not built here
+            state.pop(key, None)
+        expected = shapes(own)
+        if norms:  # a detector's; other files have none
+            state.update(norms)
+            expected.update(shapes(self.norms.state_dict(prefix="norms.")))
+        if differences := describe_differences(shapes(state), expected):
+            whose = f" (it is of {told['model']})" if "model" in told else ""
+            more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise ValueError(
+                f"{path}{whose} does not fit the backbone {self._network['arch']}: {'; '.join(differences[:3])}{more}"
+            )
+        self.model.load_state_dict({key: value for key, value in state.items() if key not in norms})
+        self.norms.load_state_dict(
+            {key.removeprefix("norms."): value for key, value in norms.items()}, strict=bool(norms)
+        )
+        self.is_init = True
+
+
+def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, device=None) -> RaftMLP:
+    """Return the network without a classifier."""
+    kwargs = dict(num_classes=0, global_pool="", drop_path_rate=drop_path_rate, device=device)
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    if isinstance(arch, str):
+        known = timm.list_models(module="raftmlp")
+        if timm.models.split_model_name_tag(arch)[0] not in known:
+            near = get_close_matches(arch, known, n=3, cutoff=0.4) or known
+            raise ValueError(f"unknown arch {arch!r}; did you mean {' or '.join(near)}?")
+        return timm.create_model(arch, **kwargs)
+    known = inspect.signature(RaftMLP).parameters
+    for key in arch.keys() - known.keys():
+        near = get_close_matches(key, known, n=3) or known
+        raise ValueError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
+    return RaftMLP(**{**arch, **kwargs})
+
+
+def _places(model: RaftMLP, first_map: str) -> list[int]:
+    """Return where the maps that can be handed out lie, as indices of ``forward_intermediates``, or EMBED."""
+    stages = len(model.stages)
+    if stages > 1:
+        return [EMBED if first_map == "embed" else 0, *range(1, stages)]
+    depth = len(model.stages[0].blocks)
+    if depth < 3:
+        raise ValueError(f"a network of one stage needs 3 blocks or more to hand out 4 maps, this one has {depth}")
+    return [EMBED, *(block * depth // 12 - 1 for block in (4, 10, 12))]
+
+
+def _weights_file(checkpoint: str) -> Path:
+    variant, tag = timm.models.split_model_name_tag(checkpoint)
+    if variant in timm.list_models(module="raftmlp") and not Path(checkpoint).exists():
+        return pretrained_file(variant, tag or None)
+    return Path(checkpoint).expanduser()

@@ -1,0 +1,371 @@
+"""The scripts for mmdet and mmseg: training, resuming, evaluating, predicting, the configs, errors for people."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmseg.visualization import SegLocalVisualizer
+from PIL import Image
+
+import predict_mm
+import test_mm
+import toolboxes
+import train_mm
+from raftmlp import RaftMLP
+from raftmlp.checkpoint import load_checkpoint
+from raftmlp.data.scenes import write_scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+DETECTOR = CONFIGS / "detection" / "mask_rcnn_raftmlp_digits.py"
+SEGMENTOR = CONFIGS / "segmentation" / "fpn_raftmlp_digits.py"
+FAST = ["train_dataloader.batch_size=2", "val_dataloader.batch_size=2", "default_hooks.logger.interval=1"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, train=8, val=4, size=96)
+    return root
+
+
+@pytest.fixture
+def run(run_tool):
+    """``run_tool``, and mmengine knows of no run before."""
+
+    def run_afresh(tool, *args):
+        for kind in (MMLogger, MessageHub, DetLocalVisualizer, SegLocalVisualizer, DefaultScope):
+            kind._instance_dict.clear()
+        return run_tool(tool, *args)
+
+    return run_afresh
+
+
+def options(scenes, work_dir, *changes, epochs=None):
+    """The command line of a small run."""
+    if epochs:
+        changes = (f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}", "param_scheduler.0.end=2",
+                   f"param_scheduler.1.end={epochs}", *changes)  # fmt: skip
+    return ["--data-dir", scenes, "--work-dir", work_dir, "--cfg-options", *FAST, *changes]
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory):
+    """The folder of a detector's run of six epochs, killed in the third and resumed."""
+    work_dir = tmp_path_factory.mktemp("runs") / "detector"
+    command = [sys.executable, ROOT / "tools" / "train_mm.py", DETECTOR, *options(scenes, work_dir, epochs=6)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (work_dir.parent / "log").open("w") as log:
+        child = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment, cwd=ROOT)
+        while child.poll() is None and not (work_dir / "epoch_2.pth").exists():
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, (work_dir.parent / "log").read_text()
+    killed_at = toolboxes.checkpoints(work_dir)[0].name
+    assert killed_at in ("epoch_2.pth", "epoch_3.pth")  # not run through
+    result = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed epoch: {killed_at[6]}" in result.stdout + result.stderr
+    assert f"checkpoint: {work_dir / 'epoch_6.pth'}" in result.stdout
+    return work_dir
+
+
+# Training
+
+
+def test_the_loss_falls_over_kill_and_resume(trained):
+    losses, results = train_mm.read_log(trained)
+    assert [entry["step"] for entry in losses] == list(range(1, 25))  # 8 scenes, 2 at a time, 6 epochs
+    values = [entry["loss"] for entry in losses]
+    assert np.isfinite(values).all() and np.mean(values[-4:]) < 0.8 * np.mean(values[:4])
+    assert [entry["step"] for entry in results] == [6] and "coco/segm_mAP_50" in results[0]
+    assert {path.name for path in trained.glob("*.pth")} == {"epoch_5.pth", "epoch_6.pth"}
+    assert Image.open(trained / "curves.png").size[0] > 500
+
+
+def test_a_finished_run_is_resumed_to_nothing(trained, scenes, run):
+    before = {path: path.read_bytes() for path in trained.glob("*.pth")}
+    status, out, _ = run(train_mm, DETECTOR, *options(scenes, trained, epochs=6), "--resume")
+    assert status == 0 and "epoch_6.pth" in out
+    assert {path: path.read_bytes() for path in trained.glob("*.pth")} == before
+
+
+def test_a_run_is_not_overwritten_by_mistake(trained, scenes, run, tmp_path):
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, trained, epochs=6))
+    assert status == 2 and f"{trained} holds a run: say --resume, --overwrite or another --work-dir" in error
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "notes.txt").write_text("mine")
+    changes = ["model.backbone.frozen_stages=2", "model.backbone.with_cp=True"]
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, *changes, epochs=1), "--overwrite")
+    assert status == 0, error
+    assert [path.name for path in copy.glob("*.pth")] == ["epoch_1.pth"] and (copy / "notes.txt").exists()
+    assert len(train_mm.read_log(copy)[0]) == 4
+    shipped = load_checkpoint(ROOT / "checkpoints" / "raftmlp_digits.sklearn.safetensors")
+    state = load_checkpoint(copy / "epoch_1.pth")["state_dict"]
+    name = "channels.fc1.weight"  # what is frozen is still what was shipped
+    assert torch.equal(state[f"backbone.model.stages.1.blocks.0.{name}"], shipped[f"stages.1.blocks.0.{name}"])
+    assert not torch.equal(state[f"backbone.model.stages.2.blocks.0.{name}"], shipped[f"stages.2.blocks.0.{name}"])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    whole = (copy / "epoch_6.pth").read_bytes()
+    (copy / "epoch_6.pth").write_bytes(whole[: len(whole) // 2])
+    assert toolboxes.last_whole_checkpoint(copy) == copy / "epoch_5.pth"
+    assert "epoch_6.pth is damaged" in capsys.readouterr().out
+    (copy / "epoch_5.pth").write_bytes(b"")
+    with pytest.raises(toolboxes.cli.UserError, match=r"no checkpoint in .* is whole: .*epoch_6.*epoch_5"):
+        toolboxes.last_whole_checkpoint(copy)
+    assert toolboxes.last_whole_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "epoch_1.pth"
+    backend = toolboxes.WholeFileBackend()
+    backend.put(b"old", path)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        backend.put(b"new", path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_mmengine_saves_through_it(tmp_path):
+    from mmengine.runner import save_checkpoint
+
+    save_checkpoint(dict(state_dict={}), str(tmp_path / "x.pth"))
+    assert toolboxes.CheckpointLoader.load_checkpoint(str(tmp_path / "x.pth"), "cpu") == dict(state_dict={})
+    assert type(toolboxes.register_backend.__globals__["backends"]["local"]()) is toolboxes.WholeFileBackend
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("exploded",)
+
+
+def test_no_code_in_a_checkpoint_is_run(trained, scenes, run, tmp_path):
+    torch.save({**torch.load(trained / "epoch_6.pth", weights_only=False), "bomb": Bomb()}, tmp_path / "bomb.pth")
+    arguments = options(scenes, tmp_path / "run", epochs=6)
+    for tool, args in (
+        (train_mm, [DETECTOR, *arguments, "--resume", tmp_path / "bomb.pth"]),
+        (test_mm, [DETECTOR, tmp_path / "bomb.pth", *arguments]),
+        (predict_mm, [DETECTOR, tmp_path / "bomb.pth", scenes / "images"]),
+    ):
+        status, out, error = run(tool, *args)
+        assert status == 2 and "bomb.pth is damaged, or holds more than tensors and plain data" in error
+        assert "exploded" not in out
+
+
+def test_images_without_objects(scenes, run, tmp_path):
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
+    path = copy / "annotations" / "instances_training.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] >= 6]
+    path.write_text(json.dumps(content))
+    keep = "train_dataloader.dataset.filter_cfg.filter_empty_gt=False"
+    for change, iterations in ((keep, 4), (keep.replace("False", "True"), 1)):
+        status, _, error = run(train_mm, DETECTOR, *options(copy, tmp_path / change[-5:], change, epochs=1))
+        assert status == 0, error
+        losses, _ = train_mm.read_log(tmp_path / change[-5:])
+        assert len(losses) == iterations and np.isfinite([entry["loss"] for entry in losses]).all()
+
+
+def test_a_segmentor_is_trained_and_evaluated(scenes, run, tmp_path):
+    changes = [
+        "train_cfg.max_iters=8",
+        "train_cfg.val_interval=8",
+        "param_scheduler.0.end=2",
+        "param_scheduler.1.end=8",
+    ]
+    changes += ["default_hooks.checkpoint.interval=4"]
+    status, out, error = run(train_mm, SEGMENTOR, *options(scenes, tmp_path / "run", *changes))
+    assert status == 0, error
+    assert re.search(r"aAcc [\d.]+, mIoU [\d.]+, mAcc [\d.]+", out)
+    losses, results = train_mm.read_log(tmp_path / "run")
+    assert losses[-1]["loss"] < losses[0]["loss"] and results[0]["step"] == 8
+
+    checkpoint = tmp_path / "run" / "iter_8.pth"
+    arguments = [*options(scenes, tmp_path / "test"), "--show-dir", "shown", "--results-file", "results.json"]
+    status, _, error = run(test_mm, SEGMENTOR, checkpoint, *arguments)
+    assert status == 0, error
+    assert json.loads(Path("results.json").read_text())["mIoU"] == pytest.approx(results[0]["mIoU"], abs=1e-6)
+    assert sorted(path.name for path in Path("shown").iterdir()) == [f"{i:05}.png" for i in range(4)]
+
+    images = scenes / "images" / "validation"
+    status, _, error = run(predict_mm, SEGMENTOR, checkpoint, images, "--out", "out")
+    assert status == 0, error
+    entries = json.loads(Path("out/predictions.json").read_text())["images"]
+    labels = np.asarray(Image.open(Path("out") / entries[0]["label_map"]))
+    assert len(entries) == 4 and labels.shape == (96, 96) and labels.max() <= 10
+
+
+# Evaluation and prediction
+
+
+def test_evaluation_gives_the_figures_of_training(trained, scenes, run):
+    arguments = [*options(scenes, "test"), "--show-dir", "shown", "--results-file", "results.json", "--score-thr", "0"]
+    status, out, error = run(test_mm, DETECTOR, trained / "epoch_6.pth", *arguments)
+    assert status == 0, error
+    _, results = train_mm.read_log(trained)
+    told = json.loads(Path("results.json").read_text())
+    for name in ("coco/bbox_mAP", "coco/segm_mAP_50"):
+        assert told[name] == pytest.approx(results[-1][name], abs=1e-6)
+        assert f"{name} {told[name]:.4g}" in out
+    shown = sorted(Path("shown").iterdir())
+    assert [path.name for path in shown] == [f"{i:05}.png" for i in range(4)]
+    assert Image.open(shown[0]).size == (2 * 96, 96)  # truth and prediction
+
+
+def test_prediction_at_any_size(trained, scenes, run):
+    photo = Image.open(scenes / "images" / "validation" / "00000.jpg")
+    Path("photos").mkdir()
+    for name, size in (("a.png", (1, 1)), ("b.jpg", (3000, 20)), ("c.jpg", (20, 3000)), ("d.png", (96, 96))):
+        photo.resize(size).save(Path("photos") / name)
+    Path("photos/e.jpg").write_bytes(b"no image")
+    status, _, error = run(predict_mm, DETECTOR, trained / "epoch_6.pth", "photos", "--out", "out", "--score-thr", 0)
+    assert status == 2
+    assert "cannot read photos/e.jpg" in error and "1 of 5 images could not be read" in error
+    content = json.loads(Path("out/predictions.json").read_text())
+    assert [entry["file"] for entry in content["images"]] == [
+        f"photos/{n}" for n in ("a.png", "b.jpg", "c.jpg", "d.png")
+    ]
+    for entry in content["images"]:
+        width, height = Image.open(entry["file"]).size
+        assert Image.open(Path("out") / entry["picture"]).size == (width, height)
+        for found in entry["objects"]:
+            left, top, right, bottom = found["box"]
+            assert 0 <= left <= right <= width and 0 <= top <= bottom <= height
+            assert found["name"] in content["classes"] and 0 <= found["score"] <= 1
+    assert entry["objects"]
+
+
+# Configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.py")), ids=lambda path: path.stem)
+def test_every_config_builds_and_its_neck_fits(path):
+    config = toolboxes.Config.fromfile(path)
+    init_default_scope(config.default_scope)
+    config.model.backbone.init_cfg = None
+    model = MODELS.build(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    expected = {  # as the authors report, with the heads of COCO and ADE20K
+        "retinanet_raftmlp_s_fpn_1x_coco": 19_588_332,
+        "retinanet_raftmlp_m_fpn_1x_coco": 31_581_196,
+        "retinanet_raftmlp_l_fpn_1x_coco": 46_783_852,
+        "mask_rcnn_raftmlp_s_fpn_1x_coco": 29_505_768,
+        "mask_rcnn_raftmlp_m_fpn_1x_coco": 40_917_000,
+        "mask_rcnn_raftmlp_l_fpn_1x_coco": 55_538_024,
+        "fpn_raftmlp_s_40k_ade20k": 13_605_006,
+        "fpn_raftmlp_m_40k_ade20k": 25_016_238,
+        "fpn_raftmlp_l_40k_ade20k": 39_637_262,
+    }
+    assert parameters == expected.get(path.stem, parameters)
+    with torch.no_grad():
+        maps = model.extract_feat(torch.randn(1, 3, 64, 96))
+    assert len(maps) == config.model.neck.num_outs
+    strides = {  # of the heads, which must know where each cell of a map lies
+        "rpn_head": lambda head: [s[0] for s in head.prior_generator.strides],
+        "bbox_head": lambda head: [s[0] for s in head.prior_generator.strides],
+        "decode_head": lambda head: head.feature_strides,
+    }
+    for name, told in strides.items():
+        if hasattr(model, name):
+            expected_shapes = [(-(-64 // stride), -(-96 // stride)) for stride in told(getattr(model, name))]
+            assert [tuple(y.shape[2:]) for y in maps] == expected_shapes
+
+
+def test_the_recipes_are_the_release_s():
+    for path in CONFIGS.glob("*/*1x_coco.py"):
+        config = toolboxes.Config.fromfile(path)
+        assert config.optim_wrapper.optimizer == dict(type="AdamW", lr=1e-4, weight_decay=1e-4)
+        assert config.train_cfg.max_epochs == 12 and config.param_scheduler[1].milestones == [8, 11]
+        warm_up = config.param_scheduler[0]
+        assert (warm_up.type, warm_up.start_factor, warm_up.end) == ("LinearLR", 0.001, 500)
+        assert config.train_dataloader.batch_size == 2 and config.model.data_preprocessor.pad_size_divisor == 32
+        assert config.train_dataloader.dataset.pipeline[2].scale == (1333, 800)
+        assert config.model.backbone.get("drop_path_rate", 0) == 0 and config.model.backbone.first_map == "embed"
+    for path in CONFIGS.glob("*/*ade20k.py"):
+        config = toolboxes.Config.fromfile(path)
+        assert config.optim_wrapper.optimizer == dict(type="AdamW", lr=2e-4, weight_decay=1e-4)
+        assert config.train_cfg.max_iters == 40000 and config.train_dataloader.batch_size == 4
+        [poly] = config.param_scheduler
+        assert (poly.type, poly.power, poly.end, poly.eta_min) == ("PolyLR", 0.9, 40000, 0)
+        assert config.model.data_preprocessor.size == config.crop_size == (512, 512)
+
+
+def test_headers_name_their_own_file():
+    for path in CONFIGS.glob("*/*.py"):
+        header = re.match(r"(#.*\n)+", path.read_text())[0]
+        assert f"tools/train_mm.py {path.relative_to(ROOT)}" in header
+        assert "Expected" in header
+
+
+# Bad input
+
+
+def test_bad_input(scenes, run, tmp_path):
+    broken, part = tmp_path / "broken.py", tmp_path / "part.py"
+    broken.write_text("model = dict(")
+    part.write_text("model = dict()")
+    torch.save(RaftMLP(img_size=32).state_dict(), tmp_path / "other.pth")
+    weights = "model.backbone.init_cfg.checkpoint="
+    cases = [
+        (["missing.py"], "no config at missing.py"),
+        ([broken], "cannot read the config"),
+        ([part], "is a part of a config"),
+        ([DETECTOR, "--data-dir", "nowhere"], "no data at nowhere/annotations/instances_training.json (train_"),
+        ([DETECTOR, "--resum"], "did you mean --resume"),
+        ([DETECTOR, "--amp"], "--amp needs a GPU"),
+        ([DETECTOR, "--auto-scale-lr"], "does not tell the batch of its learning rate"),
+        ([DETECTOR, "--resume", "--overwrite"], "exclude each other"),
+        ([DETECTOR, "--resume", "missing.pth"], "no checkpoint at missing.pth"),
+        ([DETECTOR, "--cfg-options", "optim_wraper.optimizer.lr=1"], "no 'optim_wraper'; did you mean optim_wrapper"),
+        ([DETECTOR, "--cfg-options", "lr"], "KEY=VALUE"),
+        ([DETECTOR, "--cfg-options", "model.backbone.arch=raftmlp_q"], "unknown arch 'raftmlp_q'; did you mean"),
+        ([DETECTOR, "--cfg-options", "model.backbone.out_indices=(0,7)"], "out_indices (0, 7) must rise"),
+        ([DETECTOR, "--cfg-options", "model.backbone.arch=raftmlp_m"], "[32, 64, 128, 128] does not fit raftmlp_m: its "
+         "maps have [96, 192, 384, 768] channels"),
+        ([DETECTOR, "--cfg-options", f"{weights}{tmp_path}/other.pth"], "does not fit the backbone raftmlp_digits"),
+        ([DETECTOR, "--cfg-options", f"{weights}raftmlp_s"], "no pretrained weights raftmlp_s"),
+        ([DETECTOR, "--cfg-options", "model.type=MaskRCN"], "MaskRCN"),
+    ]  # fmt: skip
+    for args, message in cases:
+        args = [*args, "--work-dir", tmp_path / "run"] + (["--data-dir", scenes] if "--data-dir" not in args else [])
+        status, _, error = run(train_mm, *args)
+        assert status == 2 and message in error and "Traceback" not in error, (args, error)
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_bad_input_of_evaluation_and_prediction(trained, scenes, run, tmp_path):
+    Path("empty").mkdir()
+    common = ["--data-dir", scenes, "--work-dir", tmp_path / "test"]
+    checkpoint = trained / "epoch_6.pth"
+    torch.save({"state_dict": {}}, tmp_path / "nothing.pth")
+    cases = [
+        (test_mm, [DETECTOR, "missing.pth", *common], "no checkpoint at missing.pth"),
+        (test_mm, [DETECTOR, tmp_path / "nothing.pth", *common], "does not fit the config's model"),
+        (test_mm, [SEGMENTOR, checkpoint, *common], "does not fit the config's model"),
+        (test_mm, [DETECTOR, checkpoint, *common, "--results-file", "x.txt"], "must be named .json"),
+        (predict_mm, [DETECTOR, checkpoint, "empty"], "no images at 'empty'"),
+        (predict_mm, [DETECTOR, checkpoint, scenes / "images", "--device", "cuda:7"], "no device 'cuda:7'"),
+        (predict_mm, [SEGMENTOR, checkpoint, scenes / "images"], "does not fit the config's model"),
+    ]
+    for tool, args, message in cases:
+        status, _, error = run(tool, *args)
+        assert status == 2 and message in error and "Traceback" not in error, (args, error)

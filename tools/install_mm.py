@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""Install mmdet and mmseg (OneDL's continuation) into the environment that runs this: Python's own, or an active one.
+
+    python tools/install_mm.py
+
+The operators of mmcv are compiled against the installed torch, once: the wheel is kept in the user's cache, in a folder
+named after the versions of Python and torch. That takes a C++ compiler and some minutes.
+"""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "constraints.txt"
+BUILD_TOOLS = ("setuptools>=80", "wheel", "ninja", "psutil")
+# These ask for two builds of OpenCV at once, one of which needs libGL: they come without what they ask for, which the
+# extra "mm" lists, and one OpenCV in it.
+WITHOUT_DEPENDENCIES = ("onedl-mmdetection", "onedl-mmsegmentation", "imaug")
+CHECK = "import mmcv.ops, mmdet.apis, mmseg.apis"
+
+
+def constrained(name: str) -> str:
+    """Return a requirement for exactly the version in constraints.txt."""
+    return re.search(rf"^{re.escape(name)}==\S+", CONSTRAINTS.read_text(), re.MULTILINE)[0]
+
+
+def pip(*args: str) -> None:
+    """Run pip of this Python.
+
+    Raises:
+        UserError: If it fails; it has said why.
+    """
+    if subprocess.run([sys.executable, "-m", "pip", *args]).returncode:
+        raise cli.UserError(f"pip {' '.join(args)} failed, see above")
+
+
+def find_wheel(folder: Path) -> Path | None:
+    """Return the wheel of mmcv that is kept in a folder, if any."""
+    name = constrained("onedl-mmcv").replace("-", "_").replace("==", "-")
+    return next(folder.glob(f"{name}-*.whl"), None)
+
+
+def build_wheel(folder: Path, jobs: int) -> Path:
+    """Compile mmcv's operators and keep the wheel in the folder, whole or not at all.
+
+    Raises:
+        UserError: If that fails; the message names the log.
+    """
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise cli.UserError("no C++ compiler found: mmcv's operators must be compiled (on Debian: apt install g++)")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "build.log"
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-cache-dir", "--no-deps"]
+        command += ["--no-build-isolation", "--wheel-dir", beside, constrained("onedl-mmcv")]
+        flags = dict(MMCV_WITH_OPS="1", MAX_JOBS=str(jobs), CFLAGS=os.environ.get("CFLAGS", "-O1 -g0 -w"))
+        build = subprocess.Popen(
+            command, env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        interval = 0.1 if sys.stderr.isatty() else 30
+        with log.open("w") as file, tqdm(desc="compiling mmcv", unit="file", mininterval=interval) as bar:
+            for line in build.stdout:
+                file.write(line)
+                if step := re.match(r"\s*\[(\d+)/(\d+)\]", line):
+                    bar.total = int(step[2])
+                    bar.update(int(step[1]) - bar.n)
+        wheels = list(Path(beside).glob("*.whl"))
+        if build.wait() or not wheels:
+            raise cli.UserError(f"mmcv could not be compiled: {log} tells why")
+        return Path(shutil.move(wheels[0], folder / wheels[0].name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raftmlp"
+    parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help=f"where wheels are kept ({cache})")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    jobs = max(1, min(processors, int(gigabytes / 2)))
+    parser.add_argument(
+        "--jobs", type=cli.number(int, 1), default=jobs, metavar="N", help=f"compilers at once ({jobs})"
+    )
+    args = parser.parse_args()
+
+    python = "{}.{}".format(*platform.python_version_tuple())
+    kind = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # with a GPU mmcv compiles its CUDA operators, which takes nvcc
+    folder = args.cache / f"torch{torch.__version__}-{kind}-python{python}-{platform.machine()}"
+    pip("install", "--quiet", "--constraint", str(CONSTRAINTS), *BUILD_TOOLS)
+    wheel = find_wheel(folder) or build_wheel(folder, args.jobs)
+    pip("install", "--quiet", "--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[mm]")
+    pip("install", "--quiet", "--no-deps", str(wheel), *map(constrained, WITHOUT_DEPENDENCIES))
+    if subprocess.run([sys.executable, "-c", CHECK], stdout=subprocess.DEVNULL).returncode:
+        raise cli.UserError(f"the toolboxes are installed but do not import; was {wheel} made on another machine?")
+    cli.say(f"mmdet and mmseg are installed; mmcv's wheel: {wheel}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Train a detector of mmdet or a segmentor of mmseg, as a config tells, and evaluate it.
+
+    python tools/train_mm.py configs/detection/mask_rcnn_raftmlp_s_fpn_1x_coco.py --data-dir coco
+    torchrun --nproc-per-node 8 tools/train_mm.py configs/segmentation/fpn_raftmlp_s_40k_ade20k.py --amp
+
+An interrupted run goes on from its last whole checkpoint with --resume.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import cli
+import toolboxes
+
+RUN_FILES = ("epoch_*.pth", "iter_*.pth", "best_*.pth", "last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser("%(prog)s CONFIG [OPTION ...]", yaml_config=False, description=__doc__)
+    toolboxes.add_config_arguments(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        default="",
+        metavar="FILE",
+        help="go on from this checkpoint, or without a name from the last whole one in the folder of the run, if any",
+    )
+    group.add_argument("--overwrite", action="store_true", help="remove the run that is in the folder")
+    group.add_argument("--amp", action="store_true", help="mixed precision; needs a GPU")
+    group.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate to the batch in use")
+    toolboxes.add_launcher_argument(group)
+    return parser
+
+
+def prepare_folder(args: argparse.Namespace, config: toolboxes.Config) -> None:
+    """Make the folder of the run what --resume and --overwrite say, and the config too.
+
+    Raises:
+        UserError: If there is a run, and neither was said; if there is no whole checkpoint.
+    """
+    folder = Path(config.work_dir)
+    if args.resume and args.overwrite:
+        raise cli.UserError("--resume and --overwrite exclude each other")
+    if args.resume == "auto":
+        found = toolboxes.last_whole_checkpoint(folder)
+        if found is None:
+            cli.say(f"no checkpoint in {folder} to resume: starting at the beginning")
+    elif args.resume:
+        found = Path(args.resume)
+        toolboxes.load_from_local(args.resume)
+    else:
+        found = None
+        if toolboxes.checkpoints(folder) and not args.overwrite:
+            raise cli.UserError(f"{folder} holds a run: say --resume, --overwrite or another --work-dir")
+        if cli.is_first():
+            clear(folder)
+    config.resume, config.load_from = found is not None, str(found) if found else None
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of a run, and no others."""
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """Return a run's log, of all its parts: entries with a loss, by iteration, and entries with results.
+
+    A part that was resumed takes the place of what an earlier one did after its checkpoint.
+    """
+    losses: dict[int, dict] = {}
+    results: dict[int, dict] = {}
+    for path in sorted(folder.glob("*/vis_data/scalars.json")):
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the run was killed in the middle of it
+                continue
+            (losses if "loss" in entry else results)[entry["step"]] = entry
+    return [losses[step] for step in sorted(losses)], [results[step] for step in sorted(results)]
+
+
+def draw_curves(path: Path, losses: list[dict], results: list[dict], unit: str) -> None:
+    """Draw the losses over iterations, and the results over what they are counted in."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in sorted({name for entry in losses for name in entry if "loss" in name}):
+        left.plot([entry["step"] for entry in losses], [entry.get(name) for entry in losses], label=name)
+    left.set(xlabel="iteration", ylabel="loss", yscale="log")
+    for name in toolboxes.main_results(results[-1]) if results else ():
+        right.plot([entry["step"] for entry in results], [entry.get(name) for entry in results], "o-", label=name)
+    right.set(xlabel=unit, ylabel="result")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    cli.save_figure(figure, path)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    config = toolboxes.read_config(args)
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise cli.UserError("--amp needs a GPU: mmengine's mixed precision does not run on a CPU")
+        config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+            raise cli.UserError(
+                "--auto-scale-lr: the config does not tell the batch of its learning rate (auto_scale_lr)"
+            )
+        config.auto_scale_lr.enable = True
+    prepare_folder(args, config)
+
+    runner = toolboxes.build_runner(config, ("train", "val"))
+    runner.train()
+
+    if not cli.is_first():
+        return
+    folder = Path(config.work_dir)
+    losses, results = read_log(folder)
+    by_epoch = config.train_cfg.get("by_epoch", config.train_cfg.get("type") == "EpochBasedTrainLoop")
+    draw_curves(folder / "curves.png", losses, results, "epoch" if by_epoch else "iteration")
+    if results:
+        cli.say(toolboxes.results_line(results[-1]))
+    cli.say(f"checkpoint: {toolboxes.checkpoints(folder)[0]}; log: {runner.log_dir}; curves: {folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
