@@ -63,7 +63,7 @@ def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
     if torch.jit.is_scripting():
         return bicubic_matrix(size_in, size_out, dtype, x.device)
     if torch.jit.is_tracing():
-        size_in, size_out = int(size_in), int(size_out)
+        return bicubic_matrix(int(size_in), int(size_out), dtype, x.device)
     traced = type(x) is not Tensor or torch.compiler.is_compiling()
     if traced or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return bicubic_matrix(size_in, size_out, dtype, x.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import DetInferencer
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
@@ -117,6 +118,22 @@ def test_a_run_is_not_overwritten_by_mistake(trained, scenes, run, tmp_path):
     name = "channels.fc1.weight"  # what is frozen is still what was shipped
     assert torch.equal(state[f"backbone.model.stages.1.blocks.0.{name}"], shipped[f"stages.1.blocks.0.{name}"])
     assert not torch.equal(state[f"backbone.model.stages.2.blocks.0.{name}"], shipped[f"stages.2.blocks.0.{name}"])
+
+
+def test_two_processes_train_evaluate_and_stop_together(scenes, tmp_path):
+    """SyncBN and NCCL in a config become what a CPU has."""
+    work_dir = tmp_path / "run"
+    changes = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"]
+    command = [*torchrun, ROOT / "tools" / "train_mm.py", SEGMENTOR, *options(scenes, work_dir, *changes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("mIoU") and f"checkpoint: {work_dir / 'iter_2.pth'}" in result.stdout
+    assert result.stdout.count("checkpoint: ") == 1  # the first process alone speaks
+
+    refused = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
+    assert refused.returncode != 0 and refused.stderr.count("holds a run") == 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys):
@@ -229,6 +246,13 @@ def test_evaluation_gives_the_figures_of_training(trained, scenes, run):
     shown = sorted(Path("shown").iterdir())
     assert [path.name for path in shown] == [f"{i:05}.png" for i in range(4)]
     assert Image.open(shown[0]).size == (2 * 96, 96)  # truth and prediction
+
+
+def test_mmdet_s_own_inferencer_takes_it(trained, scenes):
+    config, checkpoint = str(next(trained.glob("*.py"))), str(trained / "epoch_6.pth")
+    inferencer = DetInferencer(config, checkpoint, device="cpu", show_progress=False)
+    found = inferencer(str(scenes / "images" / "validation" / "00000.jpg"), no_save_vis=True)["predictions"][0]
+    assert len(found["scores"]) == len(found["labels"]) == len(found["bboxes"]) > 0
 
 
 def test_prediction_at_any_size(trained, scenes, run):

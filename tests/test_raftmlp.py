@@ -480,6 +480,14 @@ def test_torchscript(model):
         assert_same(scripted(batch(size)), model(batch(size)))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_trace(model):
+    for size in SIZES:
+        traced = torch.jit.trace(model, batch(size))
+        assert_same(traced(batch(size, count=3)), model(batch(size, count=3)))
+
+
 @torch.no_grad()
 def test_fx(model):
     tracer = dict(

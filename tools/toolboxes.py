@@ -90,8 +90,7 @@ def read_config(args: argparse.Namespace) -> Config:
         new = os.path.join(args.data_dir, "") if old.endswith("/") else args.data_dir
         _replace(config, lambda text: new + text[len(old) :] if text.startswith(old) else text)
     if not torch.cuda.is_available():
-        on_cpu = dict(SyncBN="BN", nccl="gloo")
-        _replace(config, lambda text: on_cpu.get(text, text))
+        _replace(config, lambda text: "BN" if text == "SyncBN" else text)
     config.work_dir = args.work_dir or config.get("work_dir") or str(Path("runs") / path.stem)
     config.launcher = getattr(args, "launcher", "none")
     return config
@@ -136,6 +135,10 @@ def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
     """
     _check_files(config, loops)
     init_default_scope(config.default_scope)
+    if config.launcher != "none" and not torch.cuda.is_available():  # mmengine would look for GPUs
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     try:
         _check_backbone(config, fresh="train" in loops and not config.resume)
         runner = Runner.from_cfg(config)

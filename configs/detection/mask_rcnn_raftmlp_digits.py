@@ -100,5 +100,6 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=100),
     dict(type="CosineAnnealingLR", eta_min=1e-5, begin=0, end=epochs, by_epoch=True, convert_to_iter_based=True),
 ]
+randomness = dict(seed=0)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 visualizer = dict(line_width=1, alpha=0.5)

@@ -84,6 +84,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=100),
     dict(type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=iterations, by_epoch=False),
 ]
+randomness = dict(seed=0)
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
