@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -41,6 +40,7 @@ __all__ = [
     "resample_grid",
     "save_state_dict",
     "shapes",
+    "summary",
     "tag_of",
     "trained_as",
     "unwrap",
@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 StateDict = dict[str, Tensor]
+KINDS = dict(  # of the arrays that may stand in a checkpoint, by numpy's code
+    b1=torch.bool, i1=torch.int8, u1=torch.uint8, i2=torch.int16, i4=torch.int32, i8=torch.int64, f2=torch.float16,
+    f4=torch.float32, f8=torch.float64,
+)  # fmt: skip
 CFG_KEYS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 
 
@@ -100,21 +104,71 @@ def load_checkpoint(path: str | Path) -> Mapping:
     return content
 
 
+class PlainDtype:
+    """What stands for a numpy dtype in a file that is read: its code, one of KINDS."""
+
+    def __init__(self, code: str, *_):
+        if code not in KINDS:
+            raise pickle.UnpicklingError(f"an array of {code!r}")
+        self.code = code
+
+    def __setstate__(self, state) -> None:
+        if len(state) < 8 or state[1] not in ("<", "|") or any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("an array of structures")
+
+
+class PlainArray:
+    """What stands for a numpy array in a file that is read: ``values``, a tensor."""
+
+    def __init__(self, *_):
+        self.values = torch.empty(0)
+
+    def __setstate__(self, state) -> None:
+        _, shape, dtype, fortran, content = state
+        self.values = _numbers(dtype, content).reshape(tuple(shape)[::-1] if fortran else tuple(shape))
+        if fortran:
+            self.values = self.values.permute(*range(len(shape))[::-1])
+
+
 class LogHistory:
-    """What stands for a log's numbers (mmengine's HistoryBuffer) in a checkpoint that was read."""
+    """What stands for a log's numbers, mmengine's HistoryBuffer, in a file that is read."""
+
+
+def _numbers(dtype: PlainDtype, content: bytes) -> Tensor:
+    if not isinstance(dtype, PlainDtype) or not isinstance(content, bytes):
+        raise pickle.UnpicklingError("an array of objects")
+    kind = KINDS[dtype.code]
+    return torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0, dtype=kind)
+
+
+def _number(dtype: PlainDtype, content: bytes) -> int | float | bool:
+    return _numbers(dtype, content).item()
+
+
+def _empty() -> bytes:
+    """Return what the content of an empty array is, in the words of a pickle."""
+    return b""
+
+
+def _nothing(*_) -> None:
+    """Stand for what is not looked up: a log's methods, which lie in the file by name."""
 
 
 def _plain_globals() -> list:
-    """Return what is plain data in the checkpoints of training scripts: timm's options, mmengine's logs."""
-    numbers = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")]
-    array, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2's name, and 1's
-        numbers += [(array, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    history = [
+    """Return what may stand in a checkpoint beside tensors: timm's options; of mmengine's logs, stand-ins alone.
+
+    numpy's own classes would let a file build arrays of anything, pointers too.
+    """
+    stand_ins = [
+        (PlainDtype, "numpy.dtype"),
+        (PlainArray, "numpy.ndarray"),
         (LogHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
-        (lambda *_: None, "builtins.getattr"),  # its methods lie in the file by name: they are not looked up
+        (_nothing, "builtins.getattr"),
+        (_empty, "builtins.bytes"),
     ]
-    return [argparse.Namespace, *numbers, *history]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2's name, and 1's
+        stand_ins += [(PlainArray, f"{module}._reconstruct"), (_number, f"{module}.scalar")]
+    return [argparse.Namespace, *stand_ins]
 
 
 def trained_as(path: str | Path) -> dict:
@@ -243,6 +297,12 @@ def describe_differences(found: Mapping[str, tuple], expected: Mapping[str, tupl
         if key in found and found[key] != shape
     ]
     return lines
+
+
+def summary(differences: Sequence[str]) -> str:
+    """Return the first differences in a line, and how many more there are."""
+    more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
 
 
 def is_release_format(state: Mapping[str, Tensor]) -> bool:

@@ -12,16 +12,28 @@ from typing import Any
 
 import timm
 import torch.nn as nn
+from mmengine.analysis import complexity_analysis
+from mmengine.analysis.jit_handles import get_shape
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .checkpoint import checkpoint_filter_fn, describe_differences, load_state_dict, shapes, trained_as
+from .checkpoint import (
+    adapt_state_dict,
+    checkpoint_filter_fn,
+    describe_differences,
+    load_state_dict,
+    shapes,
+    summary,
+    trained_as,
+)
 from .raftmlp import RaftMLP, pretrained_file
 
 __all__ = ["RaftMLPBackbone"]
 
 EMBED = -1  # the place of the first patch embedding's output among the maps of the stages or blocks
+OWN = ("num_classes", "global_pool", "drop_path_rate")  # arguments of the network that the backbone sets
 HEAD = ("norm.", "head.", "heads.0.1.", "classifier.")  # keys of the final norm and the classifier, here and there
 
 
@@ -38,7 +50,8 @@ class RaftMLPBackbone(BaseModule):
         img_size: Image size in pixels that the trained grid is made for, one number or (height, width); None is the
             variant's own. Images of other sizes are resized inside; pretrained weights are resampled.
         out_indices: The maps to hand out, rising from 0; None is all. What lies behind the last one is not built.
-        out_norm: Put a LayerNorm over channels on each map handed out; the release has none.
+        out_norm: Put a LayerNorm over channels on each map handed out; the release has none. A neck must then use all
+            maps: RetinaNet's leaves the first one, take it out of out_indices and of the neck.
         frozen_stages: What does not train: nothing (-1), the first patch embedding (0), the first k stages (k); in a
             network of one stage, all that its first k maps need.
         with_cp: Compute the blocks anew in the backward pass, to save memory (gradient checkpointing).
@@ -68,29 +81,29 @@ class RaftMLPBackbone(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
     ):
         super().__init__(init_cfg)
+        for name, value in (("out_norm", out_norm), ("with_cp", with_cp)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} {value!r} must be True or False")
         if first_map not in ("stage", "embed"):
             raise ValueError(f"first_map {first_map!r} must be 'stage' or 'embed'")
         self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate)
         self.model = _create(**self._network)
-        places = _places(self.model, first_map)
-        self.out_indices = tuple(range(len(places)) if out_indices is None else out_indices)
-        if (
-            list(self.out_indices) != sorted(set(self.out_indices))
-            or not self.out_indices
-            or not 0 <= self.out_indices[0] <= self.out_indices[-1] < len(places)
-        ):
-            raise ValueError(f"out_indices {self.out_indices} must rise from 0 or more to {len(places) - 1} or less")
-        if not -1 <= frozen_stages <= len(places):
-            raise ValueError(f"frozen_stages {frozen_stages} must be from -1 to {len(places)}")
-        taken = [places[i] for i in self.out_indices]
+        self._places = _places(self.model, first_map)
+        last = len(self._places) - 1
+        self.out_indices = _indices(range(last + 1) if out_indices is None else out_indices, last)
+        if type(frozen_stages) is not int or not -1 <= frozen_stages <= last + 1:
+            raise ValueError(f"frozen_stages {frozen_stages!r} must be from -1 to {last + 1}")
+        self.frozen_stages = frozen_stages
+        taken = [self._places[i] for i in self.out_indices]
         self.layers, self.with_embed = [place for place in taken if place != EMBED], EMBED in taken
         if not self.layers:
             raise ValueError(f"out_indices {self.out_indices} takes the patch embedding alone: take a later map too")
         self.out_channels = [self.model.feature_info[max(place, 0)]["num_chs"] for place in taken]
+        self._single = len(self.model.stages) == 1
         self.model.prune_intermediate_layers(self.layers, prune_norm=True)
         self.model.set_grad_checkpointing(with_cp)
-        self.norms = nn.ModuleList(nn.LayerNorm(c) if out_norm else nn.Identity() for c in self.out_channels)
-        self.frozen_stages, self._places = frozen_stages, places
+        normed = zip(self.out_indices, self.out_channels) if out_norm else ()
+        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(channels) for i, channels in normed})
         self.train()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -98,7 +111,9 @@ class RaftMLPBackbone(BaseModule):
         maps = self.model.forward_intermediates(
             x, self.layers, stop_early=True, output_fmt="NHWC", intermediates_only=True, with_embed=self.with_embed
         )
-        return tuple(norm(y).permute(0, 3, 1, 2).contiguous() for norm, y in zip(self.norms, maps))
+        if self.norms:
+            maps = [norm(y) for norm, y in zip(self.norms.values(), maps)]
+        return tuple(y.permute(0, 3, 1, 2).contiguous() for y in maps)
 
     def train(self, mode: bool = True) -> "RaftMLPBackbone":
         """Switch between training and evaluation; what is frozen stays in evaluation, and without gradients."""
@@ -111,49 +126,49 @@ class RaftMLPBackbone(BaseModule):
         stages = self.model.stages
         if self.frozen_stages >= 0:
             yield stages[0].embed
-        if len(stages) == 1 and self._places[0] == EMBED:
+        if self._single:
             yield from stages[0].blocks[: self._places[self.frozen_stages - 1] + 1 if self.frozen_stages > 0 else 0]
         else:
             yield from stages[: max(self.frozen_stages, 0)]
-        yield from (norm for i, norm in zip(self.out_indices, self.norms) if i < self.frozen_stages)
+        yield from (norm for i, norm in self.norms.items() if int(i) < self.frozen_stages)
 
     def init_weights(self) -> None:
-        """Load the weights that ``init_cfg`` names, without running code from the file; or as mmengine does.
+        """Load the weights that ``init_cfg`` names, without running code from the file; or do as mmengine does.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged, or does not fit this network.
         """
-        if not self.init_cfg or self.init_cfg.get("type") != "Pretrained":
+        if not isinstance(self.init_cfg, Mapping) or self.init_cfg.get("type") != "Pretrained":
             super().init_weights()
             return
-        if unknown := self.init_cfg.keys() - {"type", "checkpoint"}:
-            raise ValueError(f"init_cfg of RaftMLP takes a checkpoint alone, not {', '.join(sorted(unknown))}")
-        path = _weights_file(self.init_cfg["checkpoint"])
-        told = trained_as(path)
-        whole = _create(**self._network, device="meta")  # the network before it was pruned
-        whole.pretrained_cfg = {**getattr(whole, "pretrained_cfg", {}), **told.get("pretrained_cfg", {})}
-        state = load_state_dict(path)
-        norms = {key: state.pop(key) for key in list(state) if key.startswith("norms.")}
-        state = {k: v for k, v in checkpoint_filter_fn(state, whole).items() if not k.startswith(HEAD)}
-        own = self.model.state_dict()
-        for key in whole.state_dict().keys() - own.keys():  # not built here
-            state.pop(key, None)
-        expected = shapes(own)
-        if norms:  # a detector's; other files have none
-            state.update(norms)
-            expected.update(shapes(self.norms.state_dict(prefix="norms.")))
-        if differences := describe_differences(shapes(state), expected):
-            whose = f" (it is of {told['model']})" if "model" in told else ""
-            more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise ValueError(
-                f"{path}{whose} does not fit the backbone {self._network['arch']}: {'; '.join(differences[:3])}{more}"
-            )
-        self.model.load_state_dict({key: value for key, value in state.items() if key not in norms})
-        self.norms.load_state_dict(
-            {key.removeprefix("norms."): value for key, value in norms.items()}, strict=bool(norms)
-        )
+        if self.init_cfg.keys() != {"type", "checkpoint"} or not isinstance(self.init_cfg["checkpoint"], str):
+            raise ValueError(f"init_cfg {dict(self.init_cfg)} must be dict(type='Pretrained', checkpoint=FILE or NAME)")
+        self._load(_weights_file(self.init_cfg["checkpoint"]))
         self.is_init = True
+
+    def _load(self, path: Path) -> None:
+        told, state = trained_as(path), load_state_dict(path)
+        norms = {key: state.pop(key) for key in list(state) if key.startswith("norms.")}
+        whole = _create(**self._network, device="meta")  # the network before it was pruned
+        if "input_size" in told.get("pretrained_cfg", {}):  # the file tells the size of its trained grid
+            whole.pretrained_cfg = {**getattr(whole, "pretrained_cfg", {}), **told["pretrained_cfg"]}
+            state = checkpoint_filter_fn(state, whole)
+        else:
+            state = adapt_state_dict(state, whole)
+        built = self.state_dict()
+        left_out = {f"model.{key}" for key in whole.state_dict()}
+        if self.norms:
+            left_out |= {f"norms.{i}.{kind}" for i in range(len(self._places)) for kind in ("weight", "bias")}
+        state = {f"model.{key}": value for key, value in state.items() if not key.startswith(HEAD)}
+        state = {k: v for k, v in {**state, **norms}.items() if k in built or k not in left_out}
+        if self.norms and not norms:  # a classifier's file, or that of a detector without
+            print_log(f"{path} has no norms of feature maps: they start afresh", logger="current")
+            state = {**{key: value for key, value in built.items() if key.startswith("norms.")}, **state}
+        if differences := describe_differences(shapes(state), shapes(built)):
+            whose = f" (it is of {told['model']})" if "model" in told else ""
+            raise ValueError(f"{path}{whose} does not fit the backbone {self._network['arch']}: {summary(differences)}")
+        self.load_state_dict(state)
 
 
 def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, device=None) -> RaftMLP:
@@ -166,12 +181,29 @@ def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, devi
         if timm.models.split_model_name_tag(arch)[0] not in known:
             near = get_close_matches(arch, known, n=3, cutoff=0.4) or known
             raise ValueError(f"unknown arch {arch!r}; did you mean {' or '.join(near)}?")
-        return timm.create_model(arch, **kwargs)
-    known = inspect.signature(RaftMLP).parameters
-    for key in arch.keys() - known.keys():
+        try:
+            return timm.create_model(arch, **kwargs)
+        except RuntimeError as error:  # timm's, of a tag that the variant has not
+            raise ValueError(f"arch {arch!r} cannot be built: {error}") from error
+    if not isinstance(arch, Mapping):
+        raise ValueError(f"arch {arch!r} must be the name of a variant, or a dict of arguments of raftmlp.RaftMLP")
+    known = [name for name in inspect.signature(RaftMLP).parameters if name not in OWN]
+    for key in arch.keys() - set(known):
         near = get_close_matches(key, known, n=3) or known
         raise ValueError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
-    return RaftMLP(**{**arch, **kwargs})
+    try:
+        return RaftMLP(**{**arch, **kwargs})
+    except TypeError as error:
+        raise ValueError(f"arch {dict(arch)} cannot be built: {error}") from error
+
+
+def _indices(out_indices: Sequence[int], last: int) -> tuple[int, ...]:
+    """Return the indices of maps if they rise from 0 or more to the last or less."""
+    if isinstance(out_indices, Sequence) and all(type(i) is int for i in out_indices):
+        indices = tuple(out_indices)
+        if indices and list(indices) == sorted(set(indices)) and 0 <= indices[0] <= indices[-1] <= last:
+            return indices
+    raise ValueError(f"out_indices {out_indices!r} must be a sequence that rises from 0 or more to {last} or less")
 
 
 def _places(model: RaftMLP, first_map: str) -> list[int]:
@@ -190,3 +222,12 @@ def _weights_file(checkpoint: str) -> Path:
     if variant in timm.list_models(module="raftmlp") and not Path(checkpoint).exists():
         return pretrained_file(variant, tag or None)
     return Path(checkpoint).expanduser()
+
+
+def _count_baddbmm(inputs: list, outputs: list) -> int:
+    """Return the multiplications of baddbmm, which token mixing is made of and mmengine does not count."""
+    (batch, rows, inner), columns = get_shape(inputs[1]), get_shape(inputs[2])[-1]
+    return batch * rows * inner * columns
+
+
+getattr(complexity_analysis, "_DEFAULT_SUPPORTED_FLOP_OPS", {}).setdefault("aten::baddbmm", _count_baddbmm)

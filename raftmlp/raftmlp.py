@@ -6,6 +6,7 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,8 @@ class RaftMLP(nn.Module):
         if in_chans < 1:
             raise ValueError(f"in_chans {in_chans} must be 1 or more")
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} {rate} must be at least 0 and less than 1")
+            if not isinstance(rate, int | float) or not 0 <= rate < 1:
+                raise ValueError(f"{name} {rate!r} must be at least 0 and less than 1")
 
         self.in_chans = in_chans
         self.img_size = _image_size(img_size)
@@ -465,8 +466,8 @@ class RaftMLP(nn.Module):
 
 def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     size = tuple(to_2tuple(img_size))
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"img_size {img_size} must be one number of pixels, or (height, width), 1 or more")
+    if len(size) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in size):
+        raise ValueError(f"img_size {img_size!r} must be one number of pixels, or (height, width), 1 or more")
     return size
 
 

@@ -47,7 +47,7 @@ def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torc
     return (hit * weight.unsqueeze(2)).sum(dim=1)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=1024)  # detection at many scales meets some hundred pairs of lengths
 def _cached_bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # an inference tensor could not be used in training later on
     with torch.inference_mode(False), torch.no_grad():

@@ -188,6 +188,108 @@ def test_no_code_in_a_checkpoint_is_run(trained, scenes, run, tmp_path):
         assert "exploded" not in out
 
 
+def zeroed(checkpoint, path, **changes):
+    """Write a checkpoint with all weights 0, and what else is changed."""
+    content = load_checkpoint(checkpoint)
+    content["state_dict"] = {key: torch.zeros_like(value) for key, value in content["state_dict"].items()}
+    content = {**content, **changes}
+    torch.save({key: value for key, value in content.items() if value is not None and key != "message_hub"}, path)
+    return path
+
+
+def test_load_from_is_where_training_starts_and_nothing_to_evaluation(trained, scenes, run, tmp_path):
+    zero = zeroed(trained / "epoch_6.pth", tmp_path / "zero.pth", optimizer=None)
+    load_from, still = f"load_from={zero}", "optim_wrapper.optimizer.lr=0"  # but for the schedule's end of 1e-5
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, tmp_path / "run", load_from, still, epochs=1))
+    assert status == 0, error
+    state = load_checkpoint(tmp_path / "run" / "epoch_1.pth")["state_dict"]
+    assert max(value.abs().max() for key, value in state.items() if key.endswith(("weight", "bias"))) < 1e-3
+    arguments = [*options(scenes, tmp_path / "test", load_from), "--results-file", "results.json"]
+    status, _, error = run(test_mm, DETECTOR, trained, *arguments)
+    assert status == 0, error
+    _, results = train_mm.read_log(trained)
+    told = json.loads(Path("results.json").read_text())
+    assert told["coco/bbox_mAP_50"] == pytest.approx(results[-1]["coco/bbox_mAP_50"], abs=1e-6)
+
+
+def test_a_run_s_config_survives_its_evaluation(trained, scenes, run, monkeypatch):
+    before = {path: path.read_bytes() for path in trained.glob("*.*")}
+    status, _, error = run(
+        test_mm, DETECTOR, trained, "--data-dir", scenes, "--cfg-options", f"work_dir={trained}", *FAST
+    )
+    assert status == 0, error
+    assert {path: path.read_bytes() for path in trained.glob("*.*")} == before
+    assert list((trained / "test").iterdir())
+
+
+def test_resuming_needs_a_run_of_the_same_model(trained, scenes, run, tmp_path):
+    zero = zeroed(trained / "epoch_6.pth", tmp_path / "zero.pth", optimizer=None)
+    strange = zeroed(trained / "epoch_6.pth", tmp_path / "strange.pth", state_dict=[1, 2])
+    other = "model.roi_head.bbox_head.fc_out_channels=128"
+    gone = "model.backbone.init_cfg.checkpoint=gone.pth"
+    cases = [
+        ([], zero, 2, f"{zero} cannot be resumed: it has no message_hub; to start from its weights say --cfg-options"),
+        ([], strange, 2, "holds no weights of a model of mmdet or mmseg"),
+        ([other], trained, 2, "does not fit the config's model: roi_head.bbox_head"),
+        ([gone], trained, 0, ""),  # what the backbone started from is no longer needed
+    ]
+    for number, (changes, file, expected, message) in enumerate(cases):
+        arguments = options(scenes, tmp_path / str(number), *changes, epochs=6)
+        status, _, error = run(train_mm, DETECTOR, *arguments, "--resume", file)
+        assert status == expected and message in error and "Traceback" not in error, error
+
+
+def test_a_run_survives_an_overwrite_that_cannot_begin(trained, scenes, run, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    shutil.copy(copy / "epoch_6.pth", copy / "best_coco_bbox_mAP_epoch_6.pth")
+    before = sorted(path.name for path in copy.iterdir())
+    wrong = "model.backbone.arch=raftmlp_q"
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, wrong, epochs=1), "--overwrite")
+    assert status == 2 and "unknown arch" in error
+    assert sorted(path.name for path in copy.iterdir()) == before and len(train_mm.read_log(copy)[0]) == 24
+    for path in copy.glob("epoch_*"):
+        path.unlink()
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, epochs=1))
+    assert status == 2 and "holds a run" in error and (copy / "best_coco_bbox_mAP_epoch_6.pth").exists()
+
+
+def test_a_corrupt_image_is_named(scenes, run, tmp_path):
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
+    path = copy / "images" / "training" / "00003.jpg"
+    path.write_bytes(b"no image")
+    for config, changes in ((DETECTOR, {"epochs": 1}), (SEGMENTOR, {})):
+        status, _, error = run(train_mm, config, *options(copy, tmp_path / config.stem, **changes))
+        assert status == 2 and f"failed to load image: {path}" in error and "Traceback" not in error
+
+
+def test_damaged_annotations_are_named(scenes, run, tmp_path):
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
+    path = copy / "annotations" / "instances_training.json"
+    content = json.loads(path.read_text())
+    cases = [
+        (b"{", "Expecting"),
+        (json.dumps({**content, "images": [], "annotations": []}).encode(), "no image is left"),
+    ]
+    for written, message in cases:
+        path.write_bytes(written)
+        status, _, error = run(train_mm, DETECTOR, *options(copy, tmp_path / "run", epochs=1))
+        assert status == 2 and message in error and "annotations/instances_training.json" in error, error
+
+
+def test_checkpoints_of_an_address_are_read_as_safely(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    torch.save({"bomb": Bomb()}, tmp_path / "bomb.pth")
+    read = toolboxes.load_from_http
+    assert read((trained / "epoch_6.pth").as_uri())["meta"]["epoch"] == 6
+    with pytest.raises(toolboxes.cli.UserError, match="bomb.pth is damaged, or holds more than tensors"):
+        read((tmp_path / "bomb.pth").as_uri())
+    with pytest.raises(toolboxes.cli.UserError, match="cannot fetch"):
+        read((tmp_path / "missing.pth").as_uri())
+    load = toolboxes.CheckpointLoader.load_checkpoint
+    monkeypatch.setattr(toolboxes.mmengine.runner.checkpoint, "load_from_http", lambda url, **_: dict(url=url))
+    assert load("torchvision://resnet50", "cpu")["url"].startswith("https://")  # goes through ours
+
+
 def test_images_without_objects(scenes, run, tmp_path):
     copy = shutil.copytree(scenes, tmp_path / "scenes")
     path = copy / "annotations" / "instances_training.json"
@@ -299,6 +401,7 @@ def test_every_config_builds_and_its_neck_fits(path):
         "fpn_raftmlp_m_40k_ade20k": 25_016_238,
         "fpn_raftmlp_l_40k_ade20k": 39_637_262,
     }
+    assert expected.keys() <= {path.stem for path in CONFIGS.glob("*/*.py")}
     assert parameters == expected.get(path.stem, parameters)
     with torch.no_grad():
         maps = model.extract_feat(torch.randn(1, 3, 64, 96))
@@ -312,6 +415,14 @@ def test_every_config_builds_and_its_neck_fits(path):
         if hasattr(model, name):
             expected_shapes = [(-(-64 // stride), -(-96 // stride)) for stride in told(getattr(model, name))]
             assert [tuple(y.shape[2:]) for y in maps] == expected_shapes
+    if hasattr(model, "rpn_head"):
+        strides = [s[0] for s in model.rpn_head.prior_generator.strides]
+        for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
+            assert extractor.featmap_strides == strides[:4]
+    if path.stem.endswith("coco"):  # anchors are of the same sizes whatever the strides
+        two_stages = hasattr(model, "rpn_head")
+        generator = (model.rpn_head if two_stages else model.bbox_head).prior_generator
+        assert list(generator.base_sizes) == [(4 if two_stages else 8) * 2**level for level in range(5)]
 
 
 def test_the_recipes_are_the_release_s():
@@ -362,7 +473,8 @@ def test_bad_input(scenes, run, tmp_path):
         ([DETECTOR, "--cfg-options", "optim_wraper.optimizer.lr=1"], "no 'optim_wraper'; did you mean optim_wrapper"),
         ([DETECTOR, "--cfg-options", "lr"], "KEY=VALUE"),
         ([DETECTOR, "--cfg-options", "model.backbone.arch=raftmlp_q"], "unknown arch 'raftmlp_q'; did you mean"),
-        ([DETECTOR, "--cfg-options", "model.backbone.out_indices=(0,7)"], "out_indices (0, 7) must rise"),
+        ([DETECTOR, "--cfg-options", "model.backbone.out_indices=(0,7)"], "out_indices (0, 7) must be a sequence that"),
+        ([DETECTOR, "--launcher", "pytorch"], "start the processes with torchrun"),
         ([DETECTOR, "--cfg-options", "model.backbone.arch=raftmlp_m"], "[32, 64, 128, 128] does not fit raftmlp_m: its "
          "maps have [96, 192, 384, 768] channels"),
         ([DETECTOR, "--cfg-options", f"{weights}{tmp_path}/other.pth"], "does not fit the backbone raftmlp_digits"),

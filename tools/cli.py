@@ -19,7 +19,7 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 from tqdm import tqdm
 
 from raftmlp import RaftMLP
-from raftmlp.checkpoint import adapt_state_dict, describe_differences, load_state_dict, shapes, trained_as
+from raftmlp.checkpoint import adapt_state_dict, describe_differences, load_state_dict, shapes, summary, trained_as
 
 
 class UserError(Exception):
@@ -61,8 +61,8 @@ def run(main: Callable[[], None]) -> None:
 
 def show_error(error: Exception) -> int:
     """Print an error for people and return the exit status."""
-    rank = world_info_from_env()[1]
-    if rank == 0 or (_started and not getattr(error, "shared", False)):
+    local_rank, rank, _ = world_info_from_env()
+    if local_rank == 0 or (_started and not getattr(error, "shared", False)):
         print(f"{Path(sys.argv[0]).name}: error: {f'[process {rank}] ' if rank else ''}{error}", file=sys.stderr)
     return 2
 
@@ -353,11 +353,11 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool, told: s
                 state.update({key: value for key, value in own.items() if key.startswith(f"{name}.")})
     differences = describe_differences(shapes(state), shapes(own))
     if differences:
-        more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+        hint = ""
         if any("fc1.weight has shape" in line for line in differences):
-            more += "; if it was trained at another image size, say --model-kwargs img_size=N"
+            hint = "; if it was trained at another image size, say --model-kwargs img_size=N"
         whose = f" (it is of {told})" if told else ""
-        raise UserError(f"{path}{whose} does not fit this {type(model).__name__}: {'; '.join(differences[:3])}{more}")
+        raise UserError(f"{path}{whose} does not fit this {type(model).__name__}: {summary(differences)}{hint}")
     if note:
         say(note)
     model.load_state_dict(state)
@@ -403,6 +403,18 @@ def output_file(suffixes: tuple[str, ...]) -> Callable[[str], Path]:
         return path
 
     return parse
+
+
+def output_folder(text: str) -> Path:
+    """Return a folder to write into, made if it is not there: an option type."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write into {text}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write into {text}")
+    return path
 
 
 def find_device(name: str | None) -> torch.device:

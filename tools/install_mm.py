@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ BUILD_TOOLS = ("setuptools>=80", "wheel", "ninja", "psutil")
 # These ask for two builds of OpenCV at once, one of which needs libGL: they come without what they ask for, which the
 # extra "mm" lists, and one OpenCV in it.
 WITHOUT_DEPENDENCIES = ("onedl-mmdetection", "onedl-mmsegmentation", "imaug")
+PINNED = ("onedl-mmengine", "ftfy", "opencv-python-headless", "pycocotools")
 CHECK = "import mmcv.ops, mmdet.apis, mmseg.apis"
 
 
@@ -99,12 +101,18 @@ def main() -> None:
         "cuda" if torch.cuda.is_available() else "cpu"
     )  # with a GPU mmcv compiles its CUDA operators, which takes nvcc
     folder = args.cache / f"torch{torch.__version__}-{kind}-python{python}-{platform.machine()}"
-    pip("install", "--quiet", "--constraint", str(CONSTRAINTS), *BUILD_TOOLS)
-    wheel = find_wheel(folder) or build_wheel(folder, args.jobs)
-    pip("install", "--quiet", "--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[mm]")
+    with tempfile.TemporaryDirectory() as temporary:
+        constraints = Path(temporary) / "constraints.txt"  # what is installed stays: the wheel is for this torch
+        installed = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "timm", "numpy")]
+        constraints.write_text("\n".join([*map(constrained, PINNED), *installed]) + "\n")
+        pip("install", "--quiet", "--constraint", str(constraints), *BUILD_TOOLS)
+        wheel = find_wheel(folder) or build_wheel(folder, args.jobs)
+        pip("install", "--quiet", "--constraint", str(constraints), "--editable", f"{ROOT}[mm]")
     pip("install", "--quiet", "--no-deps", str(wheel), *map(constrained, WITHOUT_DEPENDENCIES))
-    if subprocess.run([sys.executable, "-c", CHECK], stdout=subprocess.DEVNULL).returncode:
-        raise cli.UserError(f"the toolboxes are installed but do not import; was {wheel} made on another machine?")
+    check = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
+    if check.returncode:
+        reason = (check.stderr.strip() or "no reason given").splitlines()[-1]
+        raise cli.UserError(f"the toolboxes are installed but do not import ({reason}); was {wheel} made elsewhere?")
     cli.say(f"mmdet and mmseg are installed; mmcv's wheel: {wheel}")
 
 

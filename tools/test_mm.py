@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evaluate a trained detector of mmdet or segmentor of mmseg, and draw its predictions beside the truth.
 
-python tools/test_mm.py configs/detection/mask_rcnn_raftmlp_digits.py runs/detection/epoch_12.pth --show-dir shown
+python tools/test_mm.py configs/detection/mask_rcnn_raftmlp_digits.py runs/mask_rcnn_raftmlp_digits --show-dir shown
 torchrun --nproc-per-node 8 tools/test_mm.py CONFIG CHECKPOINT
 """
 
@@ -31,7 +31,10 @@ def build_parser() -> cli.Parser:
         "--results-file", type=cli.output_file((".json",)), metavar="FILE", help="write the results, a .json file"
     )
     group.add_argument(
-        "--show-dir", metavar="DIR", help="draw every image into this folder, truth left and predictions right"
+        "--show-dir",
+        type=cli.output_folder,
+        metavar="DIR",
+        help="draw every image into this folder, truth left and predictions right",
     )
     group.add_argument(
         "--picture",
@@ -62,6 +65,8 @@ class DrawHook(toolboxes.Hook):
         """Draw the images of a batch."""
         for sample in outputs[: None if self.limit is None else self.limit - len(self.drawn)]:
             path = self.folder / f"{Path(sample.img_path).stem}.png"
+            if path in self.drawn:  # an image of the same name in another folder
+                path = path.with_stem(f"{path.stem}_{len(self.drawn)}")
             toolboxes.draw(runner.visualizer, sample, path, self.score_thr, truth=True)
             self.drawn.append(path)
 
@@ -99,12 +104,11 @@ def draw_picture(path: Path, images: list[Path], title: str) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     config = toolboxes.read_config(args)
-    checkpoint = Path(args.checkpoint)
-    if checkpoint.is_dir():
-        checkpoint = toolboxes.last_whole_checkpoint(checkpoint)
-        if checkpoint is None:
-            raise cli.UserError(f"no checkpoint in the folder {args.checkpoint}")
-    config.model.backbone.pop("init_cfg", None)  # the checkpoint has all weights
+    checkpoint = toolboxes.find_checkpoint(args.checkpoint)
+    config.load_from, config.resume = None, False
+    toolboxes.forget_pretrained(config)
+    if not args.work_dir:  # beside the run, whose record of its config stays
+        config.work_dir = str(Path(config.work_dir) / "test")
     runner = toolboxes.build_runner(config, ("test",))
     toolboxes.load_weights(runner.model, checkpoint)
     runner.register_hook(BarHook())
@@ -112,11 +116,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         hook = None
         if args.show_dir or (args.picture and cli.is_first()):
-            folder = Path(args.show_dir or temporary)
-            folder.mkdir(parents=True, exist_ok=True)
-            hook = DrawHook(folder, None if args.show_dir else IN_PICTURE, args.score_thr)
+            hook = DrawHook(args.show_dir or Path(temporary), None if args.show_dir else IN_PICTURE, args.score_thr)
             runner.register_hook(hook)
-        results = runner.test()
+        with toolboxes.unreadable_images():
+            results = runner.test()
         if not cli.is_first():
             return
         line = toolboxes.results_line(results)

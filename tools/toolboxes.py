@@ -2,20 +2,25 @@
 
 import argparse
 import difflib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
+from torch import Tensor
 
 import cli
-from raftmlp.checkpoint import LogHistory, describe_differences, load_checkpoint, shapes, write_bytes
+from raftmlp.checkpoint import LogHistory, describe_differences, load_checkpoint, shapes, summary, write_bytes
 
 try:
     import mmcv
     import mmdet  # noqa: F401
+    import mmengine.runner.checkpoint
     import mmseg  # noqa: F401
     from mmengine.config import Config, DictAction
     from mmengine.config.utils import MODULE2PACKAGE
@@ -97,18 +102,13 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def _check_place(config: Config, key: str) -> None:
-    """Refuse a key that has no place: mmengine would make one, and nothing would read it."""
-    *parents, _ = key.split(".")
-    place = config
-    for parent in parents or [key]:
-        if isinstance(place, (list, tuple)) and parent.isdecimal() and int(parent) < len(place):
-            place = place[int(parent)]
-        elif hasattr(place, "keys") and parent in place:
-            place = place[parent]
-        else:
-            near = difflib.get_close_matches(parent, list(place) if hasattr(place, "keys") else [], n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise cli.UserError(f"--cfg-options {key}: the config has no {parent!r}{hint}")
+    """Refuse a key that starts with what neither the config nor mmengine's runner knows: nothing would read it."""
+    known = {*config, *inspect.signature(Runner).parameters, "find_unused_parameters", "sync_bn"}
+    first = key.split(".")[0]
+    if first not in known:
+        near = difflib.get_close_matches(first, known, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise cli.UserError(f"--cfg-options {key}: the config has no {first!r}{hint}")
 
 
 def _replace(config: Config, change: Callable[[str], str]) -> None:
@@ -127,6 +127,14 @@ def _replace(config: Config, change: Callable[[str], str]) -> None:
         config[key] = changed(config[key])
 
 
+def forget_pretrained(config: Config) -> None:
+    """Take out of a config which weights the backbone starts from: a checkpoint has them all."""
+    if config.model.get("backbone"):
+        config.model.backbone.pop("init_cfg", None)
+    if "pretrained" in config.model:  # mmseg's older way
+        config.model.pretrained = None
+
+
 def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
     """Return the runner of a config, with its model and the loops ("train", "val", "test") and their data sets built.
 
@@ -135,20 +143,38 @@ def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
     """
     _check_files(config, loops)
     init_default_scope(config.default_scope)
-    if config.launcher != "none" and not torch.cuda.is_available():  # mmengine would look for GPUs
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    if config.launcher == "pytorch" and "RANK" not in os.environ:
+        raise cli.UserError("--launcher pytorch: start the processes with torchrun")
+    part = "the model"
     try:
+        if config.launcher != "none" and not torch.cuda.is_available():  # mmengine would look for GPUs
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo")
+            config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         _check_backbone(config, fresh="train" in loops and not config.resume)
         runner = Runner.from_cfg(config)
         for loop in loops:
+            part = f"the {loop} loop and its data ({config[f'{loop}_dataloader'].dataset.get('ann_file') or loop})"
             getattr(runner, f"{loop}_loop")  # mmengine builds it now
     except cli.UserError:
         raise
-    except Exception as error:  # the toolboxes raise anything on a config that they cannot build
-        raise cli.UserError(f"cannot build what {config.filename} tells: {cli.first_words(error)}") from error
+    except Exception as error:  # the toolboxes raise anything on what they cannot build
+        reason = cli.first_words(error)
+        if "need at least one array to concatenate" in reason:
+            reason = "no image is left: the annotations name none of the config's classes, or there are no images"
+        raise cli.UserError(f"cannot build {part} of {config.filename}: {reason}") from error
     return runner
+
+
+@contextmanager
+def unreadable_images():
+    """Turn what mmcv raises on an image that it cannot read into a user error."""
+    try:
+        yield
+    except AssertionError as error:
+        if "failed to load image" not in str(error):
+            raise
+        raise cli.UserError(str(error).strip().splitlines()[-1].removeprefix("AssertionError: ")) from error
 
 
 def _check_backbone(config: Config, fresh: bool) -> None:
@@ -163,17 +189,22 @@ def _check_backbone(config: Config, fresh: bool) -> None:
         ValueError: If an argument of the backbone, or its weights, cannot be.
         FileNotFoundError: If its weights are missing.
     """
-    backbone = config.model.get("backbone", {})
+    backbone = config.model.get("backbone") or {}
     if backbone.get("type") != "RaftMLP":
         return
     built = MODELS.build(backbone)
-    reader = "neck" if config.model.get("neck") else "decode_head"
-    channels = config.model.get(reader, {}).get("in_channels")
-    if isinstance(channels, (list, tuple)) and list(channels) != built.out_channels:
-        raise cli.UserError(
-            f"model.{reader}.in_channels {list(channels)} does not fit {backbone.get('arch', 'raftmlp_s')}: its maps "
-            f"have {built.out_channels} channels"
-        )
+    name = "neck" if config.model.get("neck") else "decode_head"
+    reader = config.model.get(name) or {}
+    reader = reader[0] if isinstance(reader, list) else reader
+    channels, fitting = reader.get("in_channels"), built.out_channels
+    if isinstance(channels, list | tuple):
+        if name == "decode_head":
+            fitting = [fitting[i] for i in reader.get("in_index", range(len(fitting))) if i < len(fitting)]
+        if list(channels) != fitting:
+            raise cli.UserError(
+                f"model.{name}.in_channels {list(channels)} does not fit {backbone.get('arch', 'raftmlp_s')}: its maps "
+                f"have {fitting} channels"
+            )
     if fresh:
         built.init_weights()
 
@@ -208,11 +239,38 @@ def load_from_local(filename: str | Path, map_location=None) -> dict:
         checkpoint = load_checkpoint(Path(filename).expanduser())
     except (ValueError, FileNotFoundError) as error:
         raise cli.UserError(str(error)) from error
-    scalars = checkpoint.get("message_hub", {}).get("log_scalars", {})
-    for key, history in scalars.items():
+    hub = checkpoint.get("message_hub")
+    scalars = hub.get("log_scalars") if isinstance(hub, dict) else None
+    for key, history in scalars.items() if isinstance(scalars, dict) else ():
         if isinstance(history, LogHistory):
-            scalars[key] = HistoryBuffer(history._log_history, history._count_history, history.max_length)
+            try:
+                values, counts = (getattr(history, name).values.tolist() for name in ("_log_history", "_count_history"))
+            except AttributeError as error:
+                raise cli.UserError(f"{filename} is damaged: its log {key!r} is no list of numbers") from error
+            scalars[key] = HistoryBuffer(values, counts)
     return checkpoint
+
+
+@CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
+def load_from_http(filename: str, map_location=None, model_dir: str | None = None, progress: bool = True) -> dict:
+    """Return a checkpoint of an address, fetched once into torch's own cache, and read as a file is."""
+    path = Path(model_dir or Path(torch.hub.get_dir()) / "checkpoints") / Path(urlparse(filename).path).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(filename, str(path), progress=progress and cli.is_first())
+        except (OSError, ValueError) as error:
+            raise cli.UserError(f"cannot fetch {filename}: {cli.first_words(error)}") from error
+    return load_from_local(path)
+
+
+def _refuse(file, map_location=None, weights_only=None):
+    raise cli.UserError("checkpoints are read from files and over http alone")
+
+
+# the readers of mmengine's other addresses (torchvision://, open-mmlab://, s3://, ...) end in one of these two
+mmengine.runner.checkpoint.load_from_http = load_from_http
+mmengine.runner.checkpoint._safe_torch_load = _refuse
 
 
 @register_backend("local", prefixes="", force=True)
@@ -252,39 +310,63 @@ def last_whole_checkpoint(work_dir: str | Path) -> Path | None:
     return None
 
 
-def load_weights(model: torch.nn.Module, path: str | Path) -> dict:
+def find_checkpoint(path: str) -> Path:
+    """Return a checkpoint: the file itself, or the last whole one in the folder of a run.
+
+    Raises:
+        UserError: If the folder has none.
+    """
+    if not Path(path).is_dir():
+        return Path(path)
+    found = last_whole_checkpoint(path)
+    if found is None:
+        raise cli.UserError(f"no checkpoint in the folder {path}")
+    return found
+
+
+def check_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's weights if they are all that a whole detector or segmentor has, and no others.
+
+    Raises:
+        UserError: If they are not.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise cli.UserError(f"{path} holds no weights of a model of mmdet or mmseg")
+    if differences := describe_differences(shapes(state), shapes(getattr(model, "module", model).state_dict())):
+        raise cli.UserError(f"{path} does not fit the config's model: {summary(differences)}")
+    return state
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> dict:
     """Load a checkpoint's weights into a whole detector or segmentor, all of them, and return the checkpoint.
 
     Raises:
         UserError: If the file is missing, damaged or of another model.
     """
     checkpoint = load_from_local(path)
-    state = checkpoint.get("state_dict", checkpoint)
-    model = getattr(model, "module", model)
-    if differences := describe_differences(shapes(state), shapes(model.state_dict())):
-        more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise cli.UserError(f"{path} does not fit the config's model: {'; '.join(differences[:3])}{more}")
-    model.load_state_dict(state)
+    getattr(model, "module", model).load_state_dict(check_weights(model, checkpoint, path))
     return checkpoint
 
 
 # Predictions
 
 
-def load_model(config: Config, path: str) -> tuple[torch.nn.Module, list[str], list | None]:
+def load_model(config: Config, path: Path) -> tuple[torch.nn.Module, list[str], list | None]:
     """Return a config's model with a checkpoint's weights, the names of its classes, and their colours if it tells.
 
     Raises:
         UserError: If the file is missing, damaged or of another model.
     """
     init_default_scope(config.default_scope)
-    config.model.backbone.pop("init_cfg", None)  # the checkpoint has all weights
+    forget_pretrained(config)
     try:
         model = MODELS.build(config.model)
     except Exception as error:
         raise cli.UserError(f"cannot build the config's model: {cli.first_words(error)}") from error
-    meta = load_weights(model, path).get("meta", {}).get("dataset_meta") or {}
-    classes = meta.get("classes")
+    meta = load_weights(model, path).get("meta")
+    meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    classes = meta.get("classes") if isinstance(meta, dict) else None
     if not classes:
         raise cli.UserError(f"{path} does not tell its classes: it is no checkpoint of tools/train_mm.py")
     return model, list(classes), meta.get("palette")

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 import cli
 import toolboxes
 
-RUN_FILES = ("epoch_*.pth", "iter_*.pth", "best_*.pth", "last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
+CHECKPOINTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth")
+RUN_FILES = ("last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
 
 
 def build_parser() -> cli.Parser:
@@ -40,36 +41,48 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def prepare_folder(args: argparse.Namespace, config: toolboxes.Config) -> None:
-    """Make the folder of the run what --resume and --overwrite say, and the config too.
+def find_run(args: argparse.Namespace, config: toolboxes.Config) -> Path | None:
+    """Return the checkpoint that a run goes on from, None if it starts at the beginning.
 
     Raises:
-        UserError: If there is a run, and neither was said; if there is no whole checkpoint.
+        UserError: If the folder holds a run, and nothing was said of it; if there is no whole checkpoint.
     """
     folder = Path(config.work_dir)
-    if args.resume and args.overwrite:
+    resume = args.resume or ("auto" if config.get("resume") else "")
+    if resume and args.overwrite:
         raise cli.UserError("--resume and --overwrite exclude each other")
-    if args.resume == "auto":
-        found = toolboxes.last_whole_checkpoint(folder)
-        if found is None:
-            cli.say(f"no checkpoint in {folder} to resume: starting at the beginning")
-    elif args.resume:
-        found = Path(args.resume)
-        toolboxes.load_from_local(args.resume)
-    else:
-        found = None
-        if toolboxes.checkpoints(folder) and not args.overwrite:
+    if not resume:
+        if any(path for pattern in CHECKPOINTS for path in folder.glob(pattern)) and not args.overwrite:
             raise cli.UserError(f"{folder} holds a run: say --resume, --overwrite or another --work-dir")
-        if cli.is_first():
-            clear(folder)
-    config.resume, config.load_from = found is not None, str(found) if found else None
+        return None
+    if resume != "auto":
+        return toolboxes.find_checkpoint(resume)
+    found = toolboxes.last_whole_checkpoint(folder)
+    if found is None:
+        cli.say(f"no checkpoint in {folder} to resume: starting at the beginning")
+    return found
 
 
-def clear(folder: Path) -> None:
-    """Remove the files of a run, and no others."""
-    for pattern in RUN_FILES:
+def check_run(model: torch.nn.Module, path: Path) -> None:
+    """Refuse to go on from a checkpoint of another model, or from one that is not of a run; mmengine would try.
+
+    Raises:
+        UserError: If it is one.
+    """
+    checkpoint = toolboxes.load_from_local(path)
+    toolboxes.check_weights(model, checkpoint, path)
+    for part in ("meta", "message_hub", "optimizer", "param_schedulers"):
+        if part not in checkpoint:
+            hint = f"to start from its weights say --cfg-options load_from={path}"
+            raise cli.UserError(f"{path} cannot be resumed: it has no {part}; {hint}")
+
+
+def clear(folder: Path, keep: Path) -> None:
+    """Remove the files of a run, and no others; what is in the folder to keep stays."""
+    for pattern in (*CHECKPOINTS, *RUN_FILES):
         for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if keep not in path.parents:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -119,20 +132,30 @@ def main() -> None:
                 "--auto-scale-lr: the config does not tell the batch of its learning rate (auto_scale_lr)"
             )
         config.auto_scale_lr.enable = True
-    prepare_folder(args, config)
+    last = find_run(args, config)
+    config.resume = last is not None
+    if last:
+        config.load_from = str(last)
+        toolboxes.forget_pretrained(config)
 
     runner = toolboxes.build_runner(config, ("train", "val"))
-    runner.train()
+    folder = Path(config.work_dir)
+    if last:
+        check_run(runner.model, last)
+    elif cli.is_first():
+        clear(folder, keep=Path(runner.log_dir))
+    with toolboxes.unreadable_images():
+        runner.train()
 
     if not cli.is_first():
         return
-    folder = Path(config.work_dir)
     losses, results = read_log(folder)
     by_epoch = config.train_cfg.get("by_epoch", config.train_cfg.get("type") == "EpochBasedTrainLoop")
     draw_curves(folder / "curves.png", losses, results, "epoch" if by_epoch else "iteration")
     if results:
         cli.say(toolboxes.results_line(results[-1]))
-    cli.say(f"checkpoint: {toolboxes.checkpoints(folder)[0]}; log: {runner.log_dir}; curves: {folder / 'curves.png'}")
+    saved = next(iter(toolboxes.checkpoints(folder)), "none")
+    cli.say(f"checkpoint: {saved}; log: {runner.log_dir}; curves: {folder / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class SceneMaker:
         self.photographs = _photographs(split)
 
     def make(self, index: int) -> Scene:
-        """Return the scene of that number: two to six digits that hide at most a fifth of one another."""
+        """Return the scene of that number: two to six digits; none hides more than a fifth of what another shows."""
         rng = np.random.default_rng([self.seed, self.split, index])
         image = self._background(rng)
         masks: list[np.ndarray] = []
@@ -127,7 +127,7 @@ class SceneMaker:
 
     def _ink(self, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a handwritten digit (8, 8) at a random size, angle and place, 0 to 1 for every pixel of the scene."""
-        length = int(self.size * rng.uniform(0.2, 0.42))
+        length = int(self.size * rng.uniform(0.25, 0.5))
         digit = Image.fromarray(np.pad(digit, 1)).resize((length, length), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
         left, top = (int(rng.integers(self.size - side + 1)) for side in digit.size)
