@@ -1,5 +1,5 @@
 # A small Mask R-CNN with FPN on scenes of handwritten digits: `make demo-detection`.
-#   python -m raftmlp.data.scenes runs/scenes --train 2000 --val 200
+#   python -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
 #   python tools/train_mm.py configs/detection/mask_rcnn_raftmlp_digits.py
 # Hardware: 2 CPU cores. Expected: PENDING
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
@@ -87,8 +87,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-epochs = 6
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=2)
+epochs = 3
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

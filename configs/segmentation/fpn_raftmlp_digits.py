@@ -1,5 +1,5 @@
 # A small Semantic FPN on scenes of handwritten digits: `make demo-segmentation`.
-#   python -m raftmlp.data.scenes runs/scenes --train 2000 --val 200
+#   python -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
 #   python tools/train_mm.py configs/segmentation/fpn_raftmlp_digits.py
 # Hardware: 2 CPU cores. Expected: PENDING
 _base_ = [
@@ -8,7 +8,7 @@ _base_ = [
 ]
 custom_imports = dict(imports=["raftmlp.mm"])
 
-size = (128, 128)
+size = (96, 96)
 channels = 64
 model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], size=size),
@@ -18,10 +18,17 @@ model = dict(
         type="RaftMLP",
         arch="raftmlp_digits",
         img_size=size,
+        out_norm=True,
         init_cfg=dict(type="Pretrained", checkpoint="raftmlp_digits.sklearn"),
     ),
     neck=dict(in_channels=[32, 64, 128, 128], out_channels=channels),
-    decode_head=dict(in_channels=[channels] * 4, channels=channels, num_classes=11),
+    decode_head=dict(
+        in_channels=[channels] * 4,
+        channels=channels,
+        num_classes=11,
+        dropout_ratio=0,
+        loss_decode=dict(class_weight=[0.3, *[1.0] * 10]),  # nine tenths of the pixels are background
+    ),
 )
 
 data_root = "runs/scenes"
@@ -46,7 +53,8 @@ train_dataloader = dict(
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
-            dict(type="Resize", scale=size, keep_ratio=True),
+            dict(type="RandomResize", scale=size, ratio_range=(0.8, 1.3), keep_ratio=True),
+            dict(type="RandomCrop", crop_size=size),
             dict(type="PhotoMetricDistortion"),
             dict(type="PackSegInputs"),
         ],
@@ -71,8 +79,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-iterations = 1000
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=500)
+iterations = 3000
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=1000)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -89,6 +97,6 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )

@@ -92,19 +92,19 @@ class SceneMaker:
         self.photographs = _photographs(split)
 
     def make(self, index: int) -> Scene:
-        """Return the scene of that number: two to six digits; none hides more than a fifth of what another shows."""
+        """Return the scene of that number: two to five digits; none hides more than a tenth of what another shows."""
         rng = np.random.default_rng([self.seed, self.split, index])
         image = self._background(rng)
         masks: list[np.ndarray] = []
         digits: list[int] = []
-        wanted = rng.integers(2, 7)
+        wanted = rng.integers(2, 6)
         for _ in range(8 * wanted):  # some do not find room
             if len(masks) == wanted:
                 break
             which = rng.integers(len(self.digits))
             ink = self._ink(self.digits.images[which], rng)
             mask = ink > 0.5
-            if not mask.any() or any((old & mask).sum() > 0.2 * min(old.sum(), mask.sum()) for old in masks):
+            if not mask.any() or any((old & mask).sum() > 0.1 * min(old.sum(), mask.sum()) for old in masks):
                 continue
             colour = self._colour(image[mask], rng)
             image += (ink * rng.uniform(0.8, 1))[..., None] * (colour - image)
@@ -127,13 +127,13 @@ class SceneMaker:
 
     def _ink(self, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a handwritten digit (8, 8) at a random size, angle and place, 0 to 1 for every pixel of the scene."""
-        length = int(self.size * rng.uniform(0.25, 0.5))
+        length = int(self.size * rng.uniform(0.3, 0.55))
         digit = Image.fromarray(np.pad(digit, 1)).resize((length, length), Image.Resampling.BICUBIC)
-        digit = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
+        digit = digit.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         left, top = (int(rng.integers(self.size - side + 1)) for side in digit.size)
         canvas = Image.new("L", (self.size, self.size))
         canvas.paste(digit, (left, top))
-        threshold = rng.uniform(0.3, 0.5)  # a thick or a thin pen
+        threshold = rng.uniform(0.4, 0.6)  # a thick or a thin pen
         return ((np.asarray(canvas, dtype=np.float32) / 255 - threshold) * 6 + 0.5).clip(0, 1)
 
     def _colour(self, under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -234,8 +234,9 @@ def _run_lengths(mask: np.ndarray) -> dict:
     return dict(size=list(mask.shape), counts=[0, *counts] if pixels[0] else counts)
 
 
-def _draw_contact_sheet(scenes: list[Scene], columns: int = 6, scale: int = 2) -> Image.Image:
-    """Return a picture of scenes with their boxes and classes, what is visible of each digit outlined."""
+def _draw_contact_sheet(scenes: list[Scene], columns: int = 6) -> Image.Image:
+    """Return a picture of scenes with their boxes and classes."""
+    scale = max(1, 256 // scenes[0].image.shape[0])
     size = scale * scenes[0].image.shape[0]
     sheet = Image.new("RGB", (columns * size, -(-len(scenes) // columns) * size))
     for i, scene in enumerate(scenes):
