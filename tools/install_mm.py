@@ -25,7 +25,7 @@ import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-BUILD_TOOLS = ("setuptools>=80", "wheel", "ninja", "psutil")
+BUILD_TOOLS = ("setuptools>=80,<82", "wheel", "ninja", "psutil")
 # These ask for two builds of OpenCV at once, one of which needs libGL: they come without what they ask for, which the
 # extra "mm" lists, and one OpenCV in it.
 WITHOUT_DEPENDENCIES = ("onedl-mmdetection", "onedl-mmsegmentation", "imaug")
