@@ -109,7 +109,7 @@ def test_a_run_is_not_overwritten_by_mistake(trained, scenes, run, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     (copy / "notes.txt").write_text("mine")
     changes = ["model.backbone.frozen_stages=2", "model.backbone.with_cp=True"]
-    status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, *changes, epochs=1), "--overwrite")
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, "copy", *changes, epochs=1), "--overwrite")
     assert status == 0, error
     assert [path.name for path in copy.glob("*.pth")] == ["epoch_1.pth"] and (copy / "notes.txt").exists()
     assert len(train_mm.read_log(copy)[0]) == 4

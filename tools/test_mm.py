@@ -40,7 +40,7 @@ def build_parser() -> cli.Parser:
         "--picture",
         type=cli.output_file(PICTURES),
         metavar="FILE",
-        help=f"draw the first {IN_PICTURE} images of the evaluation in the same way into one picture",
+        help=f"draw the first {IN_PICTURE} images (of the first process) in the same way into one picture",
     )
     group.add_argument(
         "--score-thr", type=cli.number(float, 0, 1), default=0.3, metavar="P", help="draw objects from this score on"

@@ -81,7 +81,7 @@ def clear(folder: Path, keep: Path) -> None:
     """Remove the files of a run, and no others; what is in the folder to keep stays."""
     for pattern in (*CHECKPOINTS, *RUN_FILES):
         for path in folder.glob(pattern):
-            if keep not in path.parents:
+            if keep.resolve() not in path.resolve().parents:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
