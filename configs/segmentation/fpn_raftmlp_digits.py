@@ -27,7 +27,7 @@ model = dict(
         channels=channels,
         num_classes=11,
         dropout_ratio=0,
-        loss_decode=dict(class_weight=[0.3, *[1.0] * 10]),  # nine tenths of the pixels are background
+        loss_decode=dict(class_weight=[0.5, *[1.0] * 10]),  # nine tenths of the pixels are background
     ),
 )
 
@@ -53,8 +53,7 @@ train_dataloader = dict(
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
-            dict(type="RandomResize", scale=size, ratio_range=(0.8, 1.3), keep_ratio=True),
-            dict(type="RandomCrop", crop_size=size),
+            dict(type="Resize", scale=size, keep_ratio=True),
             dict(type="PhotoMetricDistortion"),
             dict(type="PackSegInputs"),
         ],
@@ -100,3 +99,4 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
+visualizer = dict(alpha=0.6)
