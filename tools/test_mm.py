@@ -23,9 +23,8 @@ IN_PICTURE, COLUMNS = 16, 4
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser("%(prog)s CONFIG CHECKPOINT [OPTION ...]", yaml_config=False, description=__doc__)
-    group = toolboxes.add_config_arguments(parser)
+    toolboxes.add_run_arguments(toolboxes.add_config_arguments(parser))
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run: its last")
-    toolboxes.add_launcher_argument(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--results-file", type=cli.output_file((".json",)), metavar="FILE", help="write the results, a .json file"

@@ -42,11 +42,9 @@ MODULE2PACKAGE["mmseg"] = "mmseg"  # where mmengine looks for "mmseg::" configs:
 
 
 def add_config_arguments(parser: cli.Parser) -> argparse._ArgumentGroup:
-    """Add the options that say which config, and what is changed in it: those of ``read_config``."""
+    """Add the options that say which config, and what is changed in it."""
     parser.add_argument("config", metavar="CONFIG", help="a config of mmdet or mmseg, such as those in configs/")
     group = parser.add_argument_group("config")
-    group.add_argument("--work-dir", metavar="DIR", help="folder of the run (default: the config's, else runs/CONFIG)")
-    group.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the config's data_root)")
     group.add_argument(
         "--cfg-options",
         nargs="+",
@@ -58,8 +56,10 @@ def add_config_arguments(parser: cli.Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_launcher_argument(group: argparse._ArgumentGroup) -> None:
-    """Add the option that says what started several processes."""
+def add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say where a run's files and its data are, and what started its processes."""
+    group.add_argument("--work-dir", metavar="DIR", help="folder of the run (default: the config's, else runs/CONFIG)")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the config's data_root)")
     group.add_argument(
         "--launcher",
         choices=("none", "pytorch", "slurm", "mpi"),
@@ -88,7 +88,7 @@ def read_config(args: argparse.Namespace) -> Config:
         raise cli.UserError(f"cannot read the config {path}: {cli.first_words(error)}") from error
     if "model" not in config or "default_scope" not in config:
         raise cli.UserError(f"{path} is a part of a config: it has no model or no default_scope")
-    if args.data_dir:
+    if getattr(args, "data_dir", None):
         old = config.get("data_root")
         if not old:
             raise cli.UserError(f"{path} has no data_root that --data-dir could replace")
@@ -96,7 +96,7 @@ def read_config(args: argparse.Namespace) -> Config:
         _replace(config, lambda text: new + text[len(old) :] if text.startswith(old) else text)
     if not torch.cuda.is_available():
         _replace(config, lambda text: "BN" if text == "SyncBN" else text)
-    config.work_dir = args.work_dir or config.get("work_dir") or str(Path("runs") / path.stem)
+    config.work_dir = getattr(args, "work_dir", None) or config.get("work_dir") or str(Path("runs") / path.stem)
     config.launcher = getattr(args, "launcher", "none")
     return config
 

@@ -24,7 +24,7 @@ RUN_FILES = ("last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser("%(prog)s CONFIG [OPTION ...]", yaml_config=False, description=__doc__)
-    toolboxes.add_config_arguments(parser)
+    toolboxes.add_run_arguments(toolboxes.add_config_arguments(parser))
     group = parser.add_argument_group("run")
     group.add_argument(
         "--resume",
@@ -37,7 +37,6 @@ def build_parser() -> cli.Parser:
     group.add_argument("--overwrite", action="store_true", help="remove the run that is in the folder")
     group.add_argument("--amp", action="store_true", help="mixed precision; needs a GPU")
     group.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate to the batch in use")
-    toolboxes.add_launcher_argument(group)
     return parser
 
 
