@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple]:
     """Return the shapes of all weights but the classifier's, which any task has of its own."""
-    return {key: tuple(value.shape) for key, value in state.items() if not key.startswith(CLASSIFIERS)}
+    return {key: shape for key, shape in shapes(state).items() if not key.startswith(CLASSIFIERS)}
 
 
 def expected_shapes(name: str, release: bool, **kwargs) -> dict[str, tuple]:

@@ -1,7 +1,7 @@
 # A small Semantic FPN on scenes of handwritten digits: `make demo-segmentation`.
 #   python -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
 #   python tools/train_mm.py configs/segmentation/fpn_raftmlp_digits.py
-# Hardware: 2 CPU cores, 10 minutes. Expected on the 200 held-out scenes: mean IoU 53.1 %.
+# Hardware: 2 CPU cores, about 10 minutes. Expected on the 200 held-out scenes: mean IoU 53.1 %.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
     "mmseg::_base_/default_runtime.py",
