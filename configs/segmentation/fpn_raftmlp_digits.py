@@ -1,34 +1,40 @@
 # A small Semantic FPN on scenes of handwritten digits: `make demo-segmentation`.
 #   python -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
 #   python tools/train_mm.py configs/segmentation/fpn_raftmlp_digits.py
-# Hardware: 2 CPU cores, about 10 minutes. Expected on the 200 held-out scenes: mean IoU 53.1 %.
+# Hardware: 2 CPU cores, about 9 minutes. Expected on the 200 held-out scenes: mean IoU 62 %.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
     "mmseg::_base_/default_runtime.py",
 ]
 custom_imports = dict(imports=["raftmlp.mm"])
 
-size = (96, 96)
+scale = (128, 128)  # of the scenes
+crop = (96, 96)  # of what is trained on, and of the windows that are slid over a scene in evaluation
 channels = 64
 model = dict(
-    data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], size=size),
+    data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], size=crop),
     pretrained=None,
     backbone=dict(
         _delete_=True,
         type="RaftMLP",
         arch="raftmlp_digits",
-        img_size=size,
+        img_size=crop,
         out_norm=True,
         init_cfg=dict(type="Pretrained", checkpoint="raftmlp_digits.sklearn"),
     ),
-    neck=dict(in_channels=[32, 64, 128, 128], out_channels=channels),
+    neck=dict(in_channels=[32, 64, 128, 128], out_channels=channels, norm_cfg=dict(type="BN")),
     decode_head=dict(
         in_channels=[channels] * 4,
         channels=channels,
         num_classes=11,
         dropout_ratio=0,
-        loss_decode=dict(class_weight=[0.5, *[1.0] * 10]),  # nine tenths of the pixels are background
+        loss_decode=[
+            dict(type="CrossEntropyLoss"),
+            # nine tenths of the pixels are background, class 0: this one looks at the digits alone
+            dict(type="DiceLoss", use_sigmoid=False, ignore_index=0),
+        ],
     ),
+    test_cfg=dict(mode="slide", crop_size=crop, stride=(32, 32)),
 )
 
 data_root = "runs/scenes"
@@ -44,7 +50,7 @@ dataset = dict(
     ),
 )  # fmt: skip
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
@@ -53,7 +59,8 @@ train_dataloader = dict(
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
-            dict(type="Resize", scale=size, keep_ratio=True),
+            dict(type="Resize", scale=scale, keep_ratio=True),
+            dict(type="RandomCrop", crop_size=crop),
             dict(type="PhotoMetricDistortion"),
             dict(type="PackSegInputs"),
         ],
@@ -68,7 +75,7 @@ val_dataloader = dict(
         data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
         pipeline=[
             dict(type="LoadImageFromFile"),
-            dict(type="Resize", scale=size, keep_ratio=True),
+            dict(type="Resize", scale=scale, keep_ratio=True),
             dict(type="LoadAnnotations"),
             dict(type="PackSegInputs"),
         ],
@@ -78,13 +85,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-iterations = 3000
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=1000)
+iterations = 5000
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=2500)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
@@ -96,7 +103,7 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=2),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2500, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 visualizer = dict(alpha=0.6)

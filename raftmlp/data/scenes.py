@@ -32,15 +32,18 @@ CLASSES = Digits.classes
 SPLITS = ("training", "validation")
 PHOTOGRAPHS = {  # by the module that has them
     "training": {
-        "skimage.data": ("astronaut", "brick", "camera", "coffee", "gravel", "moon", "rocket"),
+        "skimage.data": (
+            "astronaut", "brick", "camera", "cell", "clock", "coffee", "coins", "gravel", "immunohistochemistry",
+            "moon", "retina", "rocket",
+        ),
         "sklearn.datasets": ("china.jpg",),
     },
     "validation": {
         "skimage.data": ("chelsea", "grass", "hubble_deep_field"),
         "sklearn.datasets": ("flower.jpg",),
     },
-}
-VERSION = 1  # of what a seed means
+}  # fmt: skip
+VERSION = 2  # of what a seed means
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,14 @@ class SceneMaker:
         return Scene(np.uint8(image.clip(0, 255)), np.array(masks), tuple(digits))
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a random part of a random photograph."""
+        """Return a random part of a random photograph, turned by quarters and mirrored at random."""
         photograph = self.photographs[rng.integers(len(self.photographs))]
         side = int(rng.uniform(0.3, 1) * min(photograph.size))
         left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
         part = photograph.resize(
             (self.size, self.size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
         )
-        pixels = np.asarray(part, dtype=np.float32)
+        pixels = np.rot90(np.asarray(part, dtype=np.float32), rng.integers(4))
         return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
 
     def _ink(self, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
