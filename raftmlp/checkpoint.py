@@ -5,6 +5,7 @@ file: safetensors, or ``torch.load(weights_only=True)``.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -94,7 +95,12 @@ def load_checkpoint(path: str | Path) -> Mapping:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it was not loaded") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        reason = (
+            "is damaged: it ends too early"
+            if error.errno == errno.EINVAL
+            else f"cannot be read: {error.strerror or error}"
+        )
+        raise ValueError(f"{path} {reason}") from error
     except Exception as error:  # the readers raise anything on bytes that are no checkpoint
         told = isinstance(error, (RuntimeError, safetensors.SafetensorError)) and str(error)
         reason = str(error).splitlines()[0].split(". ")[0] if told else "not a file of torch.save or safetensors"

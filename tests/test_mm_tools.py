@@ -99,7 +99,7 @@ def test_the_loss_falls_over_kill_and_resume(trained):
 def test_a_finished_run_is_resumed_to_nothing(trained, scenes, run):
     before = {path: path.read_bytes() for path in trained.glob("*.pth")}
     status, out, _ = run(train_mm, DETECTOR, *options(scenes, trained, epochs=6), "--resume")
-    assert status == 0 and "epoch_6.pth" in out
+    assert status == 0 and f"{trained / 'epoch_6.pth'} is the end of its run: nothing is left to train" in out
     assert {path: path.read_bytes() for path in trained.glob("*.pth")} == before
 
 
@@ -203,6 +203,9 @@ def test_load_from_is_where_training_starts_and_nothing_to_evaluation(trained, s
     status, _, error = run(train_mm, DETECTOR, *options(scenes, tmp_path / "run", load_from, still, epochs=1))
     assert status == 0, error
     state = load_checkpoint(tmp_path / "run" / "epoch_1.pth")["state_dict"]
+    fewer = ["model.roi_head.bbox_head.fc_out_channels=32", f"load_from={trained / 'epoch_6.pth'}"]
+    status, out, error = run(train_mm, DETECTOR, *options(scenes, tmp_path / "fewer", *fewer, epochs=1))
+    assert status == 0 and "fits in part" in out and "roi_head.bbox_head.shared_fcs" in out, error
     assert max(value.abs().max() for key, value in state.items() if key.endswith(("weight", "bias"))) < 1e-3
     arguments = [*options(scenes, tmp_path / "test", load_from), "--results-file", "results.json"]
     status, _, error = run(test_mm, DETECTOR, trained, *arguments)
@@ -242,24 +245,42 @@ def test_resuming_needs_a_run_of_the_same_model(trained, scenes, run, tmp_path):
 def test_a_run_survives_an_overwrite_that_cannot_begin(trained, scenes, run, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     shutil.copy(copy / "epoch_6.pth", copy / "best_coco_bbox_mAP_epoch_6.pth")
-    before = sorted(path.name for path in copy.iterdir())
-    wrong = "model.backbone.arch=raftmlp_q"
-    status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, wrong, epochs=1), "--overwrite")
-    assert status == 2 and "unknown arch" in error
-    assert sorted(path.name for path in copy.iterdir()) == before and len(train_mm.read_log(copy)[0]) == 24
+    before = {path.name for path in copy.glob("*.*")}
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, tmp_path / "other.pth")
+    cases = [
+        ("model.backbone.arch=raftmlp_q", "unknown arch"),
+        ("optim_wrapper.optimizer.type=AdamWW", "cannot build the optimiser or its schedules"),
+        ("optim_wrapper.optimizer.lr=fast", "cannot build the optimiser or its schedules"),
+        ("param_scheduler.0.type=LinearLRR", "cannot build the optimiser or its schedules"),
+        (f"load_from={tmp_path}/missing.pth", "no checkpoint at"),
+        (f"load_from={tmp_path}/other.pth", "it has no weights of the config's model"),
+    ]
+    for wrong, message in cases:
+        status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, wrong, epochs=1), "--overwrite")
+        assert status == 2 and message in error and "Traceback" not in error, error
+        assert {path.name for path in copy.glob("*.*")} == before and len(train_mm.read_log(copy)[0]) == 24
     for path in copy.glob("epoch_*"):
         path.unlink()
     status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, epochs=1))
     assert status == 2 and "holds a run" in error and (copy / "best_coco_bbox_mAP_epoch_6.pth").exists()
 
 
-def test_a_corrupt_image_is_named(scenes, run, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "file", "content", "workers"),
+    [
+        (DETECTOR, "images/training/00003.jpg", b"no image", 0),
+        (DETECTOR, "images/training/00003.jpg", b"", 2),
+        (SEGMENTOR, "images/training/00003.jpg", b"", 0),
+        (SEGMENTOR, "annotations/training/00005.png", b"no image", 2),
+    ],
+)
+def test_a_damaged_file_is_named(scenes, run, tmp_path, config, file, content, workers):
     copy = shutil.copytree(scenes, tmp_path / "scenes")
-    path = copy / "images" / "training" / "00003.jpg"
-    path.write_bytes(b"no image")
-    for config, changes in ((DETECTOR, {"epochs": 1}), (SEGMENTOR, {})):
-        status, _, error = run(train_mm, config, *options(copy, tmp_path / config.stem, **changes))
-        assert status == 2 and f"failed to load image: {path}" in error and "Traceback" not in error
+    path = copy / file
+    path.write_bytes(content)
+    change = f"train_dataloader.num_workers={workers}"
+    status, _, error = run(train_mm, config, *options(copy, tmp_path / "run", change))
+    assert status == 2 and f"error: cannot read {path}" in error and "Traceback" not in error
 
 
 def test_damaged_annotations_are_named(scenes, run, tmp_path):
@@ -328,6 +349,9 @@ def test_a_segmentor_is_trained_and_evaluated(scenes, run, tmp_path):
     images = scenes / "images" / "validation"
     status, _, error = run(predict_mm, SEGMENTOR, checkpoint, images, "--out", "out")
     assert status == 0, error
+    Image.new("RGB", (1, 1)).save("dot.png")
+    status, out, error = run(predict_mm, SEGMENTOR, checkpoint, "dot.png", "--out", "dot")
+    assert status == 0 and Image.open("dot/00000_dot_labels.png").size == (1, 1), error
     entries = json.loads(Path("out/predictions.json").read_text())["images"]
     labels = np.asarray(Image.open(Path("out") / entries[0]["label_map"]))
     assert len(entries) == 4 and labels.shape == (96, 96) and labels.max() <= 10
@@ -458,6 +482,8 @@ def test_bad_input(scenes, run, tmp_path):
     broken, part = tmp_path / "broken.py", tmp_path / "part.py"
     broken.write_text("model = dict(")
     part.write_text("model = dict()")
+    inheriting = tmp_path / "inheriting.py"
+    inheriting.write_text(f"_base_ = {str(SEGMENTOR)!r}\ndata_root = 'mine/'")
     torch.save(RaftMLP(img_size=32).state_dict(), tmp_path / "other.pth")
     weights = "model.backbone.init_cfg.checkpoint="
     cases = [
@@ -466,6 +492,9 @@ def test_bad_input(scenes, run, tmp_path):
         ([part], "is a part of a config"),
         ([DETECTOR, "--data-dir", "nowhere"], "no data at nowhere/annotations/instances_training.json (train_"),
         ([DETECTOR, "--resum"], "did you mean --resume"),
+        ([DETECTOR, "--cfg-options", "data_root=mine/"], "data_root is mine/, but train_dataloader.dataset looks into"),
+        ([inheriting], "the config's data_root is mine/, but train_dataloader.dataset looks into runs/scenes"),
+        ([DETECTOR, "--work-dir", f"{part}/x"], f"{part} is a file"),
         ([DETECTOR, "--amp"], "--amp needs a GPU"),
         ([DETECTOR, "--auto-scale-lr"], "does not tell the batch of its learning rate"),
         ([DETECTOR, "--resume", "--overwrite"], "exclude each other"),
@@ -482,7 +511,9 @@ def test_bad_input(scenes, run, tmp_path):
         ([DETECTOR, "--cfg-options", "model.type=MaskRCN"], "MaskRCN"),
     ]  # fmt: skip
     for args, message in cases:
-        args = [*args, "--work-dir", tmp_path / "run"] + (["--data-dir", scenes] if "--data-dir" not in args else [])
+        args = [*args[:1], "--work-dir", tmp_path / "run", *args[1:]]
+        if "--data-dir" not in args and "data_root" not in message:
+            args += ["--data-dir", scenes]
         status, _, error = run(train_mm, *args)
         assert status == 2 and message in error and "Traceback" not in error, (args, error)
     assert not list(tmp_path.glob("run/*.pth"))

@@ -23,7 +23,10 @@ IN_PICTURE, COLUMNS = 16, 4
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser("%(prog)s CONFIG CHECKPOINT [OPTION ...]", yaml_config=False, description=__doc__)
-    toolboxes.add_run_arguments(toolboxes.add_config_arguments(parser))
+    toolboxes.add_run_arguments(
+        toolboxes.add_config_arguments(parser),
+        "test in the folder of the run, if CHECKPOINT is one, else in runs/CONFIG",
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run: its last")
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -106,8 +109,9 @@ def main() -> None:
     checkpoint = toolboxes.find_checkpoint(args.checkpoint)
     config.load_from, config.resume = None, False
     toolboxes.forget_pretrained(config)
-    if not args.work_dir:  # beside the run, whose record of its config stays
-        config.work_dir = str(Path(config.work_dir) / "test")
+    if not args.work_dir:  # in a folder of its own: the run's record of its config stays
+        run = args.checkpoint if Path(args.checkpoint).is_dir() else config.work_dir
+        config.work_dir = str(Path(run) / "test")
     runner = toolboxes.build_runner(config, ("test",))
     toolboxes.load_weights(runner.model, checkpoint)
     runner.register_hook(BarHook())
@@ -117,7 +121,7 @@ def main() -> None:
         if args.show_dir or (args.picture and cli.is_first()):
             hook = DrawHook(args.show_dir or Path(temporary), None if args.show_dir else IN_PICTURE, args.score_thr)
             runner.register_hook(hook)
-        with toolboxes.unreadable_images():
+        with toolboxes.damaged_files():
             results = runner.test()
         if not cli.is_first():
             return
@@ -127,7 +131,7 @@ def main() -> None:
 
     cli.say(f"{checkpoint}: {line}")
     if args.results_file:
-        figures = {key: None if math.isnan(value) else float(value) for key, value in results.items()}
+        figures = {key: None if math.isnan(value) else float(f"{value:.6g}") for key, value in results.items()}
         content = dict(config=args.config, checkpoint=str(checkpoint), **figures)
         cli.write_whole(args.results_file, json.dumps(content, indent=2) + "\n")
     for name, place in (("results", args.results_file), ("picture", args.picture), ("pictures", args.show_dir)):

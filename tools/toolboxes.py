@@ -8,16 +8,19 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import cli
 from raftmlp.checkpoint import LogHistory, describe_differences, load_checkpoint, shapes, summary, write_bytes
 
 try:
+    import cv2
     import mmcv
     import mmdet  # noqa: F401
     import mmengine.runner.checkpoint
@@ -56,9 +59,14 @@ def add_config_arguments(parser: cli.Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options that say where a run's files and its data are, and what started its processes."""
-    group.add_argument("--work-dir", metavar="DIR", help="folder of the run (default: the config's, else runs/CONFIG)")
+def add_run_arguments(group: argparse._ArgumentGroup, work_dir: str = "the config's, else runs/CONFIG") -> None:
+    """Add the options that say where a run's files and its data are, and what started its processes.
+
+    Args:
+        group: Where to.
+        work_dir: What --work-dir is by default, in words.
+    """
+    group.add_argument("--work-dir", metavar="DIR", help=f"folder of the run (default: {work_dir})")
     group.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the config's data_root)")
     group.add_argument(
         "--launcher",
@@ -138,10 +146,13 @@ def forget_pretrained(config: Config) -> None:
 def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
     """Return the runner of a config, with its model and the loops ("train", "val", "test") and their data sets built.
 
+    What only ``Runner.train`` builds, the optimiser and its schedules, is tried out too.
+
     Raises:
         UserError: If something in the config does not fit together, or a file that it names is missing or damaged.
     """
     _check_files(config, loops)
+    _check_folder(Path(config.work_dir))
     init_default_scope(config.default_scope)
     if config.launcher == "pytorch" and "RANK" not in os.environ:
         raise cli.UserError("--launcher pytorch: start the processes with torchrun")
@@ -155,7 +166,10 @@ def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
         runner = Runner.from_cfg(config)
         for loop in loops:
             part = f"the {loop} loop and its data ({config[f'{loop}_dataloader'].dataset.get('ann_file') or loop})"
-            getattr(runner, f"{loop}_loop")  # mmengine builds it now
+            _name_damaged_files(getattr(runner, f"{loop}_loop").dataloader.dataset)  # mmengine builds it now
+        if "train" in loops:
+            part = "the optimiser or its schedules"
+            _try_schedules(runner)
     except cli.UserError:
         raise
     except Exception as error:  # the toolboxes raise anything on what they cannot build
@@ -166,15 +180,61 @@ def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
     return runner
 
 
+def _try_schedules(runner: Runner) -> None:
+    """Build the optimiser and its schedules, and forget them: mmengine builds them when it trains."""
+    told = runner.optim_wrapper, runner.param_schedulers
+    runner.optim_wrapper = runner.build_optim_wrapper(deepcopy(told[0]))
+    runner.build_param_scheduler(deepcopy(told[1]))
+    runner.optim_wrapper, runner.param_schedulers = told
+
+
+class _DamagedFile(Exception):
+    """An image or a label map cannot be read; the message is for people."""
+
+
+class _Pipeline:
+    """A data set's pipeline whose errors name the file that cannot be read."""
+
+    def __init__(self, pipeline: Compose):
+        self.pipeline = pipeline
+        self.transforms = pipeline.transforms
+
+    def __call__(self, data: dict) -> dict | None:
+        try:
+            return self.pipeline(data)
+        except (cv2.error, OSError, AssertionError) as error:
+            names = [data[key] for key in ("img_path", "seg_map_path") if data.get(key)]
+            for name in names:
+                try:
+                    with Image.open(name) as image:
+                        image.load()
+                except OSError as reason:
+                    raise _DamagedFile(f"cannot read {name}: {cli.first_words(reason)}") from error
+            raise
+
+
+def _name_damaged_files(dataset) -> None:
+    for part in getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]:
+        if part is not None:
+            _name_damaged_files(part)
+    if isinstance(getattr(dataset, "pipeline", None), Compose):
+        dataset.pipeline = _Pipeline(dataset.pipeline)
+
+
 @contextmanager
-def unreadable_images():
-    """Turn what mmcv raises on an image that it cannot read into a user error."""
+def damaged_files():
+    """Turn what a data set raises on a file that it cannot read into a user error."""
     try:
         yield
-    except AssertionError as error:
-        if "failed to load image" not in str(error):
-            raise
-        raise cli.UserError(str(error).strip().splitlines()[-1].removeprefix("AssertionError: ")) from error
+    except _DamagedFile as error:  # of another process it is the last line
+        raise cli.UserError(str(error).strip().splitlines()[-1].rpartition("_DamagedFile: ")[2]) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written into."""
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise cli.UserError(f"cannot write into {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}")
 
 
 def _check_backbone(config: Config, fresh: bool) -> None:
@@ -210,7 +270,7 @@ def _check_backbone(config: Config, fresh: bool) -> None:
 
 
 def _check_files(config: Config, loops: tuple[str, ...]) -> None:
-    """Refuse a config whose files of data are missing, before anything is built."""
+    """Refuse a config whose files of data are missing, or whose data_root a data set does not use."""
     for loop in loops:
         dataset = config.get(f"{loop}_dataloader", {}).get("dataset", {})
         while "dataset" in dataset:  # inside of RepeatDataset and the like
@@ -221,12 +281,15 @@ def _check_files(config: Config, loops: tuple[str, ...]) -> None:
         evaluator = config.get(f"{loop}_evaluator") if loop != "train" else None
         if isinstance(evaluator, dict) and evaluator.get("ann_file"):
             paths[f"{loop}_evaluator.ann_file"] = evaluator["ann_file"]
+        told = config.get("data_root")
+        if told and paths and not any(path.startswith(told) for path in paths.values()):
+            raise cli.UserError(
+                f"the config's data_root is {told}, but {loop}_dataloader.dataset looks into "
+                f"{root or next(iter(paths.values()))}: the one does not change with the other; say --data-dir"
+            )
         for key, path in paths.items():
             if "://" not in path and not os.path.exists(path):
-                raise cli.UserError(
-                    f"no data at {path} ({key}): name the folder with --data-dir (the config's is "
-                    f"{config.get('data_root') or root})"
-                )
+                raise cli.UserError(f"no data at {path} ({key}): name the folder with --data-dir")
 
 
 # Checkpoints and files
@@ -314,10 +377,12 @@ def find_checkpoint(path: str) -> Path:
     """Return a checkpoint: the file itself, or the last whole one in the folder of a run.
 
     Raises:
-        UserError: If the folder has none.
+        UserError: If there is no such file, or the folder has none.
     """
-    if not Path(path).is_dir():
+    if Path(path).is_file():
         return Path(path)
+    if not Path(path).is_dir():
+        raise cli.UserError(f"no checkpoint at {path}")
     found = last_whole_checkpoint(path)
     if found is None:
         raise cli.UserError(f"no checkpoint in the folder {path}")
@@ -396,7 +461,7 @@ def main_results(results: dict) -> dict[str, float]:
 
 def results_line(results: dict) -> str:
     """Return the main results in a line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in main_results(results).items())
+    return ", ".join(f"{name} {value:.4g}" for name, value in main_results(results).items()) or "nothing was found"
 
 
 def draw(visualizer: Visualizer, sample: BaseDataElement, path: Path, score_thr: float, truth: bool) -> None:
@@ -410,5 +475,8 @@ def draw(visualizer: Visualizer, sample: BaseDataElement, path: Path, score_thr:
         truth: Whether to draw the truth.
     """
     image = mmcv.imread(sample.img_path, channel_order="rgb")
-    kwargs = dict(pred_score_thr=score_thr) if "pred_instances" in sample else {}
+    if "pred_sem_seg" in sample and image[..., 0].size == 1:  # mmseg's visualizer takes its mask for a number
+        mmcv.imwrite(image[..., ::-1], str(path))
+        return
+    kwargs = dict(pred_score_thr=score_thr) if "pred_instances" in sample else dict(with_labels=False)
     visualizer.add_datasample(path.stem, image, sample, draw_gt=truth, out_file=str(path), **kwargs)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import cli
 import toolboxes
+from raftmlp.checkpoint import describe_differences, shapes, summary
 
 CHECKPOINTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth")
 RUN_FILES = ("last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
@@ -74,6 +75,27 @@ def check_run(model: torch.nn.Module, path: Path) -> None:
         if part not in checkpoint:
             hint = f"to start from its weights say --cfg-options load_from={path}"
             raise cli.UserError(f"{path} cannot be resumed: it has no {part}; {hint}")
+
+
+def check_start(model: torch.nn.Module, path: str) -> None:
+    """Say which of the weights to start from (load_from) the model does not take; refuse them if they are none of its.
+
+    Raises:
+        UserError: If the file is missing, damaged or of another model.
+    """
+    checkpoint = toolboxes.CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    own, given = shapes(getattr(model, "module", model).state_dict()), shapes(checkpoint.get("state_dict", checkpoint))
+    if not any(given.get(key) == shape for key, shape in own.items()):
+        raise cli.UserError(f"load_from {path}: it has no weights of the config's model")
+    if differences := describe_differences(given, own):
+        cli.say(f"load_from {path} fits in part: {summary(differences)}; the rest of the weights is taken")
+
+
+def is_finished(path: Path, config: toolboxes.Config) -> bool:
+    """Return whether a checkpoint is the end of its run."""
+    meta = toolboxes.load_from_local(path)["meta"]
+    ends = dict(epoch=config.train_cfg.get("max_epochs"), iter=config.train_cfg.get("max_iters"))
+    return any(end is not None and meta.get(unit, 0) >= end for unit, end in ends.items())
 
 
 def clear(folder: Path, keep: Path) -> None:
@@ -141,9 +163,14 @@ def main() -> None:
     folder = Path(config.work_dir)
     if last:
         check_run(runner.model, last)
-    elif cli.is_first():
-        clear(folder, keep=Path(runner.log_dir))
-    with toolboxes.unreadable_images():
+        if is_finished(last, config):
+            cli.say(f"{last} is the end of its run: nothing is left to train")
+    else:
+        if config.get("load_from"):
+            check_start(runner.model, config.load_from)
+        if cli.is_first():
+            clear(folder, keep=Path(runner.log_dir))
+    with toolboxes.damaged_files():
         runner.train()
 
     if not cli.is_first():
