@@ -8,7 +8,7 @@ TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
 SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo demo-detection demo-segmentation scenes test test-core lint clean
+.PHONY: help demo demo-detection demo-segmentation bench scenes test test-core lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
@@ -27,6 +27,12 @@ demo-segmentation: $(TOOLBOXES) scenes ## train a small Semantic FPN on the same
 	$(RUN) tools/train_mm.py configs/segmentation/$(SEGMENTOR).py --overwrite
 	$(RUN) tools/test_mm.py configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/test \
 		--picture runs/$(SEGMENTOR)/predictions.jpg --results-file runs/$(SEGMENTOR)/results.json
+
+bench: $(INSTALLED) ## measure the speed beside the release's operations and other networks (into runs/benchmark)
+	$(RUN) tools/benchmark.py reference:raftmlp_s raftmlp_s resnet18 convnext_nano --tasks inference training \
+		--rounds 5 --output runs/benchmark/models
+	$(RUN) tools/benchmark.py reference:raftmlp_s raftmlp_s --sizes 224 448 800x1333 1792 --batch-size 1 \
+		--rounds 5 --output runs/benchmark/sizes
 
 scenes: $(INSTALLED)
 	$(RUN) -m raftmlp.data.scenes runs/scenes --train 4000 --val 200

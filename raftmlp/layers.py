@@ -3,7 +3,8 @@
 Every layer takes and returns the **stream**, a contiguous tensor of shape (B, H, W, C). Channels come last because that
 is where a block spends its time: LayerNorm and channel mixing read the stream as it lies, bicubic resizing is a matrix
 product on it, and raft-token mixing needs one rearrangement in (it moves runs of C / raft_size consecutive numbers) and
-none out: the way back is a strided read by the residual addition.
+none out: the way back is a strided read by the residual addition. On a CPU, plain calls of the mixings go through
+``raftmlp.slices``.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from .resize import resize_bicubic
+from .slices import Axes, mix_in_slices
 
 __all__ = ["ChannelMixing", "MultiScalePatchEmbed", "RaftTokenMixing", "TokenMixing"]
 
@@ -98,6 +100,41 @@ class _ResidualMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, features, device=device, dtype=dtype)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x of shape (B, H, W, C), whose mixed axes have the trained lengths: returns the same shape."""
+        if not torch.jit.is_scripting():
+            if self._goes_in_slices(x):
+                return self._mix_in_slices(x)
+        y = self.mlp(x)
+        return (x.reshape(y.shape) + self.drop_path(y)).reshape(x.shape)
+
+    @torch.jit.unused
+    def _goes_in_slices(self, x: Tensor) -> bool:
+        """Return whether this call is one for ``raftmlp.slices``: a plain one on a CPU, through plain layers."""
+        return (
+            type(x) is Tensor
+            and x.device.type == "cpu"
+            and x.dtype == self.norm.weight.dtype
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+            and type(self.norm) is nn.LayerNorm
+            and all(
+                type(fc) is nn.Linear and not fc._forward_hooks and not fc._forward_pre_hooks
+                for fc in (self.fc1, self.fc2)
+            )
+        )
+
+    @torch.jit.unused
+    def _mix_in_slices(self, x: Tensor) -> Tensor:
+        scale = None
+        if self.training and not isinstance(self.drop_path, nn.Identity):
+            scale = self.drop_path(x.new_ones(x.shape[0], 1, 1, 1))
+        layers = (self.norm, self.fc1, self.fc2)
+        parameters = tuple(p for layer in layers for p in (layer.weight, layer.bias))
+        return mix_in_slices(x, scale, parameters, self.axes, self.norm.eps)
+
     def mix_rows(self, x: Tensor) -> Tensor:
         """Apply the MLP down the columns of matrices, shape (B, features, N): the weights stand on the left."""
         B = x.shape[0]
@@ -142,14 +179,15 @@ class RaftTokenMixing(_ResidualMLP):
         super().__init__(dim, raft_size * length, mlp_ratio, drop_path, device, dtype)
         self.raft_size = raft_size
         self.horizontal = horizontal
+        self.axes = Axes("horizontal" if horizontal else "vertical", raft_size)
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Return the one of a grid's lengths that this layer mixes along."""
         return grid[1:] if self.horizontal else grid[:1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix x of shape (B, H, W, C), whose mixed axis has the trained length: returns the same shape."""
+    def mlp(self, x: Tensor) -> Tensor:
+        """Return the MLP's part, (B, H, W, raft_size, C / raft_size), for x of shape (B, H, W, C)."""
         B, H, W, C = x.shape
         y = self.norm(x).reshape(B, H, W, self.raft_size, C // self.raft_size)
         if self.horizontal:
@@ -160,7 +198,7 @@ class RaftTokenMixing(_ResidualMLP):
             y = y.permute(0, 3, 1, 2, 4)  # B y x g o -> B g y x o
             y = self.mix_rows(y.reshape(B, self.raft_size * H, W * (C // self.raft_size)))  # B (g y) (x o)
             y = y.reshape(B, self.raft_size, H, W, C // self.raft_size).permute(0, 2, 3, 1, 4)
-        return (x.reshape(y.shape) + self.drop_path(y)).flatten(3)
+        return y
 
 
 class TokenMixing(_ResidualMLP):
@@ -186,16 +224,16 @@ class TokenMixing(_ResidualMLP):
     ):
         super().__init__(dim, grid[0] * grid[1], mlp_ratio, drop_path, device, dtype)
         self.raft_size = 1
+        self.axes = Axes("plain")
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Return the lengths of a grid that this layer mixes along: both."""
         return grid
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix x of shape (B, H, W, C) with H x W the trained grid: returns the same shape."""
-        y = self.mix_rows(self.norm(x).flatten(1, 2))  # B (y x) C
-        return x + self.drop_path(y.reshape(x.shape))
+    def mlp(self, x: Tensor) -> Tensor:
+        """Return the MLP's part for x of shape (B, H, W, C) with H x W the trained grid, the same shape."""
+        return self.mix_rows(self.norm(x).flatten(1, 2)).reshape(x.shape)  # B (y x) C
 
 
 class ChannelMixing(_ResidualMLP):
@@ -209,7 +247,8 @@ class ChannelMixing(_ResidualMLP):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__(dim, dim, mlp_ratio, drop_path, device, dtype)
+        self.axes = Axes("channels")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix x of shape (B, H, W, C), any H and W: returns the same shape."""
-        return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm(x)))))
+    def mlp(self, x: Tensor) -> Tensor:
+        """Return the MLP's part for x of shape (B, H, W, C), any H and W, the same shape."""
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))

@@ -14,6 +14,8 @@ from torch.fx.experimental import symbolic_shapes
 
 __all__ = ["bicubic_matrix", "resize_bicubic"]
 
+BAND = 64  # outputs that a large resizing computes at a time
+
 
 def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix that resizes a signal of one dimension bicubically.
@@ -87,16 +89,71 @@ def _same(size: int, other: int) -> bool:
     return _known_true(size == other)
 
 
-def _resize_rows_and_columns(x: Tensor, height: int, width: int) -> Tensor:
+def _plain_sizes(x: Tensor) -> bool:
+    """Return whether a call is an eager one, whose sizes are numbers that may be looked at."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _bands(size_in: int, size_out: int) -> list[tuple[int, int, int, int]]:
+    """Return parts of the output and what each needs of the input, as first, end, first and end.
+
+    A bicubic matrix is zero beside its diagonal: of the products of a large one hardly any count.
+    """
+    bands = []
+    for first in range(0, size_out, BAND):
+        end = min(first + BAND, size_out)
+        low = int((first + 0.5) * size_in / size_out - 0.5) - 2
+        high = int((end - 0.5) * size_in / size_out - 0.5) + 4
+        bands.append((first, end, max(low, 0), min(high, size_in)))
+    return bands
+
+
+def _resize_height(x: Tensor, height: int) -> Tensor:
     B, H, W, C = x.shape
+    if _same(H, height):
+        return x
+    matrix, rows = _matrix(x, H, height), x.reshape(B, H, W * C)
+    if not torch.jit.is_scripting():
+        if _plain_sizes(x) and H > 4 * BAND:
+            parts = [
+                torch.bmm(matrix[first:end, low:high].expand(B, -1, -1), rows[:, low:high])
+                for first, end, low, high in _bands(H, height)
+            ]
+            return torch.cat(parts, dim=1).reshape(B, height, W, C)
+    return torch.bmm(matrix.expand(B, -1, -1), rows).reshape(B, height, W, C)
+
+
+def _resize_width(x: Tensor, width: int) -> Tensor:
+    B, H, W, C = x.shape
+    if _same(W, width):
+        return x
+    matrix = _matrix(x, W, width)
+    if C >= 16:
+        return torch.bmm(matrix.expand(B * H, -1, -1), x.reshape(B * H, W, C)).reshape(B, H, width, C)
+    # an image: its rows are long and its pixels short, so a row is a vector
+    rows = x.permute(0, 3, 1, 2).reshape(B * C * H, W)
+    if not torch.jit.is_scripting():
+        if _plain_sizes(x) and W > 4 * BAND:
+            parts = [
+                torch.mm(rows[:, low:high], matrix[first:end, low:high].t())
+                for first, end, low, high in _bands(W, width)
+            ]
+            rows = torch.cat(parts, dim=1)
+            return rows.reshape(B, C, H, width).permute(0, 2, 3, 1).contiguous()
+    return torch.mm(rows, matrix.t()).reshape(B, C, H, width).permute(0, 2, 3, 1).contiguous()
+
+
+def _resize_both(x: Tensor, height: int, width: int) -> Tensor:
     dtype = x.dtype
     x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    if not _same(H, height):
-        x = torch.bmm(_matrix(x, H, height).expand(B, -1, -1), x.reshape(B, H, W * C))  # B height (W C)
-    if not _same(W, width):
-        x = x.reshape(B * height, W, C)
-        x = torch.bmm(_matrix(x, W, width).expand(B * height, -1, -1), x)  # (B height) width C
-    return x.reshape(B, height, width, C).to(dtype)
+    width_first = False
+    if not torch.jit.is_scripting():
+        if _plain_sizes(x):
+            H, W = x.shape[1], x.shape[2]
+            width_first = H * width * (W + height) < height * W * (H + width)  # multiplications
+    if width_first:
+        return _resize_height(_resize_width(x, width), height).to(dtype)
+    return _resize_width(_resize_height(x, height), width).to(dtype)
 
 
 @register_notrace_function
@@ -117,8 +174,8 @@ def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
     if _same(x.shape[1], height) and _same(x.shape[2], width):
         return x
     if torch.jit.is_scripting():
-        return _resize_rows_and_columns(x, height, width)
+        return _resize_both(x, height, width)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _resize_rows_and_columns(x, height, width)
-    return _resize_rows_and_columns(x, height, width)
+            return _resize_both(x, height, width)
+    return _resize_both(x, height, width)

@@ -43,12 +43,21 @@ def test_low_precision_is_rounded_once(dtype):
 
 
 def test_gradient_equals_interpolates():
-    for old, new in [((7, 9), (14, 5)), ((33, 20), (8, 8)), ((1, 1), (4, 4))]:
+    for old, new in [((7, 9), (14, 5)), ((33, 20), (8, 8)), ((1, 1), (4, 4)), ((300, 270), (304, 70))]:
         x = maps(old, torch.float64).requires_grad_()
         weight = maps(new, torch.float64)
         (ours,) = torch.autograd.grad((resize_bicubic(x, *new) * weight).sum(), x)
         (theirs,) = torch.autograd.grad((reference(x, new) * weight).sum(), x)
         assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 40])
+def test_any_number_of_channels(channels):
+    """Few channels (an image) go another way than many, long sides another than short ones."""
+    for old, new in [((9, 7), (12, 14)), ((300, 20), (64, 56)), ((20, 300), (40, 64)), ((270, 260), (272, 300))]:
+        x = torch.randn(1, *old, channels, dtype=torch.float64)
+        actual = resize_bicubic(x, *new)
+        assert actual.is_contiguous() and torch.allclose(actual, reference(x, new), atol=1e-12)
 
 
 def test_nothing_is_done_where_nothing_changes():
