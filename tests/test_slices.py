@@ -126,6 +126,13 @@ def test_a_layer_that_was_replaced_or_is_watched_is_called():
     assert not torch.allclose(layer(x), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_goes_the_plain_way(dtype):
+    layer = ChannelMixing(8, dtype=dtype)
+    x = torch.randn(3, 2, 2, 8, dtype=dtype)
+    assert not layer._goes_in_slices(x) and torch.equal(layer(x), plainly(layer, x))
+
+
 def test_function_transforms_go_the_plain_way():
     layer = ChannelMixing(8)
     x, t = torch.randn(3, 2, 2, 8), torch.randn(3, 2, 2, 8)

@@ -63,8 +63,10 @@ def find_run(args: argparse.Namespace, config: toolboxes.Config) -> Path | None:
     return found
 
 
-def check_run(model: torch.nn.Module, path: Path) -> None:
+def check_run(model: torch.nn.Module, path: Path, config: toolboxes.Config) -> None:
     """Refuse to go on from a checkpoint of another model, or from one that is not of a run; mmengine would try.
+
+    If it is the end of its run, say so.
 
     Raises:
         UserError: If it is one.
@@ -75,6 +77,11 @@ def check_run(model: torch.nn.Module, path: Path) -> None:
         if part not in checkpoint:
             hint = f"to start from its weights say --cfg-options load_from={path}"
             raise cli.UserError(f"{path} cannot be resumed: it has no {part}; {hint}")
+    if not isinstance(checkpoint["meta"], dict):
+        raise cli.UserError(f"{path} is damaged: its meta is no dict")
+    ends = dict(epoch=config.train_cfg.get("max_epochs"), iter=config.train_cfg.get("max_iters"))
+    if any(end is not None and checkpoint["meta"].get(unit, 0) >= end for unit, end in ends.items()):
+        cli.say(f"{path} is the end of its run: nothing is left to train")
 
 
 def check_start(model: torch.nn.Module, path: str) -> None:
@@ -89,13 +96,6 @@ def check_start(model: torch.nn.Module, path: str) -> None:
         raise cli.UserError(f"load_from {path}: it has no weights of the config's model")
     if differences := describe_differences(given, own):
         cli.say(f"load_from {path} fits in part: {summary(differences)}; the rest of the weights is taken")
-
-
-def is_finished(path: Path, config: toolboxes.Config) -> bool:
-    """Return whether a checkpoint is the end of its run."""
-    meta = toolboxes.load_from_local(path)["meta"]
-    ends = dict(epoch=config.train_cfg.get("max_epochs"), iter=config.train_cfg.get("max_iters"))
-    return any(end is not None and meta.get(unit, 0) >= end for unit, end in ends.items())
 
 
 def clear(folder: Path, keep: Path) -> None:
@@ -162,9 +162,7 @@ def main() -> None:
     runner = toolboxes.build_runner(config, ("train", "val"))
     folder = Path(config.work_dir)
     if last:
-        check_run(runner.model, last)
-        if is_finished(last, config):
-            cli.say(f"{last} is the end of its run: nothing is left to train")
+        check_run(runner.model, last, config)
     else:
         if config.get("load_from"):
             check_start(runner.model, config.load_from)
