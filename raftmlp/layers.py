@@ -114,13 +114,13 @@ class _ResidualMLP(nn.Module):
         return (
             type(x) is Tensor
             and x.device.type == "cpu"
+            and type(self.norm) is nn.LayerNorm
             and x.dtype == self.norm.weight.dtype
             and x.dtype in (torch.float32, torch.float64)  # sums over slices of lower precision would lose digits
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
-            and type(self.norm) is nn.LayerNorm
             and all(
                 type(fc) is nn.Linear and not fc._forward_hooks and not fc._forward_pre_hooks
                 for fc in (self.fc1, self.fc2)
