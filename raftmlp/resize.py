@@ -90,18 +90,25 @@ def _same(size: int, other: int) -> bool:
 
 
 def _plain_sizes(x: Tensor) -> bool:
-    """Return whether a call is an eager one, whose sizes are numbers that may be looked at."""
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Return whether a call's sizes are numbers that may be looked at: in eager mode and in TorchScript."""
+    if not torch.jit.is_scripting():
+        return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return True
 
 
-def _bands(size_in: int, size_out: int) -> list[tuple[int, int, int, int]]:
+def _goes_in_bands(x: Tensor, length: int, least: int = 4 * BAND) -> bool:
+    """Return whether maps are resized band by band along a side of such a length."""
+    return _plain_sizes(x) and length > least
+
+
+def _bands(size_in: int, size_out: int, length: int = BAND) -> list[tuple[int, int, int, int]]:
     """Return parts of the output and what each needs of the input, as first, end, first and end.
 
     A bicubic matrix is zero beside its diagonal: of the products of a large one hardly any count.
     """
-    bands = []
-    for first in range(0, size_out, BAND):
-        end = min(first + BAND, size_out)
+    bands: list[tuple[int, int, int, int]] = []
+    for first in range(0, size_out, length):
+        end = min(first + length, size_out)
         low = int((first + 0.5) * size_in / size_out - 0.5) - 2
         high = int((end - 0.5) * size_in / size_out - 0.5) + 4
         bands.append((first, end, max(low, 0), min(high, size_in)))
@@ -113,13 +120,11 @@ def _resize_height(x: Tensor, height: int) -> Tensor:
     if _same(H, height):
         return x
     matrix, rows = _matrix(x, H, height), x.reshape(B, H, W * C)
-    if not torch.jit.is_scripting():
-        if _plain_sizes(x) and H > 4 * BAND:
-            parts = [
-                torch.bmm(matrix[first:end, low:high].expand(B, -1, -1), rows[:, low:high])
-                for first, end, low, high in _bands(H, height)
-            ]
-            return torch.cat(parts, dim=1).reshape(B, height, W, C)
+    if _goes_in_bands(x, H):
+        parts: list[Tensor] = []
+        for first, end, low, high in _bands(H, height):
+            parts.append(torch.bmm(matrix[first:end, low:high].expand(B, -1, -1), rows[:, low:high]))
+        return torch.cat(parts, dim=1).reshape(B, height, W, C)
     return torch.bmm(matrix.expand(B, -1, -1), rows).reshape(B, height, W, C)
 
 
@@ -132,25 +137,23 @@ def _resize_width(x: Tensor, width: int) -> Tensor:
         return torch.bmm(matrix.expand(B * H, -1, -1), x.reshape(B * H, W, C)).reshape(B, H, width, C)
     # an image: its rows are long and its pixels short, so a row is a vector
     rows = x.permute(0, 3, 1, 2).reshape(B * C * H, W)
-    if not torch.jit.is_scripting():
-        if _plain_sizes(x) and W > 4 * BAND:
-            parts = [
-                torch.mm(rows[:, low:high], matrix[first:end, low:high].t())
-                for first, end, low, high in _bands(W, width)
-            ]
-            rows = torch.cat(parts, dim=1)
-            return rows.reshape(B, C, H, width).permute(0, 2, 3, 1).contiguous()
-    return torch.mm(rows, matrix.t()).reshape(B, C, H, width).permute(0, 2, 3, 1).contiguous()
+    if _goes_in_bands(x, W):
+        parts: list[Tensor] = []
+        for first, end, low, high in _bands(W, width):
+            parts.append(torch.mm(rows[:, low:high], matrix[first:end, low:high].t()))
+        rows = torch.cat(parts, dim=1)
+    else:
+        rows = torch.mm(rows, matrix.t())
+    return rows.reshape(B, C, H, width).permute(0, 2, 3, 1).contiguous()
 
 
 def _resize_both(x: Tensor, height: int, width: int) -> Tensor:
     dtype = x.dtype
     x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
     width_first = False
-    if not torch.jit.is_scripting():
-        if _plain_sizes(x):
-            H, W = x.shape[1], x.shape[2]
-            width_first = H * width * (W + height) < height * W * (H + width)  # multiplications
+    if _plain_sizes(x):
+        H, W = x.shape[1], x.shape[2]
+        width_first = H * width * (W + height) < height * W * (H + width)  # multiplications
     if width_first:
         return _resize_height(_resize_width(x, width), height).to(dtype)
     return _resize_width(_resize_height(x, height), width).to(dtype)

@@ -81,14 +81,25 @@ def _matmul(weight: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tens
     return (torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())).t()
 
 
-def _forward(x: Tensor, scale: Tensor | None, parameters: tuple[Tensor, ...], axes: Axes, eps: float) -> Tensor:
+def _mlp(x: Tensor, parameters: tuple[Tensor, ...], axes: Axes, eps: float) -> Tensor:
+    """Return MLP(LN(x)) as a view of shape (B, H, W, r, C / r)."""
     norm_weight, norm_bias, weight1, bias1, weight2, bias2 = parameters
+    columns = axes.gather(F.layer_norm(x, x.shape[3:], norm_weight, norm_bias, eps))
+    columns = _matmul(weight2, F.gelu(_matmul(weight1, columns, bias1)), bias2)
+    return axes.scatter(columns, x.shape)
+
+
+def _hidden_ratio(parameters: tuple[Tensor, ...]) -> float:
+    """Return how many hidden units there are for an input of the MLP."""
+    hidden, features = parameters[2].shape
+    return hidden / features
+
+
+def _forward(x: Tensor, scale: Tensor | None, parameters: tuple[Tensor, ...], axes: Axes, eps: float) -> Tensor:
     out = torch.empty_like(x)
-    for images, rows in axes.split(x, weight1.shape[0] / weight1.shape[1]):
+    for images, rows in axes.split(x, _hidden_ratio(parameters)):
         part = x[images, rows]
-        columns = axes.gather(F.layer_norm(part, part.shape[3:], norm_weight, norm_bias, eps))
-        columns = _matmul(weight2, F.gelu(_matmul(weight1, columns, bias1)), bias2)
-        y = axes.scatter(columns, part.shape)
+        y = _mlp(part, parameters, axes, eps)
         if scale is not None:
             y = y * scale[images].unsqueeze(4)
         torch.add(part.reshape(y.shape), y, out=out[images, rows].view(y.shape))
@@ -117,16 +128,11 @@ class _Mixing(torch.autograd.Function):
 
 def _gradients(grad_out, x, scale, parameters, axes, eps, needs):
     norm_weight, norm_bias, weight1, bias1, weight2, _ = parameters
-    needs_x, needs_norm, needs_first, needs_second = (
-        needs[0],
-        needs[1] or needs[2],
-        needs[3] or needs[4],
-        any(needs[5:]),
-    )
+    needs_x, needs_norm, needs_first, needs_second = needs[0], any(needs[1:3]), any(needs[3:5]), any(needs[5:7])
     before_gelu = needs_x or needs_norm or needs_first
     grad_x = torch.empty_like(x) if needs_x else None
     grads = [torch.zeros_like(parameter) for parameter in parameters]
-    for images, rows in axes.split(x, weight1.shape[0] / weight1.shape[1]):
+    for images, rows in axes.split(x, _hidden_ratio(parameters)):
         part, grad = x[images, rows], grad_out[images, rows]
         normed, mean, rstd = torch.native_layer_norm(part, part.shape[3:], norm_weight, norm_bias, eps)
         columns = axes.gather(normed)
@@ -157,10 +163,7 @@ def _gradients(grad_out, x, scale, parameters, axes, eps, needs):
 
 
 def _plain_gradients(grad_out, x, scale, parameters, axes, eps, needs):
-    norm_weight, norm_bias, weight1, bias1, weight2, bias2 = parameters
-    columns = axes.gather(F.layer_norm(x, x.shape[3:], norm_weight, norm_bias, eps))
-    columns = _matmul(weight2, F.gelu(_matmul(weight1, columns, bias1)), bias2)
-    y = axes.scatter(columns, x.shape).reshape(x.shape)
+    y = _mlp(x, parameters, axes, eps).reshape(x.shape)
     out = x + (y if scale is None else y * scale)
     inputs = [tensor for tensor, needed in zip((x, *parameters), needs) if needed]
     found = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: every row it promises, floors that cannot be beaten by much, failures in words."""
+"""tools/benchmark.py: every row it promises, failures in words."""
 
 import csv
 import json

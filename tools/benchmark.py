@@ -118,8 +118,10 @@ class Reference(nn.Module):
 class Result:
     """What was measured of a model in a mode, at a task and a size.
 
-    Times are seconds an iteration, of one batch; spread is the interquartile range over the median. Ratios say how many
-    times the first row's speed this one has. Memory is what an iteration takes at its peak beside weights and images.
+    Times are milliseconds an iteration, of one batch; spread is the interquartile range over the median. Ratios say how
+    many times the first row's speed this one has. Memory is what an iteration takes at its peak beside weights and
+    images. The shares are what the arithmetic, and the traffic of the products, would take of the time at the device's
+    pace.
     """
 
     model: str
@@ -173,7 +175,6 @@ class Meter:
             model = Reference(model)
         self.plain = model
         if mode == "compile":
-            torch.compiler.reset()
             model = torch.compile(model, mode=args.compile_mode)
         self.model = model
 
@@ -280,47 +281,59 @@ class Floor:
         return self.side**3 / product, 2 * self.source.numel() / copy
 
 
+@dataclass
+class Row:
+    """A model that runs, what an iteration multiplies and moves, and the seconds of an iteration in each round."""
+
+    result: Result
+    meter: Meter
+    macs: int
+    traffic: int
+    iterations: int
+    seconds: list[float]
+
+
 def measure(task: str, size: tuple[int, int], args: argparse.Namespace, device: torch.device) -> list[Result]:
     """Return the results of all models and modes at a task and a size; the rows take turns."""
-    rows: list[tuple[Result, Meter, int]] = []
-    results = []
+    torch.compiler.reset()  # here, not for every row: it takes back what the rows before compiled
     bar = tqdm(desc=f"{task} at {size_name(size)}", unit="turn", disable=None, leave=False)
+    rows, results = [], []
     for name, mode in product(args.models, args.modes):
         result = Result(name, mode, task, size_name(size), args.batch_size)
         results.append(result)
         bar.set_postfix_str(f"prepares {name} {mode}")
-        bar.update(0)
         try:
             meter = Meter(name, mode, task, size, args, device)
             macs, traffic = meter.work()
             meter()
             meter()
             result.memory_mib = meter.memory() / 2**20
-            rows.append((result, meter, meter.iterations(args.min_time)))
+            rows.append(Row(result, meter, macs, traffic, meter.iterations(args.min_time), []))
         except Exception as error:  # a model of timm's list may refuse a size, a compiler anything
             result.failure = cli.first_words(error)
             continue
         result.gmacs, result.parameters = macs / args.batch_size / 1e9, meter.parameters
-        result.arithmetic_share, result.traffic_share = macs, traffic
-    floor = Floor(rows[0][1].images.dtype, device) if rows else None
-    times: list[list[float]] = [[] for _ in rows]
-    paces = []
+    if not rows:
+        bar.close()
+        return results
+
+    floor, paces = Floor(rows[0].meter.images.dtype, device), []
     for _ in range(args.rounds):
-        paces.append(floor.pace() if floor else (1.0, 1.0))
-        for (result, meter, iterations), seconds in zip(rows, times):
-            bar.set_postfix_str(f"{result.model} {result.mode}")
-            seconds.append(clock(meter, iterations, device))
+        paces.append(floor.pace())
+        for row in rows:
+            bar.set_postfix_str(f"{row.result.model} {row.result.mode}")
+            row.seconds.append(clock(row.meter, row.iterations, device))
             bar.update()
     bar.close()
-    products, bytes_moved = (median(pace) for pace in zip(*paces))
-    for (result, _, _), seconds in zip(rows, times):
-        middle = median(seconds)
+    macs_a_second, bytes_a_second = (median(pace) for pace in zip(*paces))
+    for row in rows:
+        result, middle = row.result, median(row.seconds)
         result.milliseconds, result.images_per_second = 1000 * middle, args.batch_size / middle
-        result.spread = spread(seconds) / middle
-        result.arithmetic_share *= 1 / products / middle
-        result.traffic_share *= 1 / bytes_moved / middle
-        if results[0] is rows[0][0]:  # what the ratios are of did run
-            ratios = [base / own for base, own in zip(times[0], seconds)]
+        result.spread = spread(row.seconds) / middle
+        result.arithmetic_share = row.macs / macs_a_second / middle
+        result.traffic_share = row.traffic / bytes_a_second / middle
+        if not results[0].failure:  # what the ratios are of did run
+            ratios = [base / own for base, own in zip(rows[0].seconds, row.seconds)]
             result.ratio, result.ratio_low, result.ratio_high = median(ratios), min(ratios), max(ratios)
     return results
 
