@@ -38,10 +38,10 @@ scenes: $(INSTALLED)
 	$(RUN) -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
 
 test: $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-core: $(INSTALLED) ## run the tests that need neither mmdet nor mmseg
-	$(RUN) -m pytest --ignore-glob='tests/test_mm_*'
+	$(RUN) -m pytest -n 2 --dist loadfile --ignore-glob='tests/test_mm_*'
 
 lint: $(INSTALLED) ## check style
 	$(RUN) -m ruff check .

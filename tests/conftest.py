@@ -1,6 +1,10 @@
 """What the tests of the scripts share."""
 
+import os
 import sys
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; torch reads this when it is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ from timm.data import create_transform
 import cli
 import loaders
 import predict
+import predict_onnx
 from raftmlp.data import Digits
 
 DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
@@ -91,7 +92,7 @@ def test_probabilities_are_those_of_a_direct_call(run, digits, channels):
 def test_images_are_prepared_as_in_evaluation(digits):
     args = predict.build_parser().parse_args([*DIGITS, "--workers", "0", "--batch-size", "8", "--img-size", "24", "40"])
     settings = loaders.image_settings(args, cli.create_model(args))
-    files = predict.find_images([str(digits)])[:8]
+    files = predict_onnx.find_images([str(digits)])[:8]
     dataset = [(Image.open(file), 0) for file in files]
     evaluated, _ = next(iter(loaders.evaluation_loader(args, dataset, settings, torch.device("cpu"))))
     seen = torch.stack([image for image, _, _ in map(predict.ImageFiles(files, settings).__getitem__, range(8))])
@@ -159,11 +160,11 @@ def test_find_images(run, digits):
         Path(name).write_text("")
     deep = sorted(Path("photos/deep/[er]").iterdir(), key=lambda path: int(path.stem))
     top = [Path("photos/9.JPG"), Path("photos/10.png")]
-    assert predict.find_images(["photos"]) == [*top, *deep]
-    assert predict.find_images(["photos/*"]) == top
-    assert predict.find_images(["photos/**/[0-9]*.png"]) == [top[1], *deep]
-    assert predict.find_images(["photos/deep/[er]"]) == deep
-    assert predict.find_images(["photos/notes.txt", "photos/10.png", "./photos", "photos/*"])[:3] == [
+    assert predict_onnx.find_images(["photos"]) == [*top, *deep]
+    assert predict_onnx.find_images(["photos/*"]) == top
+    assert predict_onnx.find_images(["photos/**/[0-9]*.png"]) == [top[1], *deep]
+    assert predict_onnx.find_images(["photos/deep/[er]"]) == deep
+    assert predict_onnx.find_images(["photos/notes.txt", "photos/10.png", "./photos", "photos/*"])[:3] == [
         Path("photos/notes.txt"),
         top[1],
         top[0],

@@ -364,9 +364,9 @@ def load_checkpoint(model: torch.nn.Module, path: str, fresh_head: bool, told: s
 
 
 @contextmanager
-def _landing(path: Path):
+def landing(path: Path):
     """Give a file beside path to write, which becomes path at the end, and goes if the writing fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".tmp.{path.name}")
     try:
         yield temporary
         temporary.replace(path)
@@ -377,13 +377,13 @@ def _landing(path: Path):
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all."""
-    with _landing(path) as temporary:
+    with landing(path) as temporary:
         temporary.write_text(text)
 
 
 def save_figure(figure, path: Path) -> None:
     """Write a matplotlib figure as a file that is there whole or not at all."""
-    with _landing(path) as temporary:
+    with landing(path) as temporary:
         figure.savefig(temporary, dpi=120, format=path.suffix[1:])
 
 
@@ -457,11 +457,12 @@ class Processes:
             raise UserError(error, shared=True)
         return value
 
-    def leave(self) -> None:
-        """End together: a process that ends while others still talk to it may take them down."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+
+def end_together() -> None:
+    """Let all processes come to their end: one that ends while others still work or talk to it may take them down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def start_processes(name: str | None) -> Processes:

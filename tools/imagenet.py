@@ -27,17 +27,27 @@ def classes_to_build(names: list[str] | None) -> int | None:
 def outputs_for(names: list[str] | None, model: nn.Module) -> list[int] | None:
     """Return the model's outputs for the classes of the data; None where these are the model's classes as they are.
 
+    The model's classes are known by the names that its checkpoint tells, or by ImageNet's synsets.
+
     Raises:
-        UserError: If the model is one of ImageNet, the data too, and the model does not know a class of it.
+        UserError: If the data has a class that the model does not know.
     """
-    subset = infer_imagenet_subset(model)
-    if not subset or not are_synsets(names) or len(names) >= model.num_classes:
+    if not names or names == [str(i) for i in range(len(names))]:
         return None
-    known = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
-    for name in names:
-        if name not in known:
-            raise cli.UserError(f"the data has the class {name}, which is none of the model's: it is one of {subset}")
-    return [known[name] for name in names]
+    known = list(model.pretrained_cfg.get("label_names") or ())
+    if len(known) != model.num_classes:
+        subset = infer_imagenet_subset(model)
+        if not subset or not are_synsets(names) or len(names) >= model.num_classes:
+            return None
+        known = ImageNetInfo(subset).label_names()
+    if names == known:
+        return None
+    index = {name: i for i, name in enumerate(known)}
+    if strange := [name for name in names if name not in index]:
+        raise cli.UserError(
+            f"the data has classes that the model was not trained on: {strange[:5]}; it knows {known[:5]}"
+        )
+    return [index[name] for name in names]
 
 
 def names_for_people(names: list[str] | None) -> list[str] | None:

@@ -8,7 +8,6 @@ An image that cannot be read is named and passed over; the exit status is then 2
 """
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -22,7 +21,6 @@ from textwrap import shorten
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
-from timm.utils import natural_key
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
@@ -31,9 +29,9 @@ from tqdm import tqdm
 import cli
 import loaders
 from imagenet import names_for_people
+from predict_onnx import find_images
 from reports import PICTURES
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_IMAGES, MAX_BARS = 16, 10  # of a picture
 
 
@@ -77,30 +75,6 @@ def build_parser() -> cli.Parser:
         help="in the picture, colour what the first class hangs on: where a grey square makes it less probable",
     )
     return parser
-
-
-def find_images(names: list[str]) -> list[Path]:
-    """Return image files, each once: files as they are named, folders and patterns sorted, without hidden files.
-
-    Raises:
-        UserError: If nothing is named, or one of the names gives no image.
-    """
-    if not names:
-        raise cli.UserError("name an image, a folder of images or a pattern")
-    files: dict[Path, None] = {}
-    for name in names:
-        if os.path.isfile(name):
-            found = [name]
-        else:
-            pattern = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
-            found = sorted(glob.glob(pattern, recursive=True), key=natural_key)
-            found = [file for file in found if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
-        if not found:
-            raise cli.UserError(
-                f"no images at {name!r}: it must be an image, or a folder or a pattern of files {' '.join(SUFFIXES)}"
-            )
-        files.update(dict.fromkeys(map(Path, found)))
-    return list(files)
 
 
 class ImageFiles(Dataset):
@@ -289,7 +263,8 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.saliency and not args.picture:
         raise cli.UserError("--saliency colours the picture: name its file with --picture")
-    files = find_images(args.images)
+    with cli.user_errors(ValueError):
+        files = find_images(args.images)
     device = cli.find_device(args.device)
     model = cli.create_model(args).eval()
     names = class_names(model, args.class_names)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import cli
 import toolboxes
-from predict import find_images
+from predict_onnx import find_images
 
 
 def build_parser() -> cli.Parser:
@@ -49,7 +49,8 @@ def objects(sample: toolboxes.BaseDataElement, classes: list[str], score_thr: fl
 def main() -> None:
     args = build_parser().parse_args()
     config = toolboxes.read_config(args)
-    files = find_images(args.images)
+    with cli.user_errors(ValueError):
+        files = find_images(args.images)
     device = cli.find_device(args.device)
     model, classes, palette = toolboxes.load_model(config, toolboxes.find_checkpoint(args.checkpoint))
     model = model.to(device).eval()

@@ -5,6 +5,7 @@ python tools/test_mm.py configs/detection/mask_rcnn_raftmlp_digits.py runs/mask_
 torchrun --nproc-per-node 8 tools/test_mm.py CONFIG CHECKPOINT
 """
 
+import argparse
 import json
 import math
 import tempfile
@@ -103,6 +104,21 @@ def draw_picture(path: Path, images: list[Path], title: str) -> None:
     cli.save_figure(figure, path)
 
 
+def report(args: argparse.Namespace, checkpoint: Path, results: dict, drawn: list) -> None:
+    """Write what the options ask for, and say it."""
+    line = toolboxes.results_line(results)
+    if args.picture:
+        draw_picture(args.picture, drawn[:IN_PICTURE], f"truth and prediction; {line}")
+    cli.say(f"{checkpoint}: {line}")
+    if args.results_file:
+        figures = {key: None if math.isnan(value) else float(f"{value:.6g}") for key, value in results.items()}
+        content = dict(config=args.config, checkpoint=str(checkpoint), **figures)
+        cli.write_whole(args.results_file, json.dumps(content, indent=2) + "\n")
+    for name, place in (("results", args.results_file), ("picture", args.picture), ("pictures", args.show_dir)):
+        if place:
+            cli.say(f"{name}: {place}")
+
+
 def main() -> None:
     args = build_parser().parse_args()
     config = toolboxes.read_config(args)
@@ -123,20 +139,9 @@ def main() -> None:
             runner.register_hook(hook)
         with toolboxes.damaged_files():
             results = runner.test()
-        if not cli.is_first():
-            return
-        line = toolboxes.results_line(results)
-        if args.picture:
-            draw_picture(args.picture, hook.drawn[:IN_PICTURE], f"truth and prediction; {line}")
-
-    cli.say(f"{checkpoint}: {line}")
-    if args.results_file:
-        figures = {key: None if math.isnan(value) else float(f"{value:.6g}") for key, value in results.items()}
-        content = dict(config=args.config, checkpoint=str(checkpoint), **figures)
-        cli.write_whole(args.results_file, json.dumps(content, indent=2) + "\n")
-    for name, place in (("results", args.results_file), ("picture", args.picture), ("pictures", args.show_dir)):
-        if place:
-            cli.say(f"{name}: {place}")
+        if cli.is_first():
+            report(args, checkpoint, results, hook.drawn if hook else [])
+    cli.end_together()
 
 
 if __name__ == "__main__":

@@ -919,7 +919,7 @@ def main() -> None:
                 f"stopped in epoch {training.epoch + 1} after update {training.update} of {loader.updates_per_epoch}, "
                 f"and saved: the same command with --resume goes on"
             )
-            processes.leave()
+            cli.end_together()
             sys.exit(130 if training.signal == signal.SIGINT else 0)
         training.save(best=training.best is row)
         journal.write(training.log)
@@ -940,7 +940,7 @@ def main() -> None:
         cli.say(f"in {folder.path}: model_best.pth.tar, last.pth.tar, log.csv, curves.png, summary.json")
         if exported:
             export(exported, summary)
-    processes.leave()
+    cli.end_together()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from mmengine.config import Config
 
 import cli
 import toolboxes
@@ -140,6 +141,17 @@ def draw_curves(path: Path, losses: list[dict], results: list[dict], unit: str) 
     cli.save_figure(figure, path)
 
 
+def report(folder: Path, config: Config, log_dir: str) -> None:
+    """Draw a run's curves, and say what came out of it and where it is."""
+    losses, results = read_log(folder)
+    by_epoch = config.train_cfg.get("by_epoch", config.train_cfg.get("type") == "EpochBasedTrainLoop")
+    draw_curves(folder / "curves.png", losses, results, "epoch" if by_epoch else "iteration")
+    if results:
+        cli.say(toolboxes.results_line(results[-1]))
+    saved = next(iter(toolboxes.checkpoints(folder)), "none")
+    cli.say(f"checkpoint: {saved}; log: {log_dir}; curves: {folder / 'curves.png'}")
+
+
 def main() -> None:
     args = build_parser().parse_args()
     config = toolboxes.read_config(args)
@@ -171,15 +183,9 @@ def main() -> None:
     with toolboxes.damaged_files():
         runner.train()
 
-    if not cli.is_first():
-        return
-    losses, results = read_log(folder)
-    by_epoch = config.train_cfg.get("by_epoch", config.train_cfg.get("type") == "EpochBasedTrainLoop")
-    draw_curves(folder / "curves.png", losses, results, "epoch" if by_epoch else "iteration")
-    if results:
-        cli.say(toolboxes.results_line(results[-1]))
-    saved = next(iter(toolboxes.checkpoints(folder)), "none")
-    cli.say(f"checkpoint: {saved}; log: {runner.log_dir}; curves: {folder / 'curves.png'}")
+    if cli.is_first():
+        report(folder, config, runner.log_dir)
+    cli.end_together()
 
 
 if __name__ == "__main__":

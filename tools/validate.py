@@ -237,7 +237,7 @@ def create_entries(args: argparse.Namespace, dataset: Dataset) -> list[Entry]:
 def create_entry(args: argparse.Namespace, weights: str, model: nn.Module, dataset: Dataset) -> Entry:
     """Return the row of a model at the options' image size; refuse what would fail with its first batch."""
     names = class_names(dataset)
-    outputs = outputs_by_name(names, model) or outputs_for(names, model)
+    outputs = outputs_for(names, model)
     entry = Entry(args.model, weights, model, loaders.image_settings(args, model), outputs)
     channels, *size = entry.settings["input_size"]
     try:
@@ -255,23 +255,6 @@ def create_entry(args: argparse.Namespace, weights: str, model: nn.Module, datas
     if names and not entry.outputs and len(names) != model.num_classes:
         raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
     return entry
-
-
-def outputs_by_name(names: list[str] | None, model: nn.Module) -> list[int] | None:
-    """Return the model's outputs for the classes of the data, by the names that its checkpoint tells, if it does.
-
-    Raises:
-        UserError: If the data has a class that is none of them.
-    """
-    known = list(model.pretrained_cfg.get("label_names") or ())
-    if not names or len(known) != model.num_classes or names == known or names == [str(i) for i in range(len(names))]:
-        return None
-    strange = [name for name in names if name not in known]
-    if strange:
-        raise cli.UserError(
-            f"the data has classes that the model was not trained on: {strange[:5]}; it knows {known[:5]}"
-        )
-    return [known.index(name) for name in names]
 
 
 def measure(args: argparse.Namespace, entry: Entry, dataset: Dataset, device: torch.device, collectors: list) -> dict:

@@ -1,0 +1,410 @@
+"""tools/export.py: every format against the model in its own runtime, the Hub's folder, quantisation, bad input."""
+
+import errno
+import json
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint
+
+import export
+import formats
+import hub
+from raftmlp import RaftMLP
+from raftmlp.checkpoint import save_state_dict
+from raftmlp.data import Digits
+
+DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
+SUFFIXES = dict(onnx="onnx", pt2="pt2", aoti="pt2", torchscript="pt")
+TELLS = {"model", "weights", "settings", "class_names", "precision", "raftmlp", "torch"}
+
+
+SMALL = dict(
+    embed_dims=(16, 32), depths=(1, 1), patch_sizes=(4, 2), patch_kernels=((4, 8), (2, 4)), num_classes=10
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(run_tool, monkeypatch):
+    """Run export.py, which times little; see ``run_tool``."""
+    monkeypatch.setattr(export, "in_turns", partial(export.in_turns, rounds=2, least=0))
+    return partial(run_tool, export)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model that exporters are quick with, and a checkpoint that tells of it."""
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_digits", **SMALL).eval()
+    path = tmp_path_factory.mktemp("small") / "small.pth"
+    torch.save(dict(arch="raftmlp_digits", state_dict=model.state_dict(), model_kwargs=SMALL), path)
+    return model, path
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return timm.create_model("raftmlp_digits", pretrained=True).eval()
+
+
+def load(path: Path, how: str):
+    """Return a function from images to a list of outputs, and the metadata: by the runtimes' own calls."""
+    extra = {"metadata.json": ""}
+    if how == "onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        told = session.get_modelmeta().custom_metadata_map
+        return lambda x: [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})], told
+    if how == "aoti":
+        model = torch._inductor.aoti_load_package(str(path))
+        told = model.get_metadata()
+    elif how == "pt2":
+        model = torch.export.load(path, extra_files=extra).module()
+        told = json.loads(extra["metadata.json"])
+    else:
+        model = torch.jit.load(path, _extra_files=extra)
+        told = json.loads(extra["metadata.json"])
+    return lambda x: [y] if isinstance(y := model(x), torch.Tensor) else list(y), told
+
+
+@torch.inference_mode()
+def assert_same(found, expected, limit=1e-5):
+    expected = [expected] if isinstance(expected, torch.Tensor) else expected
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    for a, b in zip(found, expected):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() <= limit * b.abs().max()
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    "how, size",
+    [(how, size) for how in ("onnx", "pt2", "torchscript") for size in ((32, 32), (40, 72), (33, 47))]
+    + [("aoti", (32, 32))],
+)
+def test_digits_with_any_batch(run, digits, how, size):
+    out = Path(f"model.{SUFFIXES[how]}")
+    status, printed, err = run(*DIGITS, "--format", how, "--img-size", *size, "--out", out)
+    assert status == 0, err
+    assert "16 x " in printed and "times as fast" in printed and f"written: {out}, batch free" in printed
+    model, told = load(out, how)
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, *size)
+        assert_same(model(images), digits(images))
+    assert told.keys() >= TELLS
+    settings = json.loads(told["settings"])
+    assert settings == dict(
+        input_size=[3, *size], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear", crop_pct=1, crop_mode="center"
+    )
+    assert json.loads(told["class_names"]) == [str(i) for i in range(10)]
+    assert json.loads(told["model"]) == "raftmlp_digits"
+    assert [path.name for path in Path().iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("how", ["onnx", "pt2", "torchscript"])  # aoti's compiler takes minutes for this
+def test_s_at_any_size(run, tmp_path, how):
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_s").eval()
+    save_state_dict(model.state_dict(), Path("s.safetensors"))
+    options = ["--model", "raftmlp_s", "--checkpoint", "s.safetensors", "--format", how, "--dynamic-size"]
+    options += [] if how == "torchscript" else ["--batch", 2]
+    status, printed, err = run(*options, "--out", f"s.{SUFFIXES[how]}")
+    assert status == 0, err
+    assert "height and width free" in printed
+    file, _ = load(Path(f"s.{SUFFIXES[how]}"), how)
+    for size in ((224, 224), (160, 288), (97, 131)):
+        images = torch.randn(2, 3, *size)
+        assert_same(file(images), model(images))
+
+
+@pytest.mark.parametrize("how", SUFFIXES)
+def test_any_size(run, small, how):
+    model, path = small
+    out = f"model.{SUFFIXES[how]}"
+    status, printed, err = run("--checkpoint", path, "--format", how, "--dynamic-size", "--out", out)
+    assert status == 0, err
+    least = "" if how == "torchscript" else " from 9"
+    assert f"written: {out}, batch and height and width free{least}" in printed
+    file, told = load(Path(out), how)
+    assert json.loads(told.get("least_size", "[1, 1]")) == ([9, 9] if least else [1, 1])
+    for batch, size in ((1, (32, 32)), (2, (40, 72)), (5, (33, 47)), (2, (9, 130))):
+        images = torch.randn(batch, 3, *size)
+        assert_same(file(images), model(images))
+
+
+def test_any_size_but_for_one_position(run, small):
+    options = ["--checkpoint", small[1], "--format", "pt2", "--dynamic-size", "--img-size", 8]
+    status, _, err = run(*options, "--out", "model.pt2")
+    assert status == 2 and "--dynamic-size: the graph would hold from 9 pixels on" in err and "; 8 is less" in err
+    assert not list(Path().iterdir())
+
+
+def test_s_in_aoti(run):
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_s").eval()
+    save_state_dict(model.state_dict(), Path("s.safetensors"))
+    options = ["--model", "raftmlp_s", "--checkpoint", "s.safetensors", "--format", "aoti", "--img-size", 97, 131]
+    status, _, err = run(*options, "--batch", 2, "--out", "s.pt2")
+    assert status == 0, err
+    file, _ = load(Path("s.pt2"), "aoti")
+    images = torch.randn(2, 3, 97, 131)
+    assert_same(file(images), model(images))
+
+
+@pytest.mark.parametrize("how", ["onnx", "pt2", "torchscript"])
+def test_feature_maps(run, small, how):
+    model, path = small
+    out = Path(f"maps.{SUFFIXES[how]}")
+    status, _, err = run("--checkpoint", path, "--format", how, "--features", "--img-size", 44, 61, "--out", out)
+    assert status == 0, err
+    file, told = load(out, how)
+    images = torch.randn(2, 3, 44, 61)
+    assert_same(file(images), model.forward_intermediates(images, intermediates_only=True))
+    maps = json.loads(told["maps"])
+    assert maps == [dict(name="map_0", channels=16, stride=4), dict(name="map_1", channels=32, stride=8)]
+    assert "class_names" not in told
+
+
+def test_a_fixed_batch(run, digits):
+    """The last batch of the data is filled up."""
+    options = ["--batch", 7, "--dataset", "digits", "--results-file", "figures.json"]
+    status, printed, err = run(*DIGITS, *options, "--out", "model.onnx")
+    assert status == 0, err
+    assert printed.count("top-1 100.00 % on 360 images") == 2 and "no axis free" in printed
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["ONNX Runtime"]["images"] == 360 and figures["ONNX Runtime"]["top1"] == 100
+    assert figures["PyTorch"]["loss"] == pytest.approx(figures["ONNX Runtime"]["loss"], rel=1e-4)
+    assert [row["images"] for row in figures["rows"]] == ["7 x 32"] * 3
+    assert all(row["difference"] < 1e-5 and row["runtime_ms"] > 0 for row in figures["rows"])
+    images = torch.randn(7, 3, 32, 32)
+    model, _ = load(Path("model.onnx"), "onnx")
+    assert_same(model(images), digits(images))
+    with pytest.raises(Exception, match="dimension"):
+        model(images[:2])
+
+
+@pytest.mark.parametrize(
+    "how, dtype, limit",
+    [
+        ("onnx", "float16", 0.01),
+        ("pt2", "float16", 0.01),
+        ("torchscript", "bfloat16", 0.05),
+        ("aoti", "bfloat16", 0.05),
+    ],
+)
+def test_half_precision(run, small, how, dtype, limit):
+    model, path = small
+    out = Path(f"model.{SUFFIXES[how]}")
+    status, _, err = run("--checkpoint", path, "--format", how, "--half", dtype, "--out", out)
+    assert status == 0, err
+    images = torch.randn(4, 3, 32, 32)
+    file, told = load(out, how)
+    assert_same(file(images), model(images), limit)
+    with pytest.raises(AssertionError):
+        assert_same(file(images), model(images))
+    assert json.loads(told["precision"]) == dtype
+
+
+def test_the_onnx_file(run, small):
+    sizes = []
+    for simplify in (False, True):
+        options = ["--simplify"] if simplify else []
+        assert run("--checkpoint", small[1], *options, "--out", "model.onnx", "--overwrite")[0] == 0
+        model = onnx.load("model.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+        assert not model.functions and {node.domain for node in model.graph.node} == {""}
+        assert not {node.op_type for node in model.graph.node} & {"Resize", "If", "Loop", "Einsum", "GridSample"}
+        (images,), (logits,) = model.graph.input, model.graph.output
+        assert (images.name, logits.name) == ("images", "logits")
+        assert images.type.tensor_type.shape.dim[0].dim_param == "batch"
+        assert str(Path(export.__file__).parents[1]) not in Path("model.onnx").read_bytes().decode("latin1")
+        sizes.append(len(model.graph.node))
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("how", ["dynamic", "static"])
+def test_quantisation(run, digits, how):
+    status, printed, err = run(*DIGITS, "--quantize", how, "--dataset", "digits", "--out", "int8.onnx")
+    assert status == 0, err
+    assert printed.count("top-1 100.00 % on 360 images") == 2
+    model, told = load(Path("int8.onnx"), "onnx")
+    assert json.loads(told["quantised"]) == how
+    assert Path("int8.onnx").stat().st_size < 0.6 * 4 * sum(p.numel() for p in digits.parameters())
+    images = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(model(images)[0], digits(images), rtol=1e-5)
+    assert any("Integer" in node.op_type or "Quantize" in node.op_type for node in onnx.load("int8.onnx").graph.node)
+
+
+# The Hub's folder
+
+
+@pytest.mark.parametrize("options", [[], ["--half", "bfloat16"]])
+def test_hub_round_trip(run, digits, options):
+    status, _, err = run(*DIGITS, "--format", "hf", "--out", "folder", "--dataset", "digits", *options)
+    assert status == 0, err
+    assert {path.name for path in Path("folder").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    again = timm.create_model("local-dir:folder", pretrained=True).eval()
+    assert isinstance(again, RaftMLP) and again.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    images = torch.randn(2, 3, 40, 40)
+    assert_same([again(images)], digits(images), 0.05 if options else 0)
+    card = Path("folder/README.md").read_text()
+    for words in (
+        "0.76 million parameters", "python tools/train.py -c configs/digits/raftmlp_digits.yaml", "| lr | 0.002 |",
+        "after epoch 14 of 24", "top-1 100.00 %, top-5 100.00 % on 360 images of digits, validation", "## Limits",
+        "the grid of 32 pixels", "import raftmlp", "tatsunami2022raftmlp",
+    ):  # fmt: skip
+        assert words in card
+    assert [path.name for path in Path().iterdir()] == ["folder"]
+
+
+def test_hub_folder_of_other_weights(run):
+    model = timm.create_model("raftmlp_digits", num_classes=3, img_size=(48, 32), raft_size=4, in_chans=1)
+    cfg = json.dumps(dict(num_classes=3, input_size=(1, 48, 32)))
+    save_state_dict(model.state_dict(), Path("odd.safetensors"), dict(model="raftmlp_digits", pretrained_cfg=cfg))
+    kwargs = ["--model-kwargs", "img_size=(48,32)", "raft_size=4"]
+    status, printed, err = run("--checkpoint", "odd.safetensors", *kwargs, "--format", "hf", "--out", "a/folder")
+    assert status == 0, err
+    assert "README.md says that data and recipe are not told" in printed
+    card = Path("a/folder/README.md").read_text()
+    assert card.count("Not told: the weights came without a card") == 2 and "Not measured." in card
+    again = timm.create_model("local-dir:a/folder", pretrained=True).eval()
+    images = torch.randn(2, 1, 48, 32)
+    assert torch.equal(again(images), model.eval()(images))
+
+
+def test_facts_of_a_run(tmp_path):
+    """A run tells in its checkpoint and beside it; a summary beside another file is not that file's."""
+    torch.save(dict(state_dict={}, options=dict(dataset="digits", lr=0.5)), tmp_path / "model_best.pth.tar")
+    torch.save(dict(state_dict={}), tmp_path / "other.pth")
+    (tmp_path / "summary.json").write_text(json.dumps(dict(best_top1=12.5, command="python tools/train.py")))
+    assert hub.training_facts(tmp_path / "model_best.pth.tar") == dict(
+        best_top1=12.5, command="python tools/train.py", options=dict(dataset="digits", lr=0.5), data="digits"
+    )
+    assert hub.training_facts(tmp_path / "other.pth") == {}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "--out names the .onnx file to write"),
+        (["--out", "model.pt"], "--out: model.pt must be named .onnx"),
+        (["--format", "tflite", "--out", "x"], "argument --format: invalid choice: 'tflite'"),
+        (["--batch", "0", "--out", "m.onnx"], "must be a whole number of 1 or more, or 'dynamic', not '0'"),
+        (
+            ["--img-size", "1", "2", "3", "--out", "m.onnx"],
+            "--img-size takes one number of pixels, or height and width",
+        ),
+        (["--format", "pt2", "--quantize", "static", "--out", "m.pt2"], "--quantize does not go with --format pt2"),
+        (["--format", "hf", "--features", "--out", "folder"], "--features does not go with --format hf"),
+        (["--quantize", "static", "--out", "m.onnx"], "--quantize static looks at images"),
+        (["--quantize", "dynamic", "--half", "--out", "m.onnx"], "leave --half and --features out"),
+        (["--half", "bfloat16", "--out", "m.onnx"], "ONNX Runtime has no bfloat16 convolution"),
+        (["--format", "torchscript", "--batch", "2", "--out", "m.pt"], "a TorchScript module takes any batch"),
+        (
+            ["--format", "torchscript", "--features", "--dynamic-size", "--out", "m.pt"],
+            "its feature maps can be traced only, for one size",
+        ),
+        (["--checkpoint", "nowhere.pth", "--out", "m.onnx"], "no checkpoint at nowhere.pth"),
+        (["--dataset", "nothing", "--quantize", "static", "--out", "m.onnx"], "nothing"),
+    ],
+)
+def test_bad_options(run, options, message):
+    model = ["--model", "raftmlp_digits"]
+    status, _, err = run(*model, *options)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
+def test_a_checkpoint_of_another_model(run):
+    model = timm.create_model("raftmlp_digits", embed_dims=(16, 32, 64, 64))
+    save_state_dict(model.state_dict(), Path("narrow.safetensors"))
+    status, _, err = run("--model", "raftmlp_digits", "--checkpoint", "narrow.safetensors", "--out", "model.onnx")
+    assert status == 2 and "narrow.safetensors does not fit this RaftMLP" in err
+    assert [path.name for path in Path().iterdir()] == ["narrow.safetensors"]
+
+
+def test_what_exists_stays(run):
+    Path("model.onnx").write_text("precious")
+    Path("folder").mkdir()
+    Path("folder/precious").touch()
+    status, _, err = run(*DIGITS, "--out", "model.onnx")
+    assert status == 2 and "model.onnx exists; --overwrite writes over it" in err
+    status, _, err = run(*DIGITS, "--format", "hf", "--out", "folder", "--overwrite")
+    assert status == 2 and "folder exists: name a folder that does not, or remove it" in err
+    assert Path("model.onnx").read_text() == "precious" and Path("folder/precious").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--format", "torchscript", "--out", "model.pt"], ["--format", "hf", "--out", "folder"]]
+)
+def test_a_full_disk(run, monkeypatch, options):
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    status, _, err = run(*DIGITS, *options)
+    assert status == 2 and "No space left on device" in err and len(err.strip().splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
+def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    status, _, err = run(*DIGITS, "--out", "model.onnx")
+    assert status == 2 and "--format onnx needs the package onnxscript: pip install 'raftmlp[export]'" in err
+
+
+def test_no_compiler(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    status, _, err = run(*DIGITS, "--format", "aoti", "--out", "model.pt2")
+    assert status == 2 and "--format aoti needs a C++ compiler" in err
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[:, :9]])
+def test_a_file_that_differs_is_not_written(run, monkeypatch, wrong):
+    def run_wrong(path):
+        model, told = formats.run_torchscript(path)
+        return lambda images: [wrong(y) for y in model(images)], told
+
+    entry = formats.FORMATS["torchscript"]
+    broken = formats.Format(entry.suffix, entry.runtime, entry.write, run_wrong)
+    monkeypatch.setitem(export.FORMATS, "torchscript", broken)
+    status, _, err = run(*DIGITS, "--format", "torchscript", "--out", "model.pt")
+    assert status == 2 and "the file is not written" in err
+    assert not list(Path().iterdir())
+
+
+def test_another_model_of_timm(run):
+    status, _, err = run("--model", "test_convnext", "--format", "pt2", "--img-size", 96, "--out", "other.pt2")
+    assert status == 0, err
+    images = torch.randn(2, 3, 96, 96)
+    assert load(Path("other.pt2"), "pt2")[0](images)[0].shape == (2, 1000)
+    status, _, err = run("--model", "test_vit", "--format", "pt2", "--dynamic-size", "--out", "free.pt2")
+    assert status == 2 and not Path("free.pt2").exists() and len(err.strip().splitlines()) == 1
+
+
+def test_the_digits_stay_right(run, digits):
+    """The accuracy that is printed is that of the file: with other weights it would be another."""
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_digits", num_classes=10)
+    save_state_dict(model.state_dict(), Path("random.safetensors"))
+    load_checkpoint(model, "random.safetensors")
+    right = sum(
+        model.eval()(export.loaders.create_transform(**settings)(image.convert("RGB"))[None]).argmax().item() == target
+        for settings in [timm.data.resolve_model_data_config(digits)]
+        for image, target in Digits("validation")
+    )
+    options = ["--model", "raftmlp_digits", "--checkpoint", "random.safetensors", "--dataset", "digits"]
+    status, printed, err = run(*options, "--format", "torchscript", "--out", "model.pt")
+    assert status == 0, err
+    assert f"TorchScript: top-1 {100 * right / 360:.2f} % on 360 images" in printed

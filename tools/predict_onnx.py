@@ -1,0 +1,299 @@
+#!/usr/bin/env python
+"""Classify images with an ONNX file of tools/export.py, without PyTorch.
+
+    python tools/predict_onnx.py raftmlp_s.onnx photo.jpg photos/ --topk 3 --results-file predictions.json
+
+It needs onnxruntime, numpy and Pillow, nothing else, and no other file of this repository: copy it to where the ONNX
+file goes. Images are prepared as the file tells. An image that cannot be read is named and passed over; the exit status
+is then 2.
+"""
+
+import argparse
+import glob
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CROP_MODES = ("center", "squash", "border")
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """Return image files, each once: files as they are named, folders and patterns sorted, without hidden files.
+
+    Raises:
+        ValueError: If nothing is named, or one of the names gives no image.
+    """
+    if not names:
+        raise ValueError("name an image, a folder of images or a pattern")
+    files: dict[Path, None] = {}
+    for name in names:
+        if os.path.isfile(name):
+            found = [name]
+        else:
+            pattern = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
+            found = sorted(glob.glob(pattern, recursive=True), key=_natural)
+            found = [file for file in found if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
+        if not found:
+            raise ValueError(
+                f"no images at {name!r}: it must be an image, or a folder or a pattern of files {' '.join(SUFFIXES)}"
+            )
+        files.update(dict.fromkeys(map(Path, found)))
+    return list(files)
+
+
+def _natural(name: str) -> list:
+    """Return a key that sorts 9.png before 10.png."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+class Preparation:
+    """How an image becomes the model's input: timm's transforms for evaluation, in numpy and Pillow.
+
+    Args:
+        input_size: Channels (1 or 3), height and width of the input.
+        mean: Mean of the pixels, a number a channel, from 0 to 1.
+        std: Their deviation.
+        interpolation: Pillow's name of the resizing: bilinear, bicubic, ...
+        crop_pct: Share of the resized image in the crop.
+        crop_mode: "center": the shorter side is resized, the middle cut out; "squash": both sides are resized;
+            "border": the longer side is resized, the rest filled with the mean.
+    """
+
+    def __init__(
+        self,
+        input_size: list[int],
+        mean: list[float],
+        std: list[float],
+        interpolation: str,
+        crop_pct: float,
+        crop_mode: str,
+    ):
+        channels, height, width = input_size
+        if channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
+        if crop_mode not in CROP_MODES:
+            raise ValueError(f"unknown crop_mode {crop_mode!r}; there are {', '.join(CROP_MODES)}")
+        self.mode = "L" if channels == 1 else "RGB"
+        self.size = height, width
+        self.resized = math.floor(height / crop_pct), math.floor(width / crop_pct)
+        self.crop_mode = crop_mode
+        self.resample = Image.Resampling[interpolation.upper()]
+        self.mean, self.std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Return an image as an array of shape (C, H, W), float32, normalised."""
+        image = image.convert(self.mode)
+        height, width = self._resized_size(image.height, image.width)
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), self.resample)
+        pixels = np.asarray(self._cropped(image), np.float32)
+        pixels = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
+        return (pixels / np.float32(255) - self.mean) / self.std
+
+    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+        if self.crop_mode == "squash":
+            return self.resized
+        if self.crop_mode == "center" and self.resized[0] == self.resized[1]:
+            side, short, long = self.resized[0], min(height, width), max(height, width)
+            long = int(side * long / short)
+            return (side, long) if height <= width else (long, side)
+        ratios = height / self.resized[0], width / self.resized[1]
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return round(height / ratio), round(width / ratio)
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        more_height, more_width = max(height - image.height, 0), max(width - image.width, 0)
+        if more_height or more_width:  # a border, the larger half of it below and to the right
+            border = Image.new(self.mode, (image.width + more_width, image.height + more_height), self._border())
+            border.paste(image, (more_width // 2, more_height // 2))
+            image = border
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+    def _border(self) -> int | tuple[int, ...]:
+        if self.crop_mode != "border":
+            return 0
+        colour = tuple(round(255 * float(value)) for value in self.mean.flat)
+        return colour[0] if self.mode == "L" else colour
+
+
+class Classifier:
+    """An ONNX file of tools/export.py, which tells itself how images are prepared and what its classes are called.
+
+    Args:
+        path: The file.
+        img_size: Height and width of the images, for a file whose sizes are free; None takes the file's.
+
+    Raises:
+        ValueError: If the file is missing, damaged or no classifier of tools/export.py, or takes no such size.
+    """
+
+    def __init__(self, path: str, img_size: tuple[int, int] | None = None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"onnxruntime is missing ({error}): pip install onnxruntime") from error
+        if not os.path.isfile(path):
+            raise ValueError(f"no ONNX file at {path}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
+        except Exception as error:  # ONNX Runtime has no common kind of error
+            raise ValueError(f"{path} is damaged or is no ONNX file: {_first_words(error)}") from error
+        try:
+            told = self.session.get_modelmeta().custom_metadata_map
+            self.told = {key: json.loads(value) for key, value in told.items()}
+            self.names, settings = self.told["class_names"], dict(self.told["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not tell how images are prepared and what its classes are called: tools/export.py writes "
+                f"classifiers that do, without --features"
+            ) from error
+        if img_size:
+            settings["input_size"] = (settings["input_size"][0], *self._checked(path, img_size))
+        self.settings, self.prepare = settings, Preparation(**settings)
+        batch = self.session.get_inputs()[0].shape[0]
+        self.batch = batch if isinstance(batch, int) else None  # None: any number of images at a time
+
+    def _checked(self, path: str, img_size: tuple[int, int]) -> tuple[int, int]:
+        for side, made_for, least in zip(
+            img_size, self.session.get_inputs()[0].shape[2:], self.told.get("least_size", (1, 1))
+        ):
+            if isinstance(made_for, int) and side != made_for:
+                height, width = self.session.get_inputs()[0].shape[2:]
+                raise ValueError(
+                    f"{path} is made for images of {height}x{width} pixels, not {img_size[0]}x{img_size[1]}; "
+                    f"tools/export.py makes one for any size with --dynamic-size"
+                )
+            if side < least:
+                raise ValueError(f"{path} takes images from {least} pixels on, not {img_size[0]}x{img_size[1]}")
+        return img_size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return the probabilities (B, classes) of prepared images (B, C, H, W)."""
+        missing = (self.batch or len(images)) - len(images)
+        padded = np.concatenate([images, np.repeat(images[-1:], missing, 0)]) if missing else images
+        logits = self.session.run(None, {self.session.get_inputs()[0].name: padded})[0][: len(images)]
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return powers / powers.sum(1, keepdims=True)
+
+
+def predict(classifier: Classifier, files: list[Path], batch_size: int, topk: int) -> Iterator[dict]:
+    """Yield for each file its entry in the JSON: its classes, the most probable first, or why it has none."""
+    batch_size = classifier.batch or batch_size
+    for start in range(0, len(files), batch_size):
+        prepared = []
+        for file in files[start : start + batch_size]:
+            name = str(file).encode(errors="replace").decode()  # a file's name may be no Unicode
+            try:
+                with Image.open(file) as image:
+                    prepared.append((dict(file=name), classifier.prepare(image)))
+            except Exception as error:  # Pillow raises anything on bytes that are no image
+                prepared.append((dict(file=name, error=_first_words(error)), None))
+        readable = [pixels for _, pixels in prepared if pixels is not None]
+        found = iter(classifier(np.stack(readable)) if readable else ())
+        for entry, pixels in prepared:
+            if pixels is not None:
+                probabilities = next(found)
+                best = np.argsort(-probabilities, kind="stable")[:topk].tolist()
+                entry["predictions"] = [
+                    {"class": i, "name": classifier.names[i], "probability": float(probabilities[i])} for i in best
+                ]
+            yield entry
+
+
+def _first_words(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 400 else words[:400] + " ..."
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s MODEL.onnx IMAGE ... [OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL.onnx", help="a file that tools/export.py --format onnx wrote")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="an image, a folder (all below it) or a pattern")
+    parser.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="images a batch (default: 16, or the file's)",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="size of the images in pixels, one number or height and width (default: the file's)",
+    )
+    parser.add_argument("--results-file", metavar="FILE", help="write the predictions as JSON")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.img_size and len(args.img_size) > 2:
+        raise ValueError(f"--img-size takes one number of pixels, or height and width, not {args.img_size}")
+    if args.results_file and not os.access(os.path.dirname(args.results_file) or ".", os.W_OK):
+        raise ValueError(f"cannot write {args.results_file}: its folder is missing or not yours to write into")
+    files = find_images(args.images)
+    classifier = Classifier(args.model, args.img_size and (args.img_size[0], args.img_size[-1]))
+    entries, width = [], max(len(str(file)) for file in files)
+    for entry in predict(classifier, files, args.batch_size, args.topk):
+        entries.append(entry)
+        if "error" in entry:
+            print(f"cannot read {entry['file']}: {entry['error']}", file=sys.stderr)
+        for i, prediction in enumerate(entry.get("predictions", ())):
+            file = "" if i else entry["file"]
+            print(f"{file:<{width}}  {100 * prediction['probability']:9.2f} %  {prediction['name']}")
+    if args.results_file:
+        results = dict(
+            model=classifier.told.get("model"), weights=args.model, settings=classifier.settings, images=entries
+        )
+        beside = f"{args.results_file}.tmp"
+        Path(beside).write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(beside, args.results_file)
+        print(f"predictions: {args.results_file}")
+    if unread := sum("error" in entry for entry in entries):
+        raise ValueError(f"{unread} of {len(files)} images could not be read")
+
+
+def run() -> int:
+    """Run the script and return its exit status; bad input ends it in one line."""
+    try:
+        main()
+    except SystemExit as end:  # argparse's
+        return end.code
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
