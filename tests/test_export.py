@@ -16,7 +16,7 @@ import export
 import formats
 import hub
 from raftmlp import RaftMLP
-from raftmlp.checkpoint import save_state_dict
+from raftmlp.checkpoint import load_state_dict, save_state_dict
 from raftmlp.data import Digits
 
 DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
@@ -234,11 +234,13 @@ def test_quantisation(run, digits, how):
     assert status == 0, err
     assert printed.count("top-1 100.00 % on 360 images") == 2
     model, told = load(Path("int8.onnx"), "onnx")
-    assert json.loads(told["quantised"]) == how
+    assert json.loads(told["precision"]) == f"int8, {how}"
     assert Path("int8.onnx").stat().st_size < 0.6 * 4 * sum(p.numel() for p in digits.parameters())
     images = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(model(images)[0], digits(images), rtol=1e-5)
-    assert any("Integer" in node.op_type or "Quantize" in node.op_type for node in onnx.load("int8.onnx").graph.node)
+    file = onnx.load("int8.onnx")
+    assert any("Integer" in node.op_type or "Quantize" in node.op_type for node in file.graph.node)
+    assert [entry.domain for entry in file.opset_import] == [""] == list({node.domain for node in file.graph.node})
 
 
 # The Hub's folder
@@ -246,18 +248,24 @@ def test_quantisation(run, digits, how):
 
 @pytest.mark.parametrize("options", [[], ["--half", "bfloat16"]])
 def test_hub_round_trip(run, digits, options):
-    status, _, err = run(*DIGITS, "--format", "hf", "--out", "folder", "--dataset", "digits", *options)
+    status, printed, err = run(*DIGITS, "--format", "hf", "--out", "folder", "--dataset", "digits", *options)
+    assert "raftmlp_digits: top-1 100.00 % on 360 images of digits, validation" in printed
     assert status == 0, err
     assert {path.name for path in Path("folder").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in Path("folder").iterdir())
+    assert "license" not in Path("folder/config.json").read_text()
     again = timm.create_model("local-dir:folder", pretrained=True).eval()
     assert isinstance(again, RaftMLP) and again.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
     images = torch.randn(2, 3, 40, 40)
     assert_same([again(images)], digits(images), 0.05 if options else 0)
+    kept = {value.dtype for value in load_state_dict("folder/model.safetensors").values()}
+    assert kept == {torch.bfloat16 if options else torch.float32}
     card = Path("folder/README.md").read_text()
     for words in (
-        "0.76 million parameters", "python tools/train.py -c configs/digits/raftmlp_digits.yaml", "| lr | 0.002 |",
-        "after epoch 14 of 24", "top-1 100.00 %, top-5 100.00 % on 360 images of digits, validation", "## Limits",
-        "the grid of 32 pixels", "import raftmlp", "tatsunami2022raftmlp",
+        f"0.76 million parameters in {'bfloat16' if options else 'float32'}", "after epoch 14 of 24", "| lr | 0.002 |",
+        "python tools/train.py -c configs/digits/raftmlp_digits.yaml", "## Limits", "import raftmlp",
+        "top-1 100.00 %, top-5 100.00 % on 360 images of digits, validation", "the grid of 32 pixels",
+        "tatsunami2022raftmlp",
     ):  # fmt: skip
         assert words in card
     assert [path.name for path in Path().iterdir()] == ["folder"]
@@ -289,6 +297,19 @@ def test_facts_of_a_run(tmp_path):
     assert hub.training_facts(tmp_path / "other.pth") == {}
 
 
+@pytest.mark.parametrize(
+    "card", ["{", "[]", '{"options": [1]}', '{"best_top1": "x"}', '{"versions": ["a"]}', '{"command": 3}']
+)
+def test_a_damaged_card(run, small, card):
+    save_state_dict(small[0].state_dict(), Path("w.safetensors"))
+    Path("w.json").write_text(card)
+    kwargs = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in SMALL.items())]
+    options = ["--model", "raftmlp_digits", "--checkpoint", "w.safetensors", *kwargs]
+    status, _, err = run(*options, "--format", "hf", "--out", "folder")
+    assert status == 2 and "the card w.json is damaged" in err and len(err.strip().splitlines()) == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["w.json", "w.safetensors"]
+
+
 # Bad input
 
 
@@ -305,6 +326,8 @@ def test_facts_of_a_run(tmp_path):
         ),
         (["--format", "pt2", "--quantize", "static", "--out", "m.pt2"], "--quantize does not go with --format pt2"),
         (["--format", "hf", "--features", "--out", "folder"], "--features does not go with --format hf"),
+        (["--format", "hf", "--batch", "2", "--out", "folder"], "--batch does not go with --format hf"),
+        (["--format", "pt2", "--opset", "18", "--out", "m.pt2"], "--opset does not go with --format pt2"),
         (["--quantize", "static", "--out", "m.onnx"], "--quantize static looks at images"),
         (["--quantize", "dynamic", "--half", "--out", "m.onnx"], "leave --half and --features out"),
         (["--half", "bfloat16", "--out", "m.onnx"], "ONNX Runtime has no bfloat16 convolution"),
@@ -314,7 +337,11 @@ def test_facts_of_a_run(tmp_path):
             "its feature maps can be traced only, for one size",
         ),
         (["--checkpoint", "nowhere.pth", "--out", "m.onnx"], "no checkpoint at nowhere.pth"),
-        (["--dataset", "nothing", "--quantize", "static", "--out", "m.onnx"], "nothing"),
+        (["--data-dir", "nowhere", "--out", "m.onnx"], "nowhere"),
+        (
+            ["--dataset", "digits", "--num-classes", "9", "--out", "m.onnx"],
+            "the data has 10 classes, the model tells 9",
+        ),
     ],
 )
 def test_bad_options(run, options, message):
@@ -384,13 +411,29 @@ def test_a_file_that_differs_is_not_written(run, monkeypatch, wrong):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("how", ["pt2", "torchscript"])
+def test_no_file_tells_where_this_machine_keeps_its_source(run, small, how):
+    out = Path(f"model.{SUFFIXES[how]}")
+    assert run("--checkpoint", small[1], "--format", how, "--out", out)[0] == 0
+    assert str(Path(export.__file__).parents[1]).encode() not in out.read_bytes()
+
+
+def test_what_a_runtime_cannot_load_is_not_written(run, small):
+    options = ["--checkpoint", small[1], "--quantize", "static", "--dataset", "digits", "--opset", 21]
+    status, _, err = run(*options, "--out", "model.onnx")
+    assert status == 2 and "ONNX Runtime cannot load the file" in err and len(err.strip().splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
 def test_another_model_of_timm(run):
     status, _, err = run("--model", "test_convnext", "--format", "pt2", "--img-size", 96, "--out", "other.pt2")
     assert status == 0, err
     images = torch.randn(2, 3, 96, 96)
     assert load(Path("other.pt2"), "pt2")[0](images)[0].shape == (2, 1000)
-    status, _, err = run("--model", "test_vit", "--format", "pt2", "--dynamic-size", "--out", "free.pt2")
-    assert status == 2 and not Path("free.pt2").exists() and len(err.strip().splitlines()) == 1
+    for how in ("pt2", "torchscript"):
+        out = f"free.{SUFFIXES[how]}"
+        status, _, err = run("--model", "test_vit", "--format", how, "--dynamic-size", "--out", out)
+        assert status == 2 and not Path(out).exists() and len(err.strip().splitlines()) == 1
 
 
 def test_the_digits_stay_right(run, digits):

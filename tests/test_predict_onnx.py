@@ -46,6 +46,8 @@ def files(tmp_path_factory):
     strange = onnx.load(folder / "digits.onnx")
     del strange.metadata_props[:]
     onnx.save(strange, folder / "strange.onnx")
+    strange.metadata_props.add(key="maps", value="[]")
+    onnx.save(strange, folder / "maps.onnx")
     return folder
 
 
@@ -165,12 +167,15 @@ def test_images_that_cannot_be_read(run, files):
         (["nowhere.onnx", "IMAGE"], "no ONNX file at nowhere.onnx"),
         (["broken.onnx", "IMAGE"], "broken.onnx is damaged or is no ONNX file"),
         (["strange", "IMAGE"], "does not tell how images are prepared"),
+        (["maps", "IMAGE"], "maps.onnx gives feature maps"),
         (["digits"], "name an image, a folder of images or a pattern"),
         (["digits", "nowhere.png"], "no images at 'nowhere.png'"),
         (["digits", "IMAGE", "--img-size", "40"], "is made for images of 32x32 pixels, not 40x40"),
         (["free", "IMAGE", "--img-size", "20", "50"], "takes images from 33 pixels on, not 20x50"),
         (["digits", "IMAGE", "--img-size", "1", "2", "3"], "--img-size takes one number of pixels"),
+        (["digits", "IMAGE", "--results-file", "digits.onnx"], "--results-file digits.onnx must be named .json"),
         (["digits", "IMAGE", "--topk", "0"], "must be a whole number of 1 or more, not '0'"),
+        (["digits", "IMAGE", "--results-file", "."], "must be named .json"),
         (["digits", "IMAGE", "--results-file", "no/folder/out.json"], "cannot write no/folder/out.json"),
     ],
 )
@@ -178,11 +183,50 @@ def test_bad_input(run, files, options, message):
     Path("broken.onnx").write_bytes((files / "digits.onnx").read_bytes()[:9999])
     names = {
         "IMAGE": files / "images" / "1.png",
-        **{name: files / f"{name}.onnx" for name in ("digits", "strange", "free")},
+        **{name: files / f"{name}.onnx" for name in ("digits", "strange", "maps", "free")},
     }
     status, _, err = run(*[names.get(option, option) for option in options])
-    assert status == 2 and message in err and "Traceback" not in err
-    assert not Path("out.json").exists()
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert [path.name for path in Path().iterdir()] == ["broken.onnx"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(settings=[]), "does not tell"),
+        (dict(settings={"input_size": 3}), "does not tell"),
+        (dict(crop_pct=0), "does not tell"),
+        (dict(interpolation="random"), "does not tell"),
+        (dict(mean=[0.5, 0.5]), "does not tell"),
+        (dict(input_size=[3, 40, 40]), "is made for images of 32x32 pixels, not 40x40"),
+        (dict(input_size=[1, 32, 32], mean=[0.5], std=[0.5]), "cannot take 1 images"),
+        (dict(class_names=None), "does not tell"),
+        (dict(class_names=["a", "b"]), "names 2 classes and gives a shape of (10,)"),
+    ],
+)
+def test_damaged_metadata(run, files, change, message):
+    model = onnx.load(files / "digits.onnx")
+    told = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    del model.metadata_props[:]
+    if change.keys() & told.keys():
+        told.update(change)
+    else:
+        told["settings"].update(change)
+    for key, value in told.items():
+        model.metadata_props.add(key=key, value=json.dumps(value))
+    onnx.save(model, "changed.onnx")
+    status, _, err = run("changed.onnx", files / "images" / "1.png")
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_output_that_is_not_finite(run, files):
+    model = onnx.load(files / "digits.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("head.bias"):
+            tensor.raw_data = np.full(10, np.nan, np.float32).tobytes()
+    onnx.save(model, "nan.onnx")
+    status, printed, err = run("nan.onnx", files / "images" / "1.png", "--results-file", "out.json")
+    assert status == 2 and "is not finite" in err and not printed and not Path("out.json").exists()
 
 
 def test_onnxruntime_is_missing(run, files, monkeypatch):

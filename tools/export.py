@@ -2,7 +2,7 @@
 """Write a model as a file for another runtime, or as a folder for the Hugging Face Hub.
 
     python tools/export.py --checkpoint runs/mine/model_best.pth.tar --format onnx --out mine.onnx
-    python tools/export.py --model raftmlp_s --pretrained --format aoti --img-size 320 480 --batch 1 --out s.pt2
+    python tools/export.py --checkpoint FILE --format aoti --img-size 320 480 --batch 1 --out mine.pt2
     python tools/export.py --checkpoint FILE --quantize static --data-dir imagenet --out int8.onnx
     python tools/export.py --checkpoint FILE --format hf --out folder
 
@@ -20,11 +20,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import cli
 import hub
@@ -38,9 +40,10 @@ from raftmlp.checkpoint import find_pretrained
 from reports import size_name
 from validate import Evaluated, evaluate
 
+OPSET = 18
 LIMIT = 1e-4  # of the largest value: what a file in float32 may differ from PyTorch
 CALIBRATION_IMAGES = 256
-ONNX_ONLY = ("quantize", "simplify")
+ONNX_ONLY = ("quantize", "simplify", "opset")
 
 
 def build_parser() -> cli.Parser:
@@ -49,7 +52,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("file")
     group.add_argument("--format", choices=(*FORMATS, "hf"), default="onnx", help="what to write")
     group.add_argument("--out", metavar="FILE", help="file to write (.onnx, .pt2, .pt), or folder (hf)")
-    group.add_argument("--overwrite", action="store_true", help="write over an existing file")
+    group.add_argument("--overwrite", action="store_true", help="write over an existing file; folders stay")
     group.add_argument(
         "--batch", type=batch, default="dynamic", metavar="N", help="images at a time: a number, or 'dynamic'"
     )
@@ -73,15 +76,18 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--simplify", action="store_true", help="ONNX: simplify the graph with onnxslim")
     group.add_argument(
-        "--opset", type=cli.number(int, 18, 23), default=18, metavar="N", help="ONNX: version of the operators"
+        "--opset", type=cli.number(int, 18, 23), metavar="N", help=f"ONNX: version of the operators (default: {OPSET})"
     )
     group.add_argument(
         "--results-file", type=cli.output_file((".json",)), metavar="FILE", help="write what was measured, a .json file"
     )
     group = loaders.add_arguments(parser)
-    group.description = "With --dataset or --data-dir, accuracy is measured before and after."
+    group.description = "With --dataset or --data-dir, the accuracy of a classifier is measured before and after."
     group.add_argument(
-        "--calibration-split", default="train", metavar="NAME", help="split that --quantize static looks at"
+        "--calibration-split",
+        default="train",
+        metavar="NAME",
+        help=f"split that --quantize static looks at, {CALIBRATION_IMAGES} images or fewer",
     )
     return parser
 
@@ -101,7 +107,7 @@ def check_options(args: argparse.Namespace) -> Path:
     if not args.out:
         raise cli.UserError(f"--out names the {suffix + ' file' if suffix else 'folder'} to write")
     out = Path(args.out)
-    for name in dict(onnx=(), hf=("quantize", "simplify", "features", "dynamic_size")).get(args.format, ONNX_ONLY):
+    for name in dict(onnx=(), hf=(*ONNX_ONLY, "batch", "features", "dynamic_size")).get(args.format, ONNX_ONLY):
         if getattr(args, name):
             raise cli.UserError(f"--{name.replace('_', '-')} does not go with --format {args.format}")
     if args.quantize and (args.half or args.features):
@@ -110,17 +116,49 @@ def check_options(args: argparse.Namespace) -> Path:
         raise cli.UserError("--quantize static looks at images: name them with --dataset or --data-dir")
     if not suffix and out.exists():
         raise cli.UserError(f"{out} exists: name a folder that does not, or remove it")
-    if suffix and out.exists() and not args.overwrite:
-        raise cli.UserError(f"{out} exists; --overwrite writes over it")
     try:
         cli.output_file((suffix or out.suffix,))(args.out)
     except argparse.ArgumentTypeError as error:
         raise cli.UserError(f"--out: {error}") from error
+    if out.exists() and not args.overwrite:
+        raise cli.UserError(f"{out} exists; --overwrite writes over it")
     return out
 
 
 def has_data(args: argparse.Namespace) -> bool:
     return bool(args.dataset or args.data_dir)
+
+
+@dataclass
+class Evaluation:
+    """The images that accuracy is measured on.
+
+    Attributes:
+        name: What people call them.
+        dataset: The data set.
+        outputs: The model's outputs that count, None for all.
+    """
+
+    name: str
+    dataset: Dataset
+    outputs: list[int] | None
+
+
+def find_evaluation(args: argparse.Namespace, model: nn.Module) -> Evaluation | None:
+    """Return the data that the options name, if they do, and they are the model's."""
+    if not has_data(args):
+        return None
+    dataset = loaders.create_data(args, args.val_split)
+    names = data.class_names(dataset)
+    outputs = outputs_for(names, model)
+    if names and not outputs and len(names) != model.num_classes:
+        raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
+    return Evaluation(f"{args.dataset or args.data_dir}, {args.val_split}", dataset, outputs)
+
+
+def precision(args: argparse.Namespace) -> str:
+    """Return what the file's weights and products are in, in words."""
+    return f"int8, {args.quantize}" if args.quantize else args.half or "float32"
 
 
 # The graph
@@ -141,7 +179,7 @@ def build_graph(args: argparse.Namespace, model: nn.Module, settings: dict, weig
                 f"{args.model} takes no images of {size_name(size)} pixels: {cli.first_words(error)}"
             ) from error
     names = [f"map_{i}" for i in range(len(outputs))] if args.features else ["logits"]
-    metadata = dict(model=args.model, weights=weights, settings=settings, precision=args.half or "float32")
+    metadata = dict(model=args.model, weights=Path(weights).name, settings=settings, precision=precision(args))
     info = getattr(model, "feature_info", None) or [dict(reduction=32)]
     if args.features:
         strides = [entry["reduction"] for entry in info] if len(info) == len(outputs) else [None] * len(outputs)
@@ -160,7 +198,7 @@ def build_graph(args: argparse.Namespace, model: nn.Module, settings: dict, weig
         reduction=max(entry["reduction"] for entry in info),
         outputs=names,
         metadata={key: json.dumps(value) for key, value in metadata.items()},
-        opset=args.opset,
+        opset=args.opset or OPSET,
         simplify=args.simplify,
     )
 
@@ -170,7 +208,7 @@ def calibration(args: argparse.Namespace, settings: dict) -> list[Tensor]:
     dataset = loaders.create_data(args, args.calibration_split)
     own = copy.copy(args)
     own.batch_size = args.batch or 32
-    step = max(1, loaders.count(dataset) // CALIBRATION_IMAGES)
+    step = max(1, -(-loaders.count(dataset) // CALIBRATION_IMAGES))
     batches, images = [], 0
     for pixels, target in loaders.evaluation_loader(own, dataset, settings, torch.device("cpu"), 0, step):
         if (target != loaders.UNREAD).all() and len(pixels) == own.batch_size:
@@ -199,21 +237,29 @@ def cases(graph: Graph) -> list[tuple[int, tuple[int, int]]]:
     return [(graph.batch or number, size) for number, size in zip((1, 3, 16), sizes)]
 
 
-def source_of_images(args: argparse.Namespace, settings: dict) -> Callable[[int, tuple[int, int]], Tensor]:
+def source_of_images(
+    args: argparse.Namespace, settings: dict, evaluation: Evaluation | None
+) -> Callable[[int, tuple[int, int]], Tensor]:
     """Return what makes images to compare: the data's, where data are named, else random numbers."""
     channels = settings["input_size"][0]
-    if not has_data(args):
+    if not evaluation:
         return lambda number, size: torch.randn(number, channels, *size)
-    dataset = loaders.create_data(args, args.val_split)
     own = copy.copy(args)
 
     def images_of(number: int, size: tuple[int, int]) -> Tensor:
         own.batch_size = number
         there = {**settings, "input_size": (channels, *size)}
-        images, _ = next(iter(loaders.evaluation_loader(own, dataset, there, torch.device("cpu"))))
+        images, _ = next(iter(loaders.evaluation_loader(own, evaluation.dataset, there, torch.device("cpu"))))
         return images.repeat(-(-number // len(images)), 1, 1, 1)[:number]
 
     return images_of
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest value; 0 where there is none."""
+    if torch.equal(found, expected):
+        return 0.0
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.inference_mode()
@@ -243,7 +289,10 @@ def compare(
     for number, size in cases:
         images = images_of(number, size)
         words = f"{number} x {size_name(size)}"
-        expected = reference(images)
+        try:
+            expected = reference(images)
+        except Exception as error:  # models raise anything on sizes that they cannot take
+            raise cli.UserError(f"the model takes no {words} images: {cli.first_words(error)}") from error
         expected = [expected] if isinstance(expected, Tensor) else list(expected)
         try:
             found = run(images)
@@ -251,7 +300,7 @@ def compare(
             raise cli.UserError(f"{name} cannot run the file with {words} images: {cli.first_words(error)}") from error
         if [y.shape for y in found] != [y.shape for y in expected]:
             raise cli.UserError(f"{name} gives shapes {[list(y.shape) for y in found]}: the file is not written")
-        difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
+        difference = max(relative_difference(a, b) for a, b in zip(found, expected))
         ours, theirs = in_turns(partial(reference, images), partial(run, images))
         cli.say(
             f"{words:>15}  {difference:18.1e}  {ours:7.2f} ms  {theirs:11.2f} ms  {ours / theirs:.2f} times as fast"
@@ -293,18 +342,18 @@ class Ran(nn.Module):
         return self.run(padded)[0][: len(images)]
 
 
-def accuracy(args: argparse.Namespace, module: nn.Module, model: nn.Module, settings: dict) -> dict:
+def accuracy(args: argparse.Namespace, module: nn.Module, evaluation: Evaluation, settings: dict) -> dict:
     """Return what ``validate.evaluate`` finds of a module with the model's outputs, and the name of the data."""
-    dataset = loaders.create_data(args, args.val_split)
-    names = data.class_names(dataset)
-    outputs = outputs_for(names, model)
-    if names and not outputs and len(names) != model.num_classes:
-        raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
     own = copy.copy(args)
     own.batch_size = args.batch or args.batch_size
-    loader = loaders.evaluation_loader(own, dataset, settings, torch.device("cpu"))
-    figures = evaluate(Evaluated(module, outputs, False, torch.contiguous_format), loader, torch.device("cpu"))
-    return dict(**figures, data=f"{args.dataset or args.data_dir}, {args.val_split}")
+    loader = loaders.evaluation_loader(own, evaluation.dataset, settings, torch.device("cpu"))
+    module = Evaluated(module, evaluation.outputs, False, torch.contiguous_format)
+    return dict(**evaluate(module, loader, torch.device("cpu")), data=evaluation.name)
+
+
+def accuracy_line(name: str, figures: dict) -> str:
+    """Return what ``accuracy`` found as a line for people."""
+    return f"{name}: top-1 {figures['top1']:.2f} % on {figures['images']} images of {figures['data']}"
 
 
 # Main
@@ -313,6 +362,7 @@ def accuracy(args: argparse.Namespace, module: nn.Module, model: nn.Module, sett
 def export_graph(args: argparse.Namespace, model: nn.Module, settings: dict, weights: str, out: Path) -> None:
     """Write the file, if it gives PyTorch's numbers in its runtime."""
     kind = FORMATS[args.format]
+    evaluation = find_evaluation(args, model)
     graph = build_graph(args, model, settings, weights)
     batches = calibration(args, settings) if args.quantize == "static" else []
     cli.say(f"{args.model}, {weights} weights: exporting for {kind.runtime} ...")
@@ -324,12 +374,15 @@ def export_graph(args: argparse.Namespace, model: nn.Module, settings: dict, wei
     reference = (FeatureMaps if args.features else Logits)(model, torch.float32).eval()
     with cli.landing(out) as temporary:
         temporary.write_bytes(content)
-        run, metadata = kind.run(temporary)
+        try:
+            run, metadata = kind.run(temporary)
+        except Exception as error:  # runtimes raise anything
+            raise cli.UserError(f"{kind.runtime} cannot load the file: {cli.first_words(error)}") from error
         if missing := graph.metadata.keys() - metadata.keys():
             raise cli.UserError(f"{kind.runtime} does not find {sorted(missing)} in the file: it is not written")
         exact = not (args.half or args.quantize)
         limit = LIMIT if exact else None
-        rows = compare(reference, run, kind.runtime, source_of_images(args, settings), cases(graph), limit)
+        rows = compare(reference, run, kind.runtime, source_of_images(args, settings, evaluation), cases(graph), limit)
         results = dict(
             model=args.model,
             weights=weights,
@@ -338,10 +391,10 @@ def export_graph(args: argparse.Namespace, model: nn.Module, settings: dict, wei
             bytes=len(content),
             rows=rows,
         )
-        if has_data(args) and not args.features:
+        if evaluation and not args.features:
             for name, module in (("PyTorch", model), (kind.runtime, Ran(run, graph.batch))):
-                figures = results[name] = accuracy(args, module, model, settings)
-                cli.say(f"{name}: top-1 {figures['top1']:.2f} % on {figures['images']} images of {figures['data']}")
+                results[name] = accuracy(args, module, evaluation, settings)
+                cli.say(accuracy_line(name, results[name]))
     if args.results_file:
         cli.write_whole(args.results_file, json.dumps(results, indent=2) + "\n")
         cli.say(f"figures: {args.results_file}")
@@ -352,18 +405,24 @@ def export_graph(args: argparse.Namespace, model: nn.Module, settings: dict, wei
 
 def export_hub(args: argparse.Namespace, model: nn.Module, settings: dict, weights: str, out: Path) -> None:
     """Write the folder for the Hugging Face Hub."""
-    measured = accuracy(args, model, model, settings) if has_data(args) else None
+    evaluation, dtype = find_evaluation(args, model), getattr(torch, args.half or "float32")
+    model = model.to(dtype)
+    measured = accuracy(args, Logits(model, dtype), evaluation, settings) if evaluation else None
+    if measured:
+        cli.say(accuracy_line(args.model, measured))
     file = Path(args.checkpoint) if args.checkpoint else None
     if args.pretrained:
         file = find_pretrained(*args.model.partition(".")[::2])
     with cli.user_errors(ValueError, FileNotFoundError):
         facts = hub.training_facts(file) if file else {}
     name = args.model.partition(".")[0]
-    if args.half:
-        model = model.to(getattr(torch, args.half))
     hub.write_folder(model, settings, hub.model_card(model, name, settings, facts, measured), out)
     if not facts:
         cli.say("the weights have no card of tools/train.py: README.md says that data and recipe are not told")
+    if args.results_file:
+        results = dict(model=args.model, weights=weights, format="hf", precision=precision(args), measured=measured)
+        cli.write_whole(args.results_file, json.dumps(results, indent=2) + "\n")
+        cli.say(f"figures: {args.results_file}")
     cli.say(f"written: {out}/, which timm.create_model('local-dir:{out}', pretrained=True) loads")
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,8 +173,7 @@ def write_onnx(graph: Graph) -> bytes:
 
             model = onnxslim.slim(model)
     _tidy(model, names)
-    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node}
-    if strange := domains - {"", "ai.onnx"}:
+    if strange := {node.domain for node in model.graph.node} - {""}:
         raise cli.UserError(f"an ONNX model of standard operators cannot be made of this model: it needs {strange}")
     for name, value in graph.metadata.items():
         model.metadata_props.add(key=name, value=value)
@@ -247,7 +247,10 @@ def quantize_onnx(content: bytes, how: str, batches: list[Tensor]) -> bytes:
         model, told = onnx.load(quantised), onnx.load_from_string(content).metadata_props
         del model.metadata_props[:]
         model.metadata_props.extend(told)
-        model.metadata_props.add(key="quantised", value=json.dumps(how))
+        used = {node.domain for node in model.graph.node}
+        imports = [entry for entry in model.opset_import if entry.domain in used]
+        del model.opset_import[:]
+        model.opset_import.extend(imports)
         return model.SerializeToString()
 
 
@@ -305,7 +308,17 @@ def write_torchscript(graph: Graph) -> bytes:
         else:
             script = torch.jit.script(graph.module)
         torch.jit.save(script, file, _extra_files={"metadata.json": json.dumps(graph.metadata)})
-    return file.getvalue()
+    return _without_source(file)
+
+
+def _without_source(file: io.BytesIO) -> bytes:
+    """Return a TorchScript file without the source text and paths that torch keeps for its messages."""
+    stripped = io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(stripped, "w", zipfile.ZIP_STORED) as new:
+        for entry in old.infolist():
+            if not entry.filename.endswith(".debug_pkl"):
+                new.writestr(entry.filename, old.read(entry))
+    return stripped.getvalue()
 
 
 def run_torchscript(path: Path) -> tuple[Runtime, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import timm
@@ -48,10 +49,16 @@ def training_facts(path: Path) -> dict:
             return {}
         facts = dict(options=options, data=options.get("dataset") or "a folder of images")
     try:
-        if card.is_file():
-            facts = {**json.loads(card.read_text()), **facts}
-    except (ValueError, TypeError) as error:
+        told = json.loads(card.read_text()) if card.is_file() else {}
+    except ValueError as error:
         raise cli.UserError(f"the card {card} is damaged: {error}") from error
+    if not isinstance(told, dict) or not isinstance(told.get("command", ""), str):
+        raise cli.UserError(f"the card {card} is damaged: it must be what tools/train.py wrote")
+    facts = {**told, **facts}
+    kinds = dict(options=dict, best=dict, versions=dict, best_top1=float, best_epoch=int, epochs=int)
+    for key, kind in kinds.items():
+        if key in facts and not isinstance(facts[key], kind):
+            raise cli.UserError(f"the card {card} is damaged: {key} is {facts[key]!r}")
     return facts
 
 
@@ -66,6 +73,7 @@ def model_card(model: nn.Module, name: str, settings: dict, facts: dict, measure
         measured: What ``validate.evaluate`` found at the export, and ``data``, the images' name; or None.
     """
     channels, *size = settings["input_size"]
+    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
     size, parameters = size_name(size), sum(p.numel() for p in model.parameters())
     import_line = "import raftmlp  # registers the model\n" if isinstance(model, RaftMLP) else ""
     whose = "RaftMLP, an MLP vision backbone ([arXiv 2108.04384](https://arxiv.org/abs/2108.04384)): "
@@ -84,7 +92,7 @@ def model_card(model: nn.Module, name: str, settings: dict, facts: dict, measure
         recipe.append(f"With {versions}; commit {facts.get('commit') or 'unknown'}.")
 
     accuracy, limits = [], []
-    if facts.get("best_top1") is not None:
+    if {"best_top1", "best_epoch", "epochs"} <= facts.keys():
         images = f", {best['eval_images']} images" if "eval_images" in best else ""
         accuracy.append(
             f"Top-1 {facts['best_top1']:.2f} % on the images that were held out in training{images}, after epoch "
@@ -117,8 +125,8 @@ def model_card(model: nn.Module, name: str, settings: dict, facts: dict, measure
         "---",
         f"# {name}",
         "",
-        f"{whose if isinstance(model, RaftMLP) else ''}{parameters / 1e6:.2f} million parameters, {model.num_classes} "
-        f"classes, images of {size} pixels.",
+        f"{whose if isinstance(model, RaftMLP) else ''}{parameters / 1e6:.2f} million parameters in {precision}, "
+        f"{model.num_classes} classes, images of {size} pixels.",
         "",
         "## Use",
         "",
@@ -158,8 +166,7 @@ def write_folder(model: nn.Module, settings: dict, card: str, folder: Path) -> N
     Raises:
         UserError: If the model cannot be written or comes back another.
     """
-    beside = folder.with_name(f".tmp.{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp.{folder.name}."))
     try:
         try:
             save_for_hf(model, str(beside), safe_serialization=True, data_config=settings)
@@ -173,6 +180,12 @@ def write_folder(model: nn.Module, settings: dict, card: str, folder: Path) -> N
             if not torch.equal(again.to(images.dtype)(images), model(images)):
                 raise cli.UserError(f"the model that timm loads from {folder} gives other numbers: it is not written")
         (beside / "README.md").write_text(card)
+        config = json.loads((beside / "config.json").read_text())
+        config["pretrained_cfg"].pop("license", None)  # timm's word for its own weights
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        beside.chmod(0o755)
+        for file in beside.iterdir():
+            file.chmod(0o644)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

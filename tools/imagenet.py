@@ -45,7 +45,8 @@ def outputs_for(names: list[str] | None, model: nn.Module) -> list[int] | None:
     index = {name: i for i, name in enumerate(known)}
     if strange := [name for name in names if name not in index]:
         raise cli.UserError(
-            f"the data has classes that the model was not trained on: {strange[:5]}; it knows {known[:5]}"
+            f"the data has classes that the model was not trained on: {strange[:5]}; it knows "
+            f"{known[:5]}{' ...' if len(known) > 5 else ''}"
         )
     return [index[name] for name in names]
 

@@ -51,7 +51,7 @@ def find_images(names: list[str]) -> list[Path]:
 
 def _natural(name: str) -> list:
     """Return a key that sorts 9.png before 10.png."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 class Preparation:
@@ -86,7 +86,7 @@ class Preparation:
         self.resized = math.floor(height / crop_pct), math.floor(width / crop_pct)
         self.crop_mode = crop_mode
         self.resample = Image.Resampling[interpolation.upper()]
-        self.mean, self.std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
+        self.mean, self.std = (np.asarray(values, np.float32).reshape(channels, 1, 1) for values in (mean, std))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Return an image as an array of shape (C, H, W), float32, normalised."""
@@ -150,40 +150,56 @@ class Classifier:
             self.session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
         except Exception as error:  # ONNX Runtime has no common kind of error
             raise ValueError(f"{path} is damaged or is no ONNX file: {_first_words(error)}") from error
+        told = self.session.get_modelmeta().custom_metadata_map
+        if "maps" in told:
+            raise ValueError(f"{path} gives feature maps: tools/export.py makes a classifier without --features")
         try:
-            told = self.session.get_modelmeta().custom_metadata_map
             self.told = {key: json.loads(value) for key, value in told.items()}
-            self.names, settings = self.told["class_names"], dict(self.told["settings"])
-        except (ValueError, KeyError, TypeError) as error:
+            self.names, settings = [str(name) for name in self.told["class_names"]], dict(self.told["settings"])
+            if img_size:
+                settings["input_size"] = (settings["input_size"][0], *img_size)
+            self.settings, self.prepare = settings, Preparation(**settings)
+            least = tuple(self.told.get("least_size", (1, 1)))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} does not tell how images are prepared and what its classes are called: tools/export.py writes "
-                f"classifiers that do, without --features"
+                f"{path} does not tell how images are prepared and what its classes are called, as the classifiers of "
+                f"tools/export.py do: {_first_words(error)}"
             ) from error
-        if img_size:
-            settings["input_size"] = (settings["input_size"][0], *self._checked(path, img_size))
-        self.settings, self.prepare = settings, Preparation(**settings)
-        batch = self.session.get_inputs()[0].shape[0]
+        self._check_size(path, least)
+        self.path, batch = path, self.session.get_inputs()[0].shape[0]
         self.batch = batch if isinstance(batch, int) else None  # None: any number of images at a time
 
-    def _checked(self, path: str, img_size: tuple[int, int]) -> tuple[int, int]:
-        for side, made_for, least in zip(
-            img_size, self.session.get_inputs()[0].shape[2:], self.told.get("least_size", (1, 1))
-        ):
-            if isinstance(made_for, int) and side != made_for:
-                height, width = self.session.get_inputs()[0].shape[2:]
+    def _check_size(self, path: str, least: tuple[int, int]) -> None:
+        size, made_for = self.prepare.size, self.session.get_inputs()[0].shape[2:]
+        for side, fixed, smallest in zip(size, made_for, least):
+            if isinstance(fixed, int) and side != fixed:
                 raise ValueError(
-                    f"{path} is made for images of {height}x{width} pixels, not {img_size[0]}x{img_size[1]}; "
+                    f"{path} is made for images of {made_for[0]}x{made_for[1]} pixels, not {size[0]}x{size[1]}; "
                     f"tools/export.py makes one for any size with --dynamic-size"
                 )
-            if side < least:
-                raise ValueError(f"{path} takes images from {least} pixels on, not {img_size[0]}x{img_size[1]}")
-        return img_size
+            if side < smallest:
+                raise ValueError(f"{path} takes images from {smallest} pixels on, not {size[0]}x{size[1]}")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return the probabilities (B, classes) of prepared images (B, C, H, W)."""
+        """Return the probabilities (B, classes) of prepared images (B, C, H, W).
+
+        Raises:
+            ValueError: If the file does not give them.
+        """
         missing = (self.batch or len(images)) - len(images)
         padded = np.concatenate([images, np.repeat(images[-1:], missing, 0)]) if missing else images
-        logits = self.session.run(None, {self.session.get_inputs()[0].name: padded})[0][: len(images)]
+        try:
+            logits = self.session.run(None, {self.session.get_inputs()[0].name: padded})[0][: len(images)]
+        except Exception as error:  # ONNX Runtime has no common kind of error
+            raise ValueError(f"{self.path} cannot take {len(padded)} images: {_first_words(error)}") from error
+        if logits.shape != (len(images), len(self.names)):
+            raise ValueError(
+                f"{self.path} names {len(self.names)} classes and gives a shape of {logits.shape[1:]} an image"
+            )
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"the output of {self.path} is not finite: its weights are damaged, or float16 is too coarse"
+            )
         powers = np.exp(logits - logits.max(1, keepdims=True))
         return powers / powers.sum(1, keepdims=True)
 
@@ -223,8 +239,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         usage="%(prog)s MODEL.onnx IMAGE ... [OPTION ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -248,14 +271,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="size of the images in pixels, one number or height and width (default: the file's)",
     )
-    parser.add_argument("--results-file", metavar="FILE", help="write the predictions as JSON")
+    parser.add_argument("--results-file", metavar="FILE", help="write the predictions, a .json file")
     return parser
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    beside = path.with_name(f".tmp.{path.name}")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a class's name may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="replace")
     args = build_parser().parse_args()
     if args.img_size and len(args.img_size) > 2:
         raise ValueError(f"--img-size takes one number of pixels, or height and width, not {args.img_size}")
+    if args.results_file and not args.results_file.endswith(".json"):
+        raise ValueError(f"--results-file {args.results_file} must be named .json")
+    if args.results_file and os.path.isdir(args.results_file):
+        raise ValueError(f"--results-file {args.results_file} is a folder")
     if args.results_file and not os.access(os.path.dirname(args.results_file) or ".", os.W_OK):
         raise ValueError(f"cannot write {args.results_file}: its folder is missing or not yours to write into")
     files = find_images(args.images)
@@ -272,9 +311,7 @@ def main() -> None:
         results = dict(
             model=classifier.told.get("model"), weights=args.model, settings=classifier.settings, images=entries
         )
-        beside = f"{args.results_file}.tmp"
-        Path(beside).write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(beside, args.results_file)
+        write_whole(Path(args.results_file), json.dumps(results, indent=2) + "\n")
         print(f"predictions: {args.results_file}")
     if unread := sum("error" in entry for entry in entries):
         raise ValueError(f"{unread} of {len(files)} images could not be read")
@@ -286,6 +323,8 @@ def run() -> int:
         main()
     except SystemExit as end:  # argparse's
         return end.code
+    except BrokenPipeError:  # whoever read ("| head") has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
