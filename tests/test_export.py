@@ -106,7 +106,7 @@ def test_digits_with_any_batch(run, digits, how, size):
     assert [path.name for path in Path().iterdir()] == [out.name]
 
 
-@pytest.mark.parametrize("how", ["onnx", "pt2", "torchscript"])  # aoti's compiler takes minutes for this
+@pytest.mark.parametrize("how", SUFFIXES)
 def test_s_at_any_size(run, tmp_path, how):
     torch.manual_seed(0)
     model = timm.create_model("raftmlp_s").eval()
@@ -122,7 +122,7 @@ def test_s_at_any_size(run, tmp_path, how):
         assert_same(file(images), model(images))
 
 
-@pytest.mark.parametrize("how", SUFFIXES)
+@pytest.mark.parametrize("how", ["onnx", "pt2", "torchscript"])
 def test_any_size(run, small, how):
     model, path = small
     out = f"model.{SUFFIXES[how]}"
@@ -142,18 +142,6 @@ def test_any_size_but_for_one_position(run, small):
     status, _, err = run(*options, "--out", "model.pt2")
     assert status == 2 and "--dynamic-size: the graph would hold from 9 pixels on" in err and "; 8 is less" in err
     assert not list(Path().iterdir())
-
-
-def test_s_in_aoti(run):
-    torch.manual_seed(0)
-    model = timm.create_model("raftmlp_s").eval()
-    save_state_dict(model.state_dict(), Path("s.safetensors"))
-    options = ["--model", "raftmlp_s", "--checkpoint", "s.safetensors", "--format", "aoti", "--img-size", 97, 131]
-    status, _, err = run(*options, "--batch", 2, "--out", "s.pt2")
-    assert status == 0, err
-    file, _ = load(Path("s.pt2"), "aoti")
-    images = torch.randn(2, 3, 97, 131)
-    assert_same(file(images), model(images))
 
 
 @pytest.mark.parametrize("how", ["onnx", "pt2", "torchscript"])
