@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -462,6 +463,7 @@ def end_together() -> None:
     """Let all processes come to their end: one that ends while others still work or talk to it may take them down."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        time.sleep(1)  # gloo's threads want the GIL to let go of their last work, and abort where Python has ended
         torch.distributed.destroy_process_group()
 
 
