@@ -448,6 +448,7 @@ def test_real_labels(run, monkeypatch):
     assert f"ReaL top-1 {expected:.2f} %" in out
 
     Constant.num_classes = 2000
+    monkeypatch.delattr(NamedImages, "classes")
     status, out, err = run("--model", "raftmlp_s", "--pretrained", "--real-labels")
     assert (status, out) == (2, "")
     assert "--real-labels takes models of ImageNet-1k, raftmlp_s tells 2000 classes apart" in err

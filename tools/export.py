@@ -149,10 +149,7 @@ def find_evaluation(args: argparse.Namespace, model: nn.Module) -> Evaluation | 
     if not has_data(args):
         return None
     dataset = loaders.create_data(args, args.val_split)
-    names = data.class_names(dataset)
-    outputs = outputs_for(names, model)
-    if names and not outputs and len(names) != model.num_classes:
-        raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
+    outputs = outputs_for(data.class_names(dataset), model)
     return Evaluation(f"{args.dataset or args.data_dir}, {args.val_split}", dataset, outputs)
 
 

@@ -77,8 +77,8 @@ class Graph:
     reduction: int
     outputs: list[str]
     metadata: dict[str, str]
-    opset: int = 18
-    simplify: bool = False
+    opset: int
+    simplify: bool
     least_size: tuple[int, int] = (1, 1)
 
     def example(self) -> Tensor:
@@ -270,7 +270,7 @@ def run_pt2(path: Path) -> tuple[Runtime, dict[str, str]]:
     extra = {"metadata.json": ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra).module()
+        run = torch.export.load(path, extra_files=extra).module()
     return (lambda images: _as_list(run(images))), json.loads(extra["metadata.json"])
 
 

@@ -30,25 +30,26 @@ def outputs_for(names: list[str] | None, model: nn.Module) -> list[int] | None:
     The model's classes are known by the names that its checkpoint tells, or by ImageNet's synsets.
 
     Raises:
-        UserError: If the data has a class that the model does not know.
+        UserError: If the data has a class that the model does not know, or another number of classes.
     """
-    if not names or names == [str(i) for i in range(len(names))]:
+    if not names:
         return None
     known = list(model.pretrained_cfg.get("label_names") or ())
     if len(known) != model.num_classes:
         subset = infer_imagenet_subset(model)
-        if not subset or not are_synsets(names) or len(names) >= model.num_classes:
-            return None
-        known = ImageNetInfo(subset).label_names()
-    if names == known:
-        return None
-    index = {name: i for i, name in enumerate(known)}
-    if strange := [name for name in names if name not in index]:
-        raise cli.UserError(
-            f"the data has classes that the model was not trained on: {strange[:5]}; it knows "
-            f"{known[:5]}{' ...' if len(known) > 5 else ''}"
-        )
-    return [index[name] for name in names]
+        part = subset and are_synsets(names) and len(names) < model.num_classes
+        known = ImageNetInfo(subset).label_names() if part else None
+    if known and names != known and names != [str(i) for i in range(len(names))]:
+        index = {name: i for i, name in enumerate(known)}
+        if strange := [name for name in names if name not in index]:
+            raise cli.UserError(
+                f"the data has classes that the model was not trained on: {strange[:5]}; it knows "
+                f"{known[:5]}{' ...' if len(known) > 5 else ''}"
+            )
+        return [index[name] for name in names]
+    if len(names) != model.num_classes:
+        raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
+    return None
 
 
 def names_for_people(names: list[str] | None) -> list[str] | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from mmengine.config import Config
 
 import cli
 import toolboxes
@@ -141,7 +140,7 @@ def draw_curves(path: Path, losses: list[dict], results: list[dict], unit: str) 
     cli.save_figure(figure, path)
 
 
-def report(folder: Path, config: Config, log_dir: str) -> None:
+def report(folder: Path, config: toolboxes.Config, log_dir: str) -> None:
     """Draw a run's curves, and say what came out of it and where it is."""
     losses, results = read_log(folder)
     by_epoch = config.train_cfg.get("by_epoch", config.train_cfg.get("type") == "EpochBasedTrainLoop")

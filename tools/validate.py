@@ -236,8 +236,7 @@ def create_entries(args: argparse.Namespace, dataset: Dataset) -> list[Entry]:
 
 def create_entry(args: argparse.Namespace, weights: str, model: nn.Module, dataset: Dataset) -> Entry:
     """Return the row of a model at the options' image size; refuse what would fail with its first batch."""
-    names = class_names(dataset)
-    outputs = outputs_for(names, model)
+    outputs = outputs_for(class_names(dataset), model)
     entry = Entry(args.model, weights, model, loaders.image_settings(args, model), outputs)
     channels, *size = entry.settings["input_size"]
     try:
@@ -252,8 +251,6 @@ def create_entry(args: argparse.Namespace, weights: str, model: nn.Module, datas
         count = len(entry.outputs or range(model.num_classes))
         if count != 1000:
             raise cli.UserError(f"--real-labels takes models of ImageNet-1k, {args.model} tells {count} classes apart")
-    if names and not entry.outputs and len(names) != model.num_classes:
-        raise cli.UserError(f"the data has {len(names)} classes, the model tells {model.num_classes} apart")
     return entry
 
 
