@@ -16,9 +16,20 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from .resize import resize_bicubic
-from .slices import Axes, mix_in_slices
+from .slices import Mixing, fits_one_slice, mix_all_in_slices, mix_in_slices
 
-__all__ = ["ChannelMixing", "MultiScalePatchEmbed", "RaftTokenMixing", "TokenMixing"]
+__all__ = [
+    "ChannelMixing",
+    "MultiScalePatchEmbed",
+    "RaftTokenMixing",
+    "TokenMixing",
+    "can_mix_at_once",
+    "mix_at_once",
+]
+
+
+# torch 2.6 does not tell an export from a compilation
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class MultiScalePatchEmbed(nn.Module):
@@ -86,8 +97,21 @@ class MultiScalePatchEmbed(nn.Module):
         return x.permute(0, 2, 3, 1).contiguous()
 
 
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Return whether a call of a module does what its class says, and nobody watches."""
+    watched = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not watched and "forward" not in module.__dict__
+
+
 class _ResidualMLP(nn.Module):
-    """What the three mixings share: x + drop_path(fc2(gelu(fc1(norm(x)))))."""
+    """What the three mixings share: x + drop_path(fc2(gelu(fc1(norm(x))))).
+
+    ``order`` says what the MLP's vectors are: the axes of the stream (B, H, W, r, C / r), with the raft size r, as 0,
+    the two that a vector of token mixing runs along, and the other two; for channel mixing as they are.
+    """
+
+    raft_size: int
+    order: list[int]
 
     def __init__(self, dim: int, features: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__()
@@ -111,39 +135,52 @@ class _ResidualMLP(nn.Module):
     @torch.jit.unused
     def _goes_in_slices(self, x: Tensor) -> bool:
         """Return whether this call is one for ``raftmlp.slices``: a plain one on a CPU, through plain layers."""
+        training = torch.is_grad_enabled()  # sums of gradients over slices would lose digits in bfloat16
         return (
             type(x) is Tensor
             and x.device.type == "cpu"
-            and type(self.norm) is nn.LayerNorm
+            and _is_plain(self.norm, nn.LayerNorm)
             and x.dtype == self.norm.weight.dtype
-            and x.dtype in (torch.float32, torch.float64)  # sums over slices of lower precision would lose digits
-            and not torch.compiler.is_compiling()
+            and (x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and not training))
+            and not _is_exporting()
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
-            and all(
-                type(fc) is nn.Linear and not fc._forward_hooks and not fc._forward_pre_hooks
-                for fc in (self.fc1, self.fc2)
-            )
+            and _is_plain(self.fc1, nn.Linear)
+            and _is_plain(self.fc2, nn.Linear)
+            # a compiled graph serves small batches and large ones; what training keeps counts at any size
+            and (torch.compiler.is_compiling() or training or not fits_one_slice(x, self.mlp_ratio))
         )
+
+    def _drops(self) -> bool:
+        return self.training and not isinstance(self.drop_path, nn.Identity)
+
+    def _mixing(self) -> Mixing:
+        layers = (self.norm, self.fc1, self.fc2)
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        return Mixing(parameters, [self.raft_size, *self.order], self.norm.eps)
 
     @torch.jit.unused
     def _mix_in_slices(self, x: Tensor) -> Tensor:
-        scale = None
-        if self.training and not isinstance(self.drop_path, nn.Identity):
-            scale = self.drop_path(x.new_ones(x.shape[0], 1, 1, 1))
-        layers = (self.norm, self.fc1, self.fc2)
-        parameters = tuple(p for layer in layers for p in (layer.weight, layer.bias))
-        return mix_in_slices(x, scale, parameters, self.axes, self.norm.eps)
-
-    def mix_rows(self, x: Tensor) -> Tensor:
-        """Apply the MLP down the columns of matrices, shape (B, features, N): the weights stand on the left."""
-        B = x.shape[0]
-        x = torch.baddbmm(self.fc1.bias.unsqueeze(1), self.fc1.weight.expand(B, -1, -1), x)
-        return torch.baddbmm(self.fc2.bias.unsqueeze(1), self.fc2.weight.expand(B, -1, -1), F.gelu(x))
+        scale = self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) if self._drops() else None
+        return mix_in_slices(x, self._mixing(), scale)
 
 
-class RaftTokenMixing(_ResidualMLP):
+class _TokenMixing(_ResidualMLP):
+    """What both token mixings share: vectors are columns of a matrix an image, and the weights stand on the left."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Return the MLP's part, (B, H, W, r, C / r), for x of shape (B, H, W, C)."""
+        B, H, W, C = x.shape
+        y = self.norm(x).reshape(B, H, W, self.raft_size, C // self.raft_size).permute(self.order)
+        shape = y.shape
+        y = y.flatten(1, 2).flatten(2)  # B features columns
+        y = torch.baddbmm(self.fc1.bias.unsqueeze(1), self.fc1.weight.expand(B, -1, -1), y)
+        y = torch.baddbmm(self.fc2.bias.unsqueeze(1), self.fc2.weight.expand(B, -1, -1), F.gelu(y))
+        return y.reshape(shape).permute([self.order.index(axis) for axis in range(5)])
+
+
+class RaftTokenMixing(_TokenMixing):
     """Raft-token mixing along one axis, residual included: x + drop_path(MLP(LN(x))).
 
     Channels are split into raft_size groups of consecutive ones, channel = g * (C / raft_size) + o. For every o and
@@ -180,29 +217,15 @@ class RaftTokenMixing(_ResidualMLP):
         super().__init__(dim, raft_size * length, mlp_ratio, drop_path, device, dtype)
         self.raft_size = raft_size
         self.horizontal = horizontal
-        self.axes = Axes("horizontal" if horizontal else "vertical", raft_size)
+        self.order = [0, 3, 2, 1, 4] if horizontal else [0, 3, 1, 2, 4]  # B (g x) (y o) or B (g y) (x o)
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Return the one of a grid's lengths that this layer mixes along."""
         return grid[1:] if self.horizontal else grid[:1]
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP's part, (B, H, W, raft_size, C / raft_size), for x of shape (B, H, W, C)."""
-        B, H, W, C = x.shape
-        y = self.norm(x).reshape(B, H, W, self.raft_size, C // self.raft_size)
-        if self.horizontal:
-            y = y.permute(0, 3, 2, 1, 4)  # B y x g o -> B g x y o
-            y = self.mix_rows(y.reshape(B, self.raft_size * W, H * (C // self.raft_size)))  # B (g x) (y o)
-            y = y.reshape(B, self.raft_size, W, H, C // self.raft_size).permute(0, 3, 2, 1, 4)
-        else:
-            y = y.permute(0, 3, 1, 2, 4)  # B y x g o -> B g y x o
-            y = self.mix_rows(y.reshape(B, self.raft_size * H, W * (C // self.raft_size)))  # B (g y) (x o)
-            y = y.reshape(B, self.raft_size, H, W, C // self.raft_size).permute(0, 2, 3, 1, 4)
-        return y
 
-
-class TokenMixing(_ResidualMLP):
+class TokenMixing(_TokenMixing):
     """Plain token mixing of MLP-Mixer, residual included: one MLP over all positions of a channel, row-major.
 
     Source: the baseline of RaftMLP's release; MLP-Mixer, arXiv 2105.01601.
@@ -225,16 +248,12 @@ class TokenMixing(_ResidualMLP):
     ):
         super().__init__(dim, grid[0] * grid[1], mlp_ratio, drop_path, device, dtype)
         self.raft_size = 1
-        self.axes = Axes("plain")
+        self.order = [0, 1, 2, 4, 3]  # B (y x) C
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Return the lengths of a grid that this layer mixes along: both."""
         return grid
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP's part for x of shape (B, H, W, C) with H x W the trained grid, the same shape."""
-        return self.mix_rows(self.norm(x).flatten(1, 2)).reshape(x.shape)  # B (y x) C
 
 
 class ChannelMixing(_ResidualMLP):
@@ -248,8 +267,24 @@ class ChannelMixing(_ResidualMLP):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__(dim, dim, mlp_ratio, drop_path, device, dtype)
-        self.axes = Axes("channels")
+        self.raft_size = 1
+        self.order = [0, 1, 2, 3, 4]
 
     def mlp(self, x: Tensor) -> Tensor:
         """Return the MLP's part for x of shape (B, H, W, C), any H and W, the same shape."""
         return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+def can_mix_at_once(mixings: Sequence[nn.Module], x: Tensor) -> bool:
+    """Return whether ``mix_at_once`` does what calls of the mixings do, and nobody wants what lies between them."""
+    kinds = (RaftTokenMixing, TokenMixing, ChannelMixing)
+    return (
+        not torch.is_grad_enabled()
+        and not torch.nn.modules.module._has_any_global_hook()
+        and all(type(m) in kinds and _is_plain(m, type(m)) and m._goes_in_slices(x) and not m._drops() for m in mixings)
+    )
+
+
+def mix_at_once(mixings: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Return the stream x after several mixings, which take the memory of one."""
+    return mix_all_in_slices(x, [m._mixing() for m in mixings])

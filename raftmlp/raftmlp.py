@@ -40,8 +40,8 @@ from .checkpoint import (
     tag_of,
     trained_as,
 )
-from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
-from .resize import resize_bicubic
+from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing, can_mix_at_once, mix_at_once
+from .resize import resize_bicubic, same_length
 
 __all__ = ["RaftMLP", "RaftMLPBlock", "RaftMLPStage"]  # the entry points join by themselves
 
@@ -106,10 +106,28 @@ class RaftMLPBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the stream x of shape (B, H, W, C), any H and W: returns the same shape."""
         H, W = x.shape[1], x.shape[2]
+        if not torch.jit.is_scripting():
+            if self._mixes_at_once(x):
+                return self._mix_at_once(x)
         x = resize_bicubic(x, self.grid[0], self.grid[1])
         x = self.tokens(x)
         x = resize_bicubic(x, H, W)
         return self.channels(x)
+
+    @torch.jit.unused
+    def _mixes_at_once(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor
+            and same_length(x.shape[1], self.grid[0])
+            and same_length(x.shape[2], self.grid[1])
+            and not self.tokens._forward_hooks
+            and not self.tokens._forward_pre_hooks
+            and can_mix_at_once((*self.tokens, self.channels), x)
+        )
+
+    @torch.jit.unused
+    def _mix_at_once(self, x: Tensor) -> Tensor:
+        return mix_at_once((*self.tokens, self.channels), x)
 
 
 class RaftMLPStage(nn.Module):

@@ -12,7 +12,7 @@ from timm.models import register_notrace_function
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
-__all__ = ["bicubic_matrix", "resize_bicubic"]
+__all__ = ["bicubic_matrix", "resize_bicubic", "same_length"]
 
 BAND = 64  # outputs that a large resizing computes at a time
 
@@ -76,8 +76,8 @@ def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
 _known_true = symbolic_shapes.statically_known_true if hasattr(symbolic_shapes, "guard_or_false") else bool
 
 
-def _same(size: int, other: int) -> bool:
-    """Return whether two sizes are known to be the same.
+def same_length(size: int, other: int) -> bool:
+    """Return whether two lengths are known to be the same.
 
     Dynamic sizes in a compiled graph are not: a question would cost a graph for every answer, and where nothing changes
     the matrix is the identity.
@@ -117,7 +117,7 @@ def _bands(size_in: int, size_out: int, length: int = BAND) -> list[tuple[int, i
 
 def _resize_height(x: Tensor, height: int) -> Tensor:
     B, H, W, C = x.shape
-    if _same(H, height):
+    if same_length(H, height):
         return x
     matrix, rows = _matrix(x, H, height), x.reshape(B, H, W * C)
     if _goes_in_bands(x, H):
@@ -130,7 +130,7 @@ def _resize_height(x: Tensor, height: int) -> Tensor:
 
 def _resize_width(x: Tensor, width: int) -> Tensor:
     B, H, W, C = x.shape
-    if _same(W, width):
+    if same_length(W, width):
         return x
     matrix = _matrix(x, W, width)
     if C >= 16:
@@ -174,7 +174,7 @@ def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
     Returns:
         Maps of shape (B, height, width, C) in x's dtype.
     """
-    if _same(x.shape[1], height) and _same(x.shape[2], width):
+    if same_length(x.shape[1], height) and same_length(x.shape[2], width):
         return x
     if torch.jit.is_scripting():
         return _resize_both(x, height, width)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from raftmlp import slices
 from raftmlp.layers import ChannelMixing, RaftTokenMixing, TokenMixing
+from raftmlp.raftmlp import RaftMLPBlock
 
 MIXINGS = {
     "vertical": lambda **kw: RaftTokenMixing(12, 5, 3, False, **kw),
@@ -118,6 +120,10 @@ def test_a_layer_that_was_replaced_or_is_watched_is_called():
         def forward(self, x):
             return super().forward(x) + 1
 
+    layer.fc2.forward = lambda hidden: hidden[..., :8]  # as libraries do that move or quantise weights
+    torch.testing.assert_close(layer(x), x + F.gelu(layer.fc1(layer.norm(x)))[..., :8])
+    del layer.fc2.forward
+
     adapted = Adapted(8, 32)
     adapted.load_state_dict(layer.fc1.state_dict())
     layer.fc1 = adapted
@@ -127,10 +133,26 @@ def test_a_layer_that_was_replaced_or_is_watched_is_called():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_goes_the_plain_way(dtype):
+def test_low_precision_trains_the_plain_way(dtype):
     layer = ChannelMixing(8, dtype=dtype)
     x = torch.randn(3, 2, 2, 8, dtype=dtype)
     assert not layer._goes_in_slices(x) and torch.equal(layer(x), plainly(layer, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [2000], indirect=True)
+def test_inference_in_bfloat16(layer, budget):
+    x = torch.randn(3, 5, 7, 12, dtype=torch.float64)
+    exact = plainly(layer, x)
+    layer, x = layer.bfloat16(), x.bfloat16()
+    assert layer._goes_in_slices(x)
+    errors = [(out.double() - exact).abs().mean() for out in (layer(x), plainly(layer, x))]
+    assert errors[0] < 1.1 * errors[1]
+
+
+@torch.no_grad()
+def test_a_small_batch_has_no_slices(layer):
+    assert not layer._goes_in_slices(torch.randn(1, 5, 7, 12, dtype=torch.float64))
 
 
 def test_function_transforms_go_the_plain_way():
@@ -143,3 +165,106 @@ def test_function_transforms_go_the_plain_way():
     torch.testing.assert_close(
         derivative, (layer(x + step * t) - layer(x - step * t)) / (2 * step), rtol=1e-2, atol=1e-2
     )
+
+
+def block(**kwargs):
+    torch.manual_seed(0)
+    block = RaftMLPBlock(12, (5, 7), raft_size=3, dtype=torch.float64, **kwargs)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+def one_by_one(block, x):
+    for mixing in (*block.tokens, block.channels):
+        x = plainly(mixing, x)
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("token_mixing", ["raft", "plain"])
+def test_a_block_at_once(token_mixing, budget):
+    mixer = block(token_mixing=token_mixing)
+    x = torch.randn(3, 5, 7, 12, dtype=torch.float64)
+    before = x.clone()
+    torch.testing.assert_close(mixer(x), one_by_one(mixer, x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, before)
+    assert mixer(x[:0]).shape == (0, 5, 7, 12)
+
+
+@pytest.mark.parametrize("budget", [2000], indirect=True)
+def test_a_block_at_once_only_where_nobody_looks_between(budget):
+    mixer = block(drop_path=0.5).eval()
+    x = torch.randn(3, 5, 7, 12, dtype=torch.float64)
+    assert not mixer._mixes_at_once(x)  # gradients
+    with torch.no_grad():
+        assert mixer._mixes_at_once(x) and not mixer._mixes_at_once(x[:, :4])
+        assert not mixer.train()._mixes_at_once(x)
+        mixer.eval()
+        for module in (mixer.tokens, mixer.tokens.horizontal, mixer.channels):
+            seen = []
+            handle = module.register_forward_hook(lambda module, args, out, seen=seen: seen.extend([*args, out]))
+            out = mixer(x)
+            handle.remove()
+            torch.testing.assert_close(out, one_by_one(mixer, x))
+            assert len(seen) == 2
+            if module is not mixer.tokens:  # neither was written over
+                torch.testing.assert_close(plainly(module, seen[0]), seen[1])
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+        assert not mixer._mixes_at_once(x)
+        handle.remove()
+
+
+@pytest.mark.parametrize("budget", [2000], indirect=True)
+def test_operators_keep_what_pytorch_asks_of_them(layer, budget):
+    x = torch.randn(3, 5, 7, 12, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(3, 1, 1, 1, dtype=torch.float64)
+    if isinstance(layer, ChannelMixing):
+        x, scale = x.detach().reshape(105, 12).requires_grad_(), torch.rand(105, 1, dtype=torch.float64)
+    mixing = layer._mixing()
+    for factor in (None, scale):
+        torch.library.opcheck(torch.ops.raftmlp.mixing, (x, factor, *mixing))
+        needs = [True, False, False, True, True, False, False]
+        plain = [tensor.detach() for tensor in mixing.parameters]
+        args = (x.detach(), x.detach(), factor, plain, *mixing[1:], needs)
+        torch.library.opcheck(torch.ops.raftmlp.mixing_backward, args)
+    args = (torch.randn(3, 5, 7, 12, dtype=torch.float64), 2 * plain, 2 * mixing.layout, 2 * [mixing.eps])
+    torch.library.opcheck(torch.ops.raftmlp.mixings, args)
+
+
+def test_compiled_graphs_have_the_operators_and_exported_ones_have_not():
+    graphs = []
+    mixer, x = block(), torch.randn(2, 5, 7, 12, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    compiled(x)
+    with torch.no_grad():
+        compiled(x)
+        exported = torch.export.export(mixer, (x,))
+    ours = [
+        sorted({str(node.target) for node in graph.graph.nodes if "raftmlp." in str(node.target)}) for graph in graphs
+    ]
+    assert ours == [["raftmlp.mixing"], ["raftmlp.mixings"]]
+    assert "raftmlp" not in str(exported.graph)
+
+
+@pytest.mark.parametrize("budget", [1], indirect=True)
+def test_operations_are_counted(budget):
+    mixer = block()
+    x = torch.randn(2, 5, 7, 12, dtype=torch.float64)
+
+    def count(function, training):
+        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+            out = function()
+            if training:
+                out.sum().backward()
+        return counter.get_total_flops()
+
+    plain = count(lambda: one_by_one(mixer, x), False)
+    assert plain > 0
+    assert count(lambda: mixer(x), False) == plain
+    with torch.no_grad():
+        assert mixer._mixes_at_once(x)
+    # the backward pass computes the first product of every mixing anew
+    x.requires_grad_()
+    assert count(lambda: mixer(x), True) == 3.5 * plain == count(lambda: one_by_one(mixer, x), True) + plain / 2
