@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .resize import resize_bicubic
 from .slices import Mixing, fits_one_slice, mix_all_in_slices, mix_in_slices
@@ -24,6 +25,7 @@ __all__ = [
     "RaftTokenMixing",
     "TokenMixing",
     "can_mix_at_once",
+    "is_plain",
     "mix_at_once",
 ]
 
@@ -97,10 +99,16 @@ class MultiScalePatchEmbed(nn.Module):
         return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _is_plain(module: nn.Module, kind: type) -> bool:
-    """Return whether a call of a module does what its class says, and nobody watches."""
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not watched and "forward" not in module.__dict__
+def is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Return whether a module is of one of the kinds, does what that kind does, and has no hooks."""
+    return (
+        type(module) in kinds
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 class _ResidualMLP(nn.Module):
@@ -139,26 +147,30 @@ class _ResidualMLP(nn.Module):
         return (
             type(x) is Tensor
             and x.device.type == "cpu"
-            and _is_plain(self.norm, nn.LayerNorm)
-            and x.dtype == self.norm.weight.dtype
             and (x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and not training))
             and not _is_exporting()
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
-            and _is_plain(self.fc1, nn.Linear)
-            and _is_plain(self.fc2, nn.Linear)
+            and forward_ad._current_level < 0
+            and not torch.nn.modules.module._has_any_global_hook()
+            and is_plain(self.norm, nn.LayerNorm)
+            and is_plain(self.fc1, nn.Linear)
+            and is_plain(self.fc2, nn.Linear)
+            and is_plain(self.drop_path, nn.Identity, DropPath)
+            and all(type(p) in (Tensor, nn.Parameter) and p.dtype == x.dtype for p in self._parameters_in_order())
             # a compiled graph serves small batches and large ones; what training keeps counts at any size
             and (torch.compiler.is_compiling() or training or not fits_one_slice(x, self.mlp_ratio))
         )
 
+    def _parameters_in_order(self) -> list[Tensor]:
+        return [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
+
     def _drops(self) -> bool:
-        return self.training and not isinstance(self.drop_path, nn.Identity)
+        return self.drop_path.training and isinstance(self.drop_path, DropPath)
 
     def _mixing(self) -> Mixing:
-        layers = (self.norm, self.fc1, self.fc2)
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-        return Mixing(parameters, [self.raft_size, *self.order], self.norm.eps)
+        return Mixing(self._parameters_in_order(), [self.raft_size, *self.order], self.norm.eps)
 
     @torch.jit.unused
     def _mix_in_slices(self, x: Tensor) -> Tensor:
@@ -175,9 +187,17 @@ class _TokenMixing(_ResidualMLP):
         y = self.norm(x).reshape(B, H, W, self.raft_size, C // self.raft_size).permute(self.order)
         shape = y.shape
         y = y.flatten(1, 2).flatten(2)  # B features columns
-        y = torch.baddbmm(self.fc1.bias.unsqueeze(1), self.fc1.weight.expand(B, -1, -1), y)
-        y = torch.baddbmm(self.fc2.bias.unsqueeze(1), self.fc2.weight.expand(B, -1, -1), F.gelu(y))
+        if self._has_plain_linears():
+            y = torch.baddbmm(self.fc1.bias.unsqueeze(1), self.fc1.weight.expand(B, -1, -1), y)
+            y = torch.baddbmm(self.fc2.bias.unsqueeze(1), self.fc2.weight.expand(B, -1, -1), F.gelu(y))
+        else:  # adapters, quantised layers: they take rows
+            y = self.fc2(F.gelu(self.fc1(y.transpose(1, 2)))).transpose(1, 2)
         return y.reshape(shape).permute([self.order.index(axis) for axis in range(5)])
+
+    def _has_plain_linears(self) -> bool:
+        if not torch.jit.is_scripting():
+            return all(is_plain(fc, nn.Linear) and fc.bias is not None for fc in (self.fc1, self.fc2))
+        return True
 
 
 class RaftTokenMixing(_TokenMixing):
@@ -278,10 +298,8 @@ class ChannelMixing(_ResidualMLP):
 def can_mix_at_once(mixings: Sequence[nn.Module], x: Tensor) -> bool:
     """Return whether ``mix_at_once`` does what calls of the mixings do, and nobody wants what lies between them."""
     kinds = (RaftTokenMixing, TokenMixing, ChannelMixing)
-    return (
-        not torch.is_grad_enabled()
-        and not torch.nn.modules.module._has_any_global_hook()
-        and all(type(m) in kinds and _is_plain(m, type(m)) and m._goes_in_slices(x) and not m._drops() for m in mixings)
+    return not torch.is_grad_enabled() and all(
+        is_plain(m, *kinds) and m._goes_in_slices(x) and not m._drops() for m in mixings
     )
 
 

@@ -40,7 +40,15 @@ from .checkpoint import (
     tag_of,
     trained_as,
 )
-from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing, can_mix_at_once, mix_at_once
+from .layers import (
+    ChannelMixing,
+    MultiScalePatchEmbed,
+    RaftTokenMixing,
+    TokenMixing,
+    can_mix_at_once,
+    is_plain,
+    mix_at_once,
+)
 from .resize import resize_bicubic, same_length
 
 __all__ = ["RaftMLP", "RaftMLPBlock", "RaftMLPStage"]  # the entry points join by themselves
@@ -120,8 +128,7 @@ class RaftMLPBlock(nn.Module):
             type(x) is Tensor
             and same_length(x.shape[1], self.grid[0])
             and same_length(x.shape[2], self.grid[1])
-            and not self.tokens._forward_hooks
-            and not self.tokens._forward_pre_hooks
+            and is_plain(self.tokens, nn.Sequential)
             and can_mix_at_once((*self.tokens, self.channels), x)
         )
 

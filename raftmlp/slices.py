@@ -5,8 +5,8 @@ is more than any cache holds: a CPU then waits for memory, not for arithmetic. V
 a slice of them goes all the way before the next one starts. The backward pass does the same and computes each slice
 anew from x, which is all that is kept for it. For PyTorch a mixing is one operator, in compiled graphs too.
 
-The numbers are those of the plain operators in ``raftmlp.layers``, which serve every other device, small batches,
-TorchScript, exports and function transforms.
+The numbers are those of the plain operators in ``raftmlp.layers``, which serve every other device, small batches where
+no gradients are asked for, TorchScript, exports and function transforms.
 """
 
 import math
@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["Mixing", "fits_one_slice", "mix_all_in_slices", "mix_in_slices"]
 
@@ -101,7 +100,7 @@ class _TokenMLP:
     def _arrange(self, x: Tensor) -> tuple[list[int], list[int]]:
         """Return a shape of six axes to view x in, and the order of axes (B, N0, F1, F2, N1, N2) that gathers columns.
 
-        The longer axis of columns is split, N0 x N1, so that a product has COLUMNS columns or less where that can be.
+        The outer axis of columns is split, N0 x N1, so that a product has COLUMNS columns or less where that can be.
         """
         B, H, W, C = x.shape
         shape = [B, H, W, self.raft_size, C // self.raft_size]
@@ -244,7 +243,7 @@ def _mixing_backward(grad_out, x, scale, parameters, layout, eps, needs):
     needs_x, needs_norm, needs_first, needs_second = needs[0], any(needs[1:3]), any(needs[3:5]), any(needs[5:7])
     before_gelu = needs_x or needs_norm or needs_first
     grad_x = torch.empty_like(x) if needs_x else None
-    grads = [torch.zeros_like(parameter) for parameter in parameters]
+    grads = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
     for part in mlp.slices(x):
         grad = grad_out[part]
         normed, mean, rstd = torch.native_layer_norm(x[part], x.shape[-1:], norm_weight, norm_bias, eps)
@@ -280,27 +279,6 @@ def _(grad_out, x, scale, parameters, layout, eps, needs):
     ]
 
 
-@register_flop_formula(torch.ops.raftmlp.mixing)
-def _(x, scale, parameters, *args, **kwargs) -> int:
-    return 2 * _products(x, parameters)
-
-
-@register_flop_formula(torch.ops.raftmlp.mixings)
-def _(x, parameters, *args, **kwargs) -> int:
-    return sum(2 * _products(x, parameters[i : i + 6]) for i in range(0, len(parameters), 6))
-
-
-@register_flop_formula(torch.ops.raftmlp.mixing_backward)
-def _(grad_out, x, scale, parameters, layout, eps, needs, **kwargs) -> int:
-    to_vectors, to_first, to_second = any(needs[:3]), any(needs[3:5]), any(needs[5:7])
-    return (1 + to_second + (to_vectors or to_first) + to_first + to_vectors) * _products(x, parameters)
-
-
-def _products(x: torch.Size, parameters: list[torch.Size]) -> int:
-    """Return the floating-point operations of one of the two products, a multiplication as two, from shapes."""
-    return 2 * math.prod(x) * parameters[2][0]  # a number of the stream meets every hidden unit of its vector
-
-
 def _add(sums, parts) -> None:
     for total, part in zip(sums, parts):
         total += part
@@ -326,6 +304,8 @@ _mixing.register_autograd(_gradients, setup_context=_keep)
 
 
 def _plain_gradients(grad_out, x, scale, parameters, layout, eps, needs) -> list[Tensor | None]:
+    # views: x may hang on the parameters, and they on each other, and what is asked for are the partial derivatives
+    x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
     norm_weight, norm_bias, weight1, bias1, weight2, bias2 = parameters
     y = F.layer_norm(x.contiguous(), x.shape[-1:], norm_weight, norm_bias, eps)
     if _of_channels(layout):
