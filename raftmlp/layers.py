@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as all_modules
 
 from .resize import resize_bicubic
 from .slices import Mixing, fits_one_slice, mix_all_in_slices, mix_in_slices
@@ -101,14 +102,17 @@ class MultiScalePatchEmbed(nn.Module):
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
     """Return whether a module is of one of the kinds, does what that kind does, and has no hooks."""
-    return (
-        type(module) in kinds
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+    watched = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
     )
+    return type(module) in kinds and "forward" not in module.__dict__ and not watched
 
 
 class _ResidualMLP(nn.Module):
@@ -153,7 +157,6 @@ class _ResidualMLP(nn.Module):
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
-            and not torch.nn.modules.module._has_any_global_hook()
             and is_plain(self.norm, nn.LayerNorm)
             and is_plain(self.fc1, nn.Linear)
             and is_plain(self.fc2, nn.Linear)

@@ -73,7 +73,9 @@ def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
 
 
 # torch 2.6 cannot trace the question, which came with guard_or_false; it gets a graph for every answer
-_known_true = symbolic_shapes.statically_known_true if hasattr(symbolic_shapes, "guard_or_false") else bool
+_known_true = (
+    symbolic_shapes.statically_known_true if hasattr(symbolic_shapes, "guard_or_false") else lambda answer: answer
+)
 
 
 def same_length(size: int, other: int) -> bool:

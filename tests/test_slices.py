@@ -318,7 +318,10 @@ def test_compiled_graphs_have_the_operators_and_exported_ones_have_not():
     ours = [
         sorted({str(node.target) for node in graph.graph.nodes if "raftmlp." in str(node.target)}) for graph in graphs
     ]
-    assert ours == [["raftmlp.mixing"], ["raftmlp.mixings"]]
+    if hasattr(torch.compiler, "is_exporting"):
+        assert ours == [["raftmlp.mixing"], ["raftmlp.mixings"]]
+    else:  # torch 2.6, which does not tell an export from a compilation
+        assert ours == [[], []]
     assert "raftmlp" not in str(exported.graph)
 
 
