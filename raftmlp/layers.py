@@ -154,6 +154,8 @@ class _ResidualMLP(nn.Module):
             and (x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and not training))
             and not _is_exporting()
             and not torch.jit.is_tracing()
+            # a compiled graph serves small batches and large ones; what training keeps counts at any size
+            and (torch.compiler.is_compiling() or training or not fits_one_slice(x, self.mlp_ratio))
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
@@ -162,8 +164,6 @@ class _ResidualMLP(nn.Module):
             and is_plain(self.fc2, nn.Linear)
             and is_plain(self.drop_path, nn.Identity, DropPath)
             and all(type(p) in (Tensor, nn.Parameter) and p.dtype == x.dtype for p in self._parameters_in_order())
-            # a compiled graph serves small batches and large ones; what training keeps counts at any size
-            and (torch.compiler.is_compiling() or training or not fits_one_slice(x, self.mlp_ratio))
         )
 
     def _parameters_in_order(self) -> list[Tensor]:

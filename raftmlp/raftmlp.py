@@ -116,7 +116,7 @@ class RaftMLPBlock(nn.Module):
         H, W = x.shape[1], x.shape[2]
         if not torch.jit.is_scripting():
             if self._mixes_at_once(x):
-                return self._mix_at_once(x)
+                return mix_at_once((*self.tokens, self.channels), x)
         x = resize_bicubic(x, self.grid[0], self.grid[1])
         x = self.tokens(x)
         x = resize_bicubic(x, H, W)
@@ -131,10 +131,6 @@ class RaftMLPBlock(nn.Module):
             and is_plain(self.tokens, nn.Sequential)
             and can_mix_at_once((*self.tokens, self.channels), x)
         )
-
-    @torch.jit.unused
-    def _mix_at_once(self, x: Tensor) -> Tensor:
-        return mix_at_once((*self.tokens, self.channels), x)
 
 
 class RaftMLPStage(nn.Module):

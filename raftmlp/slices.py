@@ -71,9 +71,7 @@ class _ChannelMLP:
         """Return the gradients of the first product's weight and bias."""
         return torch.mm(grad.t(), vectors), grad.sum(0)
 
-    def second_gradients(self, grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the second product's weight and bias."""
-        return torch.mm(grad.t(), hidden), grad.sum(0)
+    second_gradients = first_gradients
 
 
 class _TokenMLP:

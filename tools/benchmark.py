@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -197,10 +196,8 @@ class Meter:
 
         Those of the backward pass are counted as twice the forward pass's.
         """
-        # on tensors without numbers, where no operator of ours holds products that cannot be seen
-        plain, images = deepcopy(self.plain).to("meta", self.dtype), self.images.to("meta", self.dtype)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, _ProductTraffic() as traffic:
-            plain(images)
+        with torch.no_grad(), self.autocast, FlopCounterMode(display=False) as counter, _ProductTraffic() as traffic:
+            self.plain(self.images)
         times = 3 if self.training else 1
         return times * counter.get_total_flops() // 2, times * traffic.bytes
 
