@@ -32,14 +32,6 @@ from timm.models import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import (
-    adapt_state_dict,
-    checkpoint_filter_fn,
-    find_pretrained,
-    resample_grid,
-    tag_of,
-    trained_as,
-)
 from .layers import (
     ChannelMixing,
     MultiScalePatchEmbed,
@@ -49,7 +41,9 @@ from .layers import (
     is_plain,
     mix_at_once,
 )
+from .regrid import resample_grid
 from .resize import resize_bicubic, same_length
+from .weights import adapt_state_dict, checkpoint_filter_fn, find_pretrained, read_description, tag_of
 
 __all__ = ["RaftMLP", "RaftMLPBlock", "RaftMLPStage"]  # the entry points join by themselves
 
@@ -558,7 +552,7 @@ def pretrained_file(variant: str, tag: str | None = None) -> Path:
 def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
     """Return what a file in a checkpoint folder changes in the variant's pretrained_cfg."""
     path = pretrained_file(variant, tag)
-    return {**trained_as(path).get("pretrained_cfg", {}), "file": str(path), "tag": tag_of(path)}
+    return {**read_description(path).get("pretrained_cfg", {}), "file": str(path), "tag": tag_of(path)}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share."""
+"""What the tests share: commands run in this process, one thread for a test process of several."""
 
 import os
 import sys
@@ -9,24 +9,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; to
 import pytest
 import torch
 
-import cli
+from raftmlp.commands import console
 
 
 @pytest.fixture
-def run_tool(monkeypatch, capsys, tmp_path):
-    """Run a script's main in this process, in an empty folder; returns its exit status and its two outputs."""
+def run_command(monkeypatch, capsys, tmp_path):
+    """Run a command's main in this process, in an empty folder; returns its exit status and its two outputs."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more cost more than they bring for networks as small as these
 
-    def run(tool, *args):
-        monkeypatch.setattr(sys, "argv", [f"tools/{tool.__name__}.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(tool.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+    def run(command, *args):
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
+        monkeypatch.setattr(sys, "argv", [f"raftmlp {name}", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            console.run(command.main)
+        return end.value.code or 0, *capsys.readouterr()
 
     yield run
     torch.set_num_threads(threads)

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..errors import MissingPackageError, UserError
+
 __all__ = ["Digits"]
 
 
@@ -24,8 +26,8 @@ class Digits(Dataset):
         transform: What is done to every image.
 
     Raises:
-        ValueError: If there is no such split.
-        ImportError: If scikit-learn is not installed.
+        UserError: If there is no such split.
+        MissingPackageError: If scikit-learn is not installed.
     """
 
     size = 32
@@ -33,12 +35,12 @@ class Digits(Dataset):
 
     def __init__(self, split: str = "train", transform: Callable | None = None):
         if split not in ("train", "validation", "val", "test"):
-            raise ValueError(f"the digits have no split {split!r}: take 'train' or 'validation'")
+            raise UserError(f"the digits have no split {split!r}: take 'train' or 'validation'")
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError as error:
-            raise ImportError("the digits come with scikit-learn: pip install 'raftmlp[demo]'") from error
+            raise MissingPackageError("the digits come with scikit-learn: pip install 'raftmlp[demo]'") from error
         pixels, labels = load_digits(return_X_y=True)
         parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         part = parts[0] if split == "train" else parts[1]

@@ -6,6 +6,8 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
+from ..errors import MissingFileError, UserError
+
 __all__ = ["INaturalist", "create_transfer_dataset"]
 
 TRAIN, EVALUATION = ("train", "training"), ("val", "valid", "validation", "test")
@@ -22,15 +24,15 @@ class INaturalist(Dataset):
         split: "train" or "validation".
 
     Raises:
-        FileNotFoundError: If the list of images is missing.
-        ValueError: If there is no such split, or the list is damaged.
+        MissingFileError: If the list of images is missing.
+        UserError: If there is no such split, or the list is damaged.
     """
 
     def __init__(self, root: str | Path, year: int, split: str = "train"):
         self.root = Path(root)
         path = self.root / f"{'train' if _is_training(split) else 'val'}{year}.json"
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: it comes with iNaturalist {year} and lists its images")
+            raise MissingFileError(f"no {path}: it comes with iNaturalist {year} and lists its images")
         try:
             content = json.loads(path.read_text())
             names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -38,7 +40,7 @@ class INaturalist(Dataset):
             categories = sorted(content.get("categories", []), key=lambda category: category["id"])
             self.classes = tuple(str(category["name"]) for category in categories)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no list of iNaturalist's images: {error!r}") from error
+            raise UserError(f"{path} is no list of iNaturalist's images: {error!r}") from error
         self.transform = None
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ def create_transfer_dataset(name: str, root: str, split: str, download: bool = F
         download: Let torchvision fetch it, where it can.
 
     Raises:
-        ValueError: If there is no such split or year.
+        UserError: If there is no such split or year.
     """
     if name == "torch/flowers102":
         from torchvision.datasets import Flowers102
@@ -80,12 +82,12 @@ def create_transfer_dataset(name: str, root: str, split: str, download: bool = F
         return StanfordCars(root, "train" if _is_training(split) else "test", download=download)
     if name.startswith("inat/"):
         if name not in ("inat/2018", "inat/2019"):
-            raise ValueError(f"unknown data set {name!r}: take 'inat/2018' or 'inat/2019'")
+            raise UserError(f"unknown data set {name!r}: take 'inat/2018' or 'inat/2019'")
         return INaturalist(root, int(name[-4:]), split)
     return None
 
 
 def _is_training(split: str) -> bool:
     if split not in (*TRAIN, *EVALUATION):
-        raise ValueError(f"no split {split!r}: take 'train' or 'validation'")
+        raise UserError(f"no split {split!r}: take 'train' or 'validation'")
     return split in TRAIN

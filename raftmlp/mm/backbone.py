@@ -19,16 +19,17 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .checkpoint import (
+from ..raftmlp import RaftMLP, pretrained_file
+from ..weights import (
     adapt_state_dict,
     checkpoint_filter_fn,
     describe_differences,
     load_state_dict,
+    read_description,
     shapes,
     summary,
-    trained_as,
 )
-from .raftmlp import RaftMLP, pretrained_file
+from .stand_ins import STAND_INS
 
 __all__ = ["RaftMLPBackbone"]
 
@@ -148,7 +149,7 @@ class RaftMLPBackbone(BaseModule):
         self.is_init = True
 
     def _load(self, path: Path) -> None:
-        told, state = trained_as(path), load_state_dict(path)
+        told, state = read_description(path, STAND_INS), load_state_dict(path, STAND_INS)
         norms = {key: state.pop(key) for key in list(state) if key.startswith("norms.")}
         whole = _create(**self._network, device="meta")  # the network before it was pruned
         if "input_size" in told.get("pretrained_cfg", {}):  # the file tells the size of its trained grid

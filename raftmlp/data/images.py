@@ -1,0 +1,228 @@
+"""Images of a data set as a model takes them: how they are prepared, and batches to evaluate on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from timm.data import create_loader, create_transform, resolve_data_config
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..errors import UserError
+from ..settings import Number, Settings, option
+from .datasets import class_names, create_dataset
+from .workers import default_workers, ignore_signals
+
+__all__ = [
+    "UNREADABLE",
+    "DataSettings",
+    "EvaluationImages",
+    "ImageSettings",
+    "check_classes",
+    "data_config",
+    "evaluation_loader",
+    "file_name",
+    "image_count",
+    "read_image",
+]
+
+UNREADABLE = -1  # the class of an image that cannot be read, in evaluation
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+@dataclass(kw_only=True)
+class ImageSettings(Settings):
+    """How images are prepared."""
+
+    title = "images"
+    interpolation: str | None = option(
+        None, "resizing of images (default: the model's)", choices=INTERPOLATIONS, metavar="NAME"
+    )
+    crop_pct: float | None = option(
+        None, "share of the resized image in the crop (default: the model's)", type=Number(float, 0.01, 1), metavar="X"
+    )
+    mean: Sequence[float] | None = option(
+        None, "mean of the pixels (default: the model's)", type=Number(float, 0), nargs="+", metavar="X"
+    )
+    std: Sequence[float] | None = option(
+        None, "deviation of the pixels (default: the model's)", type=Number(float, 1e-6), nargs="+", metavar="X"
+    )
+
+
+@dataclass(kw_only=True)
+class DataSettings(Settings):
+    """Which data, and how they are loaded."""
+
+    title = "data"
+    data_dir: str | None = option(
+        None, "folder of the data set: of images as SPLIT/CLASS/IMAGE, of SPLIT.tar, ...", metavar="DIR"
+    )
+    dataset: str = option(
+        "",
+        "'digits' (embedded); torch/cifar10, torch/flowers102, ... (torchvision's); inat/2018; hfds/NAME; wds/; or "
+        "another of timm's; empty for a folder of images or tar files",
+        metavar="NAME",
+    )
+    dataset_download: bool = option(False, "let torchvision fetch the data set", action="store_true")
+    val_split: str = option("validation", "split to evaluate on", metavar="NAME")
+    batch_size: int = option(128, "images a batch and process", type=Number(int, 1), short="-b", metavar="N")
+    workers: int = option(
+        factory=default_workers,
+        help="processes that load images, for each process that trains; 0 to load them in this one",
+        type=Number(int, 0, 256),
+        short="-j",
+        metavar="N",
+    )
+
+    @property
+    def description(self) -> str:
+        """The data set in words."""
+        return self.dataset or self.data_dir or ""
+
+    def create(self, split: str, is_training: bool = False, seed: int = 42) -> Dataset:
+        """Return a split of the data set.
+
+        Raises:
+            UserError: If there is no such data set or split, or no image in it.
+        """
+        return create_dataset(
+            self.dataset,
+            self.data_dir,
+            split,
+            is_training=is_training,
+            batch_size=self.batch_size,
+            download=self.dataset_download,
+            seed=seed,
+        )
+
+
+def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int] | None = None) -> dict:
+    """Return how images are prepared for a model: timm's data config of it, with the settings in place of its values.
+
+    Args:
+        settings: What is changed.
+        model: The model; its ``pretrained_cfg`` has the defaults.
+        size: Height and width of the images in pixels; None takes the model's.
+
+    Returns:
+        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean and std.
+
+    Raises:
+        UserError: If the model takes other than 1 or 3 channels, or the settings do not fit them.
+    """
+    config = resolve_data_config(dict(interpolation=settings.interpolation, crop_pct=settings.crop_pct), model=model)
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    config["input_size"] = (channels, *(size or config["input_size"][-2:]))
+    if channels not in (1, 3):
+        raise UserError(f"images have 1 or 3 channels, the model takes {channels}")
+    for name in ("mean", "std"):
+        given = getattr(settings, name)
+        values = tuple(given or config[name])
+        if given and len(values) not in (1, channels):
+            raise UserError(f"--{name} takes 1 or {channels} numbers, not {len(values)}")
+        config[name] = values * channels if len(values) == 1 else values
+        if len(values) == 3 and channels == 1:
+            config[name] = (sum(values) / 3,)
+    return config
+
+
+def check_classes(dataset: Dataset, model: nn.Module) -> None:
+    """Refuse to train on more classes than the model has.
+
+    Raises:
+        UserError: If the data has more.
+    """
+    names = class_names(dataset)
+    if names and len(names) > model.num_classes:
+        raise UserError(f"the data has {len(names)} classes, the model {model.num_classes}")
+
+
+def image_count(dataset: Dataset) -> int:
+    """Return the number of images, those of all processes."""
+    reader = getattr(dataset, "reader", None)
+    return getattr(reader, "num_samples", None) or len(dataset)  # a stream's length is this process's share
+
+
+def file_name(dataset: Dataset, index: int) -> str:
+    """Return the file of an image, or its number where the data set knows no files."""
+    try:
+        return dataset.filename(index, absolute=True)
+    except Exception:  # data sets of torchvision and of Hugging Face name no files
+        return f"image {index}"
+
+
+def read_image(dataset: Dataset, index: int, channels: int) -> tuple[Image.Image, int]:
+    """Return one image of a data set, decoded, with 1 or 3 channels, and its class.
+
+    Raises:
+        Exception: Of any kind, as PIL does on bytes that are no image.
+    """
+    reader = getattr(dataset, "reader", None)
+    if reader is None:
+        image, target = dataset[index][:2]
+    else:  # not through timm's ImageDataset, which takes another image in place of a damaged one
+        file, target = reader[index][:2]
+        image = Image.open(file)
+    return image.convert(pil_mode(channels)), int(target)
+
+
+def pil_mode(channels: int) -> str:
+    """Return PIL's mode of images with 1 or 3 channels."""
+    return "L" if channels == 1 else "RGB"
+
+
+class EvaluationImages(Dataset):
+    """The images of a data set as uint8 tensors (C, H, W); one that cannot be read is black, its class UNREADABLE.
+
+    Args:
+        dataset: Any data set of images and classes.
+        indices: The ones to take, in their order.
+        transform: Makes a tensor of an image.
+        shape: Shape (C, H, W) of the tensors.
+    """
+
+    def __init__(self, dataset: Dataset, indices: range, transform, shape: tuple[int, int, int]):
+        self.dataset, self.indices, self.transform, self.shape = dataset, indices, transform, shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int):
+        try:
+            image, target = read_image(self.dataset, self.indices[i], self.shape[0])
+        except Exception:  # PIL raises anything on bytes that are no image
+            return torch.zeros(self.shape, dtype=torch.uint8), UNREADABLE
+        return self.transform(image), target
+
+
+def evaluation_loader(
+    dataset: Dataset,
+    config: dict,
+    device: torch.device,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+):
+    """Return batches of normalised images (B, C, H, W) and classes (B,), in the data set's order, every image once.
+
+    Args:
+        dataset: Any data set of images and classes.
+        config: How images are prepared, see ``data_config``.
+        device: Where the batches go.
+        batch_size: Images a batch.
+        workers: Processes that load images; 0 to load them in this one.
+        rank: Number of this process, which gets the images rank, rank + world_size, ...
+        world_size: Number of processes.
+    """
+    shape = config["input_size"]
+    common = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False)
+    preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
+    if isinstance(dataset, IterableDataset):  # its reader shares the images out
+        return create_loader(dataset, shape, batch_size, device=device, **preparation, **common)
+    transform = create_transform(shape, use_prefetcher=True, **preparation)
+    images = EvaluationImages(dataset, range(rank, len(dataset), world_size), transform, shape)
+    loader = DataLoader(images, batch_size, collate_fn=fast_collate, worker_init_fn=ignore_signals, **common)
+    return PrefetchLoader(loader, config["mean"], config["std"], channels=shape[0], device=device)

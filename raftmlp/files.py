@@ -1,0 +1,63 @@
+"""Files and folders that are complete or absent: they are written beside their place, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["new_file", "new_folder", "save_figure", "write_bytes", "write_text"]
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary file in path's folder to write; it becomes path at the end, or goes if an error is raised.
+
+    The content is on the disk when the context ends.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside path to fill; it becomes path at the end, or goes if an error is raised."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a complete file."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a complete text file in UTF-8; parts of file names that are no Unicode are escaped."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def save_figure(figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a matplotlib figure as a complete file; the suffix names the format."""
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=Path(path).suffix[1:])

@@ -1,0 +1,37 @@
+"""Image sizes, as (height, width) in pixels and in words: "224", "800x1333"."""
+
+import re
+from collections.abc import Sequence
+
+from .errors import UserError
+
+__all__ = ["as_size", "parse_size", "size_name"]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return height and width for "N" or "HEIGHTxWIDTH".
+
+    Raises:
+        UserError: If it is neither.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise UserError(f"{text!r} must be a number of pixels or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def as_size(values: Sequence[int]) -> tuple[int, int]:
+    """Return height and width for one number or two.
+
+    Raises:
+        UserError: If it is another count of numbers.
+    """
+    if not 1 <= len(values) <= 2:
+        raise UserError(f"--img-size takes one number of pixels, or height and width, not {list(values)}")
+    return values[0], values[-1]
+
+
+def size_name(size: Sequence[int]) -> str:
+    """Return (height, width) in words."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"

@@ -1,0 +1,79 @@
+"""Several processes that train together, started by torchrun or SLURM; a single one is the case of one."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
+
+from ..device import find_device
+from ..errors import UserError, first_words
+
+__all__ = ["Processes", "end_processes", "is_first_process", "start_processes"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together: its device, its number, how many there are."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process, or the only one."""
+        return self.rank == 0
+
+    def on_first(self, function: Callable, *args: Any) -> Any:
+        """Return in all processes what a function returns in the first, or raise its UserError in all."""
+        value = message = None
+        if self.is_first:
+            try:
+                value = function(*args)
+            except UserError as error:
+                message = str(error)
+        if self.world_size > 1:
+            result = [value, message]
+            torch.distributed.broadcast_object_list(result)
+            value, message = result
+        if message is not None:
+            raise UserError(message, shared=True)
+        return value
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that a launcher started, or the only one."""
+    return world_info_from_env()[1] == 0
+
+
+def start_processes(device: str | None) -> Processes:
+    """Join the processes that torchrun or SLURM started, if any: NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        device: Name of the device; of "cuda", each process takes one of its own. None is for a GPU where there is one.
+
+    Raises:
+        UserError: If there is no such device, or the processes do not connect.
+    """
+    if not is_distributed_env():
+        return Processes(find_device(device))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        name = f"cuda:{world_info_from_env()[0]}"
+    device = find_device(name)
+    try:
+        joined = init_distributed_device_so(device.type)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot connect: {first_words(error)}") from error
+    return Processes(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
+
+
+def end_processes() -> None:
+    """Wait until all processes are done: one that ends while others still work or talk to it may take them down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        time.sleep(1)  # gloo's threads need the GIL to release their last work, and abort where Python has ended
+        torch.distributed.destroy_process_group()
