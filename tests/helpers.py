@@ -41,3 +41,9 @@ def make_image_folder(root, train=12, val=6, suffix=".png"):
                 pixels = rng.integers(low, low + 128, (30 + i, 45, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}{suffix}")
     return root
+
+
+def same_weights(a, b):
+    """Return whether two models have the same keys and bit-equal weights."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

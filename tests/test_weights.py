@@ -1,0 +1,161 @@
+"""Weights: safe reading, complete writing, what a checkpoint holds, pretrained=True."""
+
+import argparse
+import hashlib
+import json
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import raftmlp
+from helpers import ROOT, same_weights
+from raftmlp.weights import find_pretrained, load_state_dict, read_metadata, save_state_dict, unwrap
+
+SMALL = dict(embed_dims=(8, 12, 16, 20))
+
+
+@pytest.fixture
+def digits():
+    torch.manual_seed(0)
+    return timm.create_model("raftmlp_digits", num_classes=10, **SMALL).eval()
+
+
+def test_unwrap():
+    weight = torch.ones(2)
+    for state in (
+        {"a": weight},
+        {"model": {"a": weight}, "optimizer": {}},
+        {"state_dict": {"module.a": weight}},
+        {"state_dict": {"a": weight * 0}, "state_dict_ema": {"a": weight}},
+        {"_orig_mod.a": weight},
+        {"_orig_mod.module.a": weight},
+        {"state_dict": {"backbone.a": weight, "head.b": weight}},
+    ):
+        unwrapped = unwrap(state)
+        assert list(unwrapped) == ["a"]
+        assert torch.equal(unwrapped["a"], weight)
+
+
+def test_save_and_load(digits, tmp_path):
+    file = tmp_path / "new" / "folder" / "x.safetensors"
+    save_state_dict(digits.state_dict(), file, dict(model="raftmlp_digits"))
+    assert read_metadata(file)["model"] == "raftmlp_digits"
+    state = load_state_dict(file)
+    assert all(torch.equal(state[key], value) for key, value in digits.state_dict().items())
+    assert [p.name for p in file.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(digits, tmp_path, monkeypatch):
+    file = tmp_path / "x.safetensors"
+    save_state_dict({"a": torch.ones(1)}, file)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        save_state_dict(digits.state_dict(), file)
+    assert list(load_state_dict(file)) == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_checkpoints_of_timms_training_script(tmp_path):
+    options = argparse.Namespace(model="raftmlp_s", lr=1e-3)
+    torch.save({"state_dict": {"a": torch.ones(1)}, "args": options, "arch": "raftmlp_s"}, tmp_path / "timm.pth.tar")
+    assert list(load_state_dict(tmp_path / "timm.pth.tar")) == ["a"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code from a file ran",))
+
+
+def test_bad_files(tmp_path, capfd):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing.pth"):
+        load_state_dict(tmp_path / "missing.pth")
+    bad = {}
+    for suffix in ("pth", "safetensors"):
+        bad[f"garbage.{suffix}"] = b"this is no checkpoint"
+        bad[f"empty.{suffix}"] = b""
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
+    bad["cut.pth"] = (tmp_path / "whole.pth").read_bytes()[:2000]
+    whole = safetensors.torch.save({"a": torch.zeros(1000)})
+    bad["cut.safetensors"] = whole[:2000]
+    bad["evil.pth"] = pickle.dumps(Evil())
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged") as caught:
+            load_state_dict(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    torch.save({"a": Evil()}, tmp_path / "evil_zip.pth")
+    with pytest.raises(ValueError, match="more than tensors"):
+        load_state_dict(tmp_path / "evil_zip.pth")
+    for content in ({"epoch": 3}, [1, 2], torch.zeros(3)):
+        torch.save(content, tmp_path / "nothing.pth")
+        with pytest.raises(ValueError, match="holds no weights"):
+            load_state_dict(tmp_path / "nothing.pth")
+    assert "code from a file ran" not in "".join(capfd.readouterr())
+
+
+# pretrained=True
+
+
+def test_shipped_digits_model():
+    model = timm.create_model("raftmlp_digits", pretrained=True)
+    assert model.num_classes == 10
+    assert model.pretrained_cfg["tag"] == "sklearn"
+    assert "raftmlp_digits.sklearn" in timm.list_models("raftmlp*", pretrained=True)
+    assert same_weights(model, timm.create_model("raftmlp_digits.sklearn", pretrained=True))
+    timm.create_model("raftmlp_digits", pretrained=True, in_chans=1, num_classes=5, img_size=48)
+    timm.create_model("raftmlp_digits", pretrained=True, num_classes=0)
+    timm.create_model("raftmlp_digits", pretrained=True, features_only=True)
+
+
+def test_folder_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"raftmlp_s\.TAG\.safetensors.*published none.*tools/train\.py"):
+        timm.create_model("raftmlp_s", pretrained=True)
+
+    torch.manual_seed(0)
+    made = timm.create_model("raftmlp_s", num_classes=5, img_size=192)
+    cfg = json.dumps(dict(num_classes=5, input_size=(3, 192, 192), mean=(0.1, 0.2, 0.3)))
+    save_state_dict(made.state_dict(), tmp_path / "raftmlp_s.mine.safetensors", dict(pretrained_cfg=cfg))
+    for name in ("raftmlp_s", "raftmlp_s.mine"):
+        model = timm.create_model(name, pretrained=True)
+        assert same_weights(model, made)
+        assert model.pretrained_cfg["tag"] == "mine"
+        assert tuple(model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
+        assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 192, 192)
+    assert timm.create_model("raftmlp_s", pretrained=True, img_size=224).img_size == (224, 224)
+
+    cfg = timm.models.PretrainedCfg(file=str(tmp_path / "raftmlp_s.mine.safetensors"), num_classes=5, classifier="head")
+    assert same_weights(timm.create_model("raftmlp_s", pretrained=True, pretrained_cfg=cfg, img_size=192), made)
+    (tmp_path / "raftmlp_s.cut.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="cut.safetensors is damaged"):
+        timm.create_model("raftmlp_s.cut", pretrained=True)
+    (tmp_path / "raftmlp_s.cut.safetensors").unlink()
+
+    with pytest.raises(FileNotFoundError, match=r"raftmlp_s\.other\.safetensors"):
+        timm.create_model("raftmlp_s.other", pretrained=True)
+    save_state_dict(made.state_dict(), tmp_path / "raftmlp_s.yours.safetensors")
+    with pytest.raises(ValueError, match=r"several raftmlp_s checkpoints.*mine, yours"):
+        find_pretrained("raftmlp_s")
+    assert find_pretrained("raftmlp_s", "yours").name == "raftmlp_s.yours.safetensors"
+
+
+def test_hub_style_folder(digits, tmp_path):
+    # what timm writes for the Hugging Face hub, it reads back
+    digits = timm.create_model("raftmlp_digits", num_classes=4, img_size=24)
+    timm.models.save_for_hf(digits, str(tmp_path))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert same_weights(digits, again)
+    assert isinstance(again, raftmlp.RaftMLP)
+
+
+def test_shipped_files_are_listed_with_their_checksum():
+    folder = ROOT / "checkpoints"
+    table = (folder / "README.md").read_text()
+    shipped = list(folder.glob("*.safetensors"))
+    assert shipped
+    for file in shipped:
+        assert f"| {file.name} |" in table
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in table
