@@ -1,0 +1,115 @@
+"""The console command: its list, its errors in one line, what it shows of the package's log."""
+
+import errno
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from raftmlp import __version__
+from raftmlp.commands import console
+from raftmlp.commands.main import COMMANDS, NAMES, main
+from raftmlp.errors import MissingFileError, UserError
+
+
+def command(function):
+    return SimpleNamespace(__name__="raftmlp.commands.some", main=function)
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return command(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (UserError("a is 3, allowed is 4"), 2, "raftmlp some: error: a is 3, allowed is 4\n"),
+        (MissingFileError("no x"), 2, "raftmlp some: error: no x\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "raftmlp some: error: [Errno 28] No space left on device\n",
+        ),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (SystemExit(7), 7, ""),
+    ],
+)
+def test_errors_of_users_are_one_line(run_command, error, status, shown):
+    assert run_command(raising(error)) == (status, "", shown)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), OSError(errno.EBADF, "bug")])
+def test_errors_of_ours_are_raised(error, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["raftmlp some"])
+    with pytest.raises(type(error), match="bug"):
+        console.run(raising(error).main)
+
+
+def test_what_the_package_logs_is_shown(run_command):
+    log = logging.getLogger("raftmlp.some.module")
+
+    def main():
+        log.debug("hidden")
+        log.info("a line")
+        log.warning("a note")
+
+    assert run_command(command(main)) == (0, "a line\n", "a note\n")
+
+
+def test_of_several_processes_the_first_speaks(run_command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command(command(lambda: console.say("a line"))) == (0, "", "")
+    assert run_command(raising(UserError("wrong"))) == (2, "", "")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert run_command(raising(UserError("wrong"))) == (2, "", "raftmlp some: error: [process 1] wrong\n")
+    assert run_command(raising(UserError("wrong", shared=True))) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["raftmlp train", "-c", "a b.yaml"], "raftmlp train -c 'a b.yaml'"),
+        (["tools/train.py", "--lr", "1"], "python tools/train.py --lr 1"),
+    ],
+)
+def test_command_line(monkeypatch, argv, line):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert console.command_line() == line
+
+
+def test_the_list_of_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["raftmlp", "--help"])
+    main()
+    text = capsys.readouterr().out
+    for title, commands in COMMANDS.items():
+        assert f"\n{title}:\n" in text
+        assert all(f"\n  {name} " in text for name in commands)
+    monkeypatch.setattr(sys, "argv", ["raftmlp", "--version"])
+    main()
+    assert capsys.readouterr().out == f"raftmlp {__version__}\n"
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train"), ("xyz", f"are {', '.join(NAMES)}")])
+def test_an_unknown_command(monkeypatch, capsys, name, hint):
+    monkeypatch.setattr(sys, "argv", ["raftmlp", name])
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and f"unknown command '{name}'" in error and hint in error
+
+
+@pytest.mark.parametrize("start", [["-m", "raftmlp"], ["-m", "raftmlp.commands.convert"]])
+def test_a_command_in_a_process_of_its_own(start):
+    command = ["convert"] if start[-1] == "raftmlp" else []
+    done = subprocess.run(
+        [sys.executable, *start, *command, "missing.pth", "x.safetensors"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.endswith(": error: no checkpoint at missing.pth\n") and done.stderr.count("\n") == 1
