@@ -108,8 +108,7 @@ def test_an_unknown_command(monkeypatch, capsys, name, hint):
 @pytest.mark.parametrize("start", [["-m", "raftmlp"], ["-m", "raftmlp.commands.convert"]])
 def test_a_command_in_a_process_of_its_own(start):
     command = ["convert"] if start[-1] == "raftmlp" else []
-    done = subprocess.run(
-        [sys.executable, *start, *command, "missing.pth", "x.safetensors"], capture_output=True, text=True
-    )
+    line = [sys.executable, *start, *command, "missing.pth", "x.safetensors"]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.endswith(": error: no checkpoint at missing.pth\n") and done.stderr.count("\n") == 1

@@ -1,0 +1,81 @@
+"""The package as pip installs it: built from a copy of the checkout, used in an empty folder without one."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from helpers import ROOT, TINY_MODEL
+from raftmlp.commands.main import NAMES
+
+FOLDERS, FILES = ("checkpoints", "configs", "raftmlp"), ("LICENSE", "README.md", "pyproject.toml")
+
+
+def run(*command, **kwargs):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the sdist and the wheel."""
+    copy, folder = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, copy)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The folder that the wheel is installed into, and how to run Python with it."""
+    folder = tmp_path_factory.mktemp("installed")
+    (wheel,) = built.glob("*.whl")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    empty = tmp_path_factory.mktemp("empty")
+    return folder, lambda *command: run(sys.executable, *command, env=environment, cwd=empty)
+
+
+def test_the_archives_are_whole(built):
+    run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir())
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    inside = {path.relative_to(ROOT) for path in (ROOT / "raftmlp").rglob("*.py")}
+    shipped = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "configs").rglob("*.py")]
+    shipped += (ROOT / "checkpoints").glob("raftmlp_*")
+    inside |= {"raftmlp" / path.relative_to(ROOT) for path in shipped}
+    assert len(inside) > 60 and "raftmlp/py.typed" in files
+    assert {path.as_posix() for path in inside} <= files
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"configs/imagenet/raftmlp_s.yaml", "checkpoints/raftmlp_digits.sklearn.safetensors"} <= names
+
+
+def test_models_without_a_checkout(installed):
+    folder, python = installed
+    code = """
+import raftmlp, timm
+print(raftmlp.__file__)
+print(timm.create_model("raftmlp_digits", pretrained=True).num_classes, len(timm.list_models(module="raftmlp")))
+"""
+    assert python("-c", code).splitlines() == [str(folder / "raftmlp/__init__.py"), "10 13"]
+
+
+def test_commands_without_a_checkout(installed):
+    folder, python = installed
+    shown = python("-m", "raftmlp", "--help")
+    assert all(f"  {name} " in shown for name in NAMES)
+    options = ["--epochs", 1, "--warmup-epochs", 0, "--output", "run", *TINY_MODEL]
+    assert "best top-1" in python("-m", "raftmlp", "train", "-c", "digits/raftmlp_digits", *options)
+    shown = python("-m", "raftmlp", "validate", "--model", "raftmlp_digits", "--pretrained", "--dataset", "digits")
+    assert "top-1 100.00 %" in shown and "360 images" in shown
+    weights = folder / "raftmlp/checkpoints/raftmlp_digits.sklearn.safetensors"
+    assert "written: mine.safetensors" in python("-m", "raftmlp", "convert", weights, "mine.safetensors")
