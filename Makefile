@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+RAFTMLP := $(RUN) -m raftmlp
 INSTALLED := $(VENV)/installed
 TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
@@ -14,28 +15,28 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED) ## train the small RaftMLP on real digits, evaluate it, draw its predictions (into runs/digits)
-	$(RUN) tools/train.py --config configs/digits/raftmlp_digits.yaml --overwrite
-	$(RUN) tools/validate.py --model raftmlp_digits --checkpoint runs/digits/model_best.pth.tar --dataset digits \
+	$(RAFTMLP) train --config digits/raftmlp_digits --overwrite
+	$(RAFTMLP) validate --model raftmlp_digits --checkpoint runs/digits/model_best.pth.tar --dataset digits \
 		--picture runs/digits/predictions.png --results-file runs/digits/validation.json
 
 demo-detection: $(TOOLBOXES) scenes ## train a small Mask R-CNN on scenes of digits, evaluate and draw it (mmdet)
-	$(RUN) tools/train_mm.py configs/detection/$(DETECTOR).py --overwrite
-	$(RUN) tools/test_mm.py configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/test \
+	$(RAFTMLP) train-mm configs/detection/$(DETECTOR).py --overwrite
+	$(RAFTMLP) eval-mm configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/eval \
 		--picture runs/$(DETECTOR)/predictions.jpg --results-file runs/$(DETECTOR)/results.json
 
 demo-segmentation: $(TOOLBOXES) scenes ## train a small Semantic FPN on the same scenes, evaluate and draw it (mmseg)
-	$(RUN) tools/train_mm.py configs/segmentation/$(SEGMENTOR).py --overwrite
-	$(RUN) tools/test_mm.py configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/test \
+	$(RAFTMLP) train-mm configs/segmentation/$(SEGMENTOR).py --overwrite
+	$(RAFTMLP) eval-mm configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/eval \
 		--picture runs/$(SEGMENTOR)/predictions.jpg --results-file runs/$(SEGMENTOR)/results.json
 
 bench: $(INSTALLED) ## measure the speed beside the release's operations and other networks (into runs/benchmark)
-	$(RUN) tools/benchmark.py reference:raftmlp_s raftmlp_s resnet18 convnext_nano --tasks inference training \
+	$(RAFTMLP) benchmark reference:raftmlp_s raftmlp_s resnet18 convnext_nano --tasks inference training \
 		--rounds 5 --output runs/benchmark/models
-	$(RUN) tools/benchmark.py reference:raftmlp_s raftmlp_s --sizes 224 448 800x1333 1792 --batch-size 1 \
+	$(RAFTMLP) benchmark reference:raftmlp_s raftmlp_s --sizes 224 448 800x1333 1792 --batch-size 1 \
 		--rounds 5 --output runs/benchmark/sizes
 
 scenes: $(INSTALLED)
-	$(RUN) -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
+	$(RAFTMLP) scenes runs/scenes --train 4000 --val 200
 
 test: $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
 	$(RUN) -m pytest -n 2 --dist loadfile
