@@ -20,12 +20,12 @@ demo: $(INSTALLED) ## train the small RaftMLP on real digits, evaluate it, draw 
 
 demo-detection: $(TOOLBOXES) scenes ## train a small Mask R-CNN on scenes of digits, evaluate and draw it (mmdet)
 	$(RUN) tools/train_mm.py configs/detection/$(DETECTOR).py --overwrite
-	$(RUN) tools/test_mm.py configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/test \
+	$(RUN) tools/eval_mm.py configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/test \
 		--picture runs/$(DETECTOR)/predictions.jpg --results-file runs/$(DETECTOR)/results.json
 
 demo-segmentation: $(TOOLBOXES) scenes ## train a small Semantic FPN on the same scenes, evaluate and draw it (mmseg)
 	$(RUN) tools/train_mm.py configs/segmentation/$(SEGMENTOR).py --overwrite
-	$(RUN) tools/test_mm.py configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/test \
+	$(RUN) tools/eval_mm.py configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/test \
 		--picture runs/$(SEGMENTOR)/predictions.jpg --results-file runs/$(SEGMENTOR)/results.json
 
 bench: $(INSTALLED) ## measure the speed beside the release's operations and other networks (into runs/benchmark)
@@ -35,7 +35,7 @@ bench: $(INSTALLED) ## measure the speed beside the release's operations and oth
 		--rounds 5 --output runs/benchmark/sizes
 
 scenes: $(INSTALLED)
-	$(RUN) -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
+	$(RUN) tools/scenes.py runs/scenes --train 4000 --val 200
 
 test: $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
 	$(RUN) -m pytest -n 2 --dist loadfile
