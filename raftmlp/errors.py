@@ -1,6 +1,9 @@
 """Errors whose message is made for the user: it names the value and says what is allowed."""
 
-__all__ = ["MissingFileError", "MissingPackageError", "UserError", "first_words"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["MissingFileError", "MissingPackageError", "UserError", "first_words", "shared_errors"]
 
 
 class UserError(ValueError):
@@ -22,6 +25,16 @@ class MissingFileError(UserError, FileNotFoundError):
 
 class MissingPackageError(UserError, ImportError):
     """An optional package is not installed; the message says how to install it."""
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """Mark the user errors raised inside as those of all processes, so that the first one alone shows them."""
+    try:
+        yield
+    except UserError as error:
+        error.shared = True
+        raise
 
 
 def first_words(error: Exception) -> str:

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ __all__ = [
     "checkpoint_folders",
     "describe_differences",
     "find_pretrained",
+    "first_readable",
     "load_checkpoint",
     "load_state_dict",
     "read_description",
@@ -105,6 +106,27 @@ def load_checkpoint(path: str | Path, stand_ins: Sequence = ()) -> Mapping:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights")
     return content
+
+
+def first_readable(paths: Iterable[str | Path], stand_ins: Sequence = ()) -> tuple[Path | None, list[str]]:
+    """Return the first of several checkpoint files that can be read, and why those before it cannot.
+
+    Args:
+        paths: The files, the preferred one first.
+        stand_ins: See ``load_checkpoint``.
+
+    Returns:
+        The file, None if none can be read; a message for each damaged file.
+    """
+    damaged = []
+    for path in paths:
+        try:
+            load_checkpoint(path, stand_ins)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        return Path(path), damaged
+    return None, damaged
 
 
 def read_description(path: str | Path, stand_ins: Sequence = ()) -> dict:

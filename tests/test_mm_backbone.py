@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
-from mmengine.analysis import get_model_complexity_info
+from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS
 from mmseg.registry import MODELS as MMSEG_MODELS
-from test_golden import CATALOGUE, DATA, relative_error, release_weights
 
 from golden.arrays import images
+from helpers import CATALOGUE, GOLDEN, relative_error, release_weights
 from raftmlp import RaftMLP
 from raftmlp.mm import RaftMLPBackbone
 
@@ -61,16 +61,16 @@ def test_the_release_s_maps(name, tmp_path):
     backbone = build(name, first_map="embed", init_cfg=pretrained)
     backbone.init_weights()
     backbone.eval()
-    golden = np.load(DATA / f"{name}.npz")
+    golden = np.load(GOLDEN / f"{name}.npz")
     for height, width in CATALOGUE[name]["sizes"]:
         at = f"{height}x{width}"
         maps = backbone(torch.from_numpy(images(f"{name}/{at}", 2, height, width)))
-        found = {"embed0": maps[0].flatten(2).transpose(1, 2)}  # B (HW) C in the golden files
+        named = {"embed0": maps[0].flatten(2).transpose(1, 2)}  # B (HW) C in the golden files
         if len(backbone.model.stages) > 1:
-            found.update({f"stage{i}": maps[i] for i in range(1, 4)})
+            named.update({f"stage{i}": maps[i] for i in range(1, 4)})
         else:
-            found["stage0"] = maps[-1]
-        for key, y in found.items():
+            named["stage0"] = maps[-1]
+        for key, y in named.items():
             assert list(y.shape) == golden[f"{at}/{key}/shape"].tolist()
             values = y.flatten()[torch.from_numpy(golden[f"{at}/{key}/index"])]
             tolerance = 1e-5 if (height, width) == (224, 224) else 2e-5  # a resize is in the path
@@ -93,14 +93,14 @@ def test_the_first_map_is_the_first_stage_s_or_its_embedding_s():
 def test_the_mixer_s_maps_are_its_embedding_and_three_blocks():
     backbone = build(SINGLE).eval()
     x = torch.randn(1, 3, 64, 64)
-    stream = backbone.model.stages[0].embed(x.permute(0, 2, 3, 1))
-    expected = [stream]
+    features = backbone.model.stages[0].embed(x.permute(0, 2, 3, 1))
+    expected = [features]
     for number, block in enumerate(backbone.model.stages[0].blocks, start=1):
-        stream = block(stream)
+        features = block(features)
         if number in (4, 10, 12):
-            expected.append(stream)
-    for found, stream in zip(backbone(x), expected, strict=True):
-        torch.testing.assert_close(found, stream.permute(0, 3, 1, 2))
+            expected.append(features)
+    for y, features in zip(backbone(x), expected, strict=True):
+        torch.testing.assert_close(y, features.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("arch", [SMALL, SINGLE], ids=["stages", "single"])
@@ -111,8 +111,8 @@ def test_out_indices(arch, indices):
     whole, some = build(arch).eval(), build(arch, out_indices=indices).eval()
     missing, unexpected = whole.load_state_dict(some.state_dict(), strict=False)
     assert not unexpected and bool(missing) == (indices[-1] < 3)  # what lies behind the last map is not built
-    for found, i in zip(some(x), indices, strict=True):
-        torch.testing.assert_close(found, whole(x)[i])
+    for y, i in zip(some(x), indices, strict=True):
+        torch.testing.assert_close(y, whole(x)[i])
     assert some.out_channels == [whole.out_channels[i] for i in indices]
 
 
@@ -181,9 +181,7 @@ def _train_in_two_processes(rank, file, out):
     if rank == 0:
         torch.save({name: p.grad for name, p in model.module.named_parameters()}, out)
     torch.distributed.barrier()
-    os._exit(
-        0
-    )  # torch's destructor waits, with the GIL, for a thread that may want the GIL right after a backward pass
+    os._exit(0)  # torch's destructor waits, with the GIL, for a thread that may need it right after a backward pass
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -205,12 +203,16 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("name", ["raftmlp_s", "raftmlp_mixer_b16"])
-def test_complexity_is_counted(name):
+def test_multiplications_are_counted(name):
+    """mmengine hooks every layer; the token mixing then calls its layers, whose work mmengine knows to count."""
     backbone = build(name).eval()
-    told = get_model_complexity_info(backbone, (3, 224, 224), show_table=False, show_arch=False)
-    assert told["params"] == sum(p.numel() for p in backbone.parameters())
+    info = get_model_complexity_info(backbone, (3, 224, 224), show_table=False, show_arch=False)
+    assert info["params"] == sum(p.numel() for p in backbone.parameters())
     expected = dict(raftmlp_s=2.026e9, raftmlp_mixer_b16=12.631e9)  # README, with the kernels of an embedding merged
-    assert told["flops"] == pytest.approx(expected[name], rel=0.02)  # mmengine counts LayerNorms too, and no classifier
+    assert info["flops"] == pytest.approx(expected[name], rel=0.02)  # LayerNorms are counted too, no classifier
+    analyzer = FlopAnalyzer(backbone, torch.randn(1, 3, 224, 224))
+    assert analyzer.total() == info["flops"]
+    assert set(analyzer.unsupported_ops()) <= {"aten::add", "aten::gelu", "aten::pad"}
 
 
 # Weights
@@ -230,8 +232,8 @@ def test_a_name_loads_the_shipped_weights():
         assert not torch.equal(value, before[f"model.{key}"])
     x = torch.randn(1, 3, 32, 32)
     features = timm.create_model("raftmlp_digits", pretrained=True, features_only=True).eval()
-    for found, expected in zip(backbone.eval()(x), features(x)):
-        torch.testing.assert_close(found, expected)
+    for y, expected in zip(backbone.eval()(x), features(x)):
+        torch.testing.assert_close(y, expected)
 
 
 def test_the_trained_grid_is_resampled():
@@ -342,7 +344,7 @@ def test_other_init_cfgs_are_mmengine_s():
         (dict(out_indices=(0,), first_map="embed"), r"out_indices \(0,\) takes the patch embedding alone"),
         (dict(frozen_stages=5), "frozen_stages 5 must be from -1 to 4"),
         (dict(first_map="stem"), "first_map 'stem' must be 'stage' or 'embed'"),
-        (dict(arch={**SINGLE, "depths": (2,)}), "needs 3 blocks or more to hand out 4 maps, this one has 2"),
+        (dict(arch={**SINGLE, "depths": (2,)}), "needs 3 blocks or more for its 4 maps, this one has 2"),
         (dict(arch={**SMALL, "raft_size": 3}), "raft_size 3.*8"),
     ],
 )

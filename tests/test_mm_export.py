@@ -1,6 +1,4 @@
-"""Detectors and segmentors as ONNX: a detector's backbone and neck, a segmentor whole; docs/export.md tells how."""
-
-from pathlib import Path
+"""Detectors and segmentors as ONNX: a detector's backbone and neck, a segmentor whole; see docs/export.md."""
 
 import onnx
 import onnxruntime
@@ -10,9 +8,9 @@ from mmdet.registry import MODELS as MMDET_MODELS
 from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import nn
 
-import toolboxes
-
-CONFIGS = Path(__file__).parents[1] / "configs"
+from helpers import ROOT
+from raftmlp.mm.checkpoints import patch_mmengine
+from raftmlp.mm.configs import read_config
 
 
 class FeaturePyramid(nn.Module):
@@ -45,7 +43,8 @@ class Segmentor(nn.Module):
 @torch.no_grad()
 def test_onnx(config, registry, wrap, outputs, free, sizes):
     torch.manual_seed(0)
-    config = toolboxes.Config.fromfile(CONFIGS / f"{config}_raftmlp_digits.py")
+    patch_mmengine()  # the segmentor's config has bases of mmseg
+    config = read_config(ROOT / "configs" / f"{config}_raftmlp_digits.py")
     model = wrap(registry.build(config.model)).eval()
     free = dict.fromkeys(free, torch.export.Dim.AUTO)
     program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(free,), strict=False)
@@ -57,8 +56,8 @@ def test_onnx(config, registry, wrap, outputs, free, sizes):
     for number, size in enumerate(sizes, start=1):
         images = torch.randn(number, 3, *size)
         expected = model(images)
-        found = session.run(None, {name: images.numpy()})
-        assert len(found) == len(expected) == outputs
-        for a, b in zip(found, expected):
+        actual = session.run(None, {name: images.numpy()})
+        assert len(actual) == len(expected) == outputs
+        for a, b in zip(actual, expected):
             assert a.shape == b.shape
             assert (torch.from_numpy(a) - b).abs().max() <= 1e-5 * b.abs().max()

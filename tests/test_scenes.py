@@ -1,12 +1,12 @@
 """The embedded scenes: the same by seed, in COCO's and ADE's formats, nothing shared between the splits."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from raftmlp.commands import scenes as command
 from raftmlp.data import scenes
 from raftmlp.data.digits import Digits
 from raftmlp.data.scenes import SceneMaker, write_scenes
@@ -83,41 +83,38 @@ def test_digits_can_be_seen():
             assert np.abs(inside - outside).max() > 10
 
 
-def run(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["scenes", *map(str, args)])
-    status = 0
-    try:
-        scenes.main()
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
-
-
-def test_the_command(monkeypatch, capsys, tmp_path, folder):
+def test_the_command(run_command, tmp_path, folder):
     out = tmp_path / "new" / "scenes"
-    status, told, _ = run(monkeypatch, capsys, out, "--train", 2, "--val", 1, "--size", SIZE)
-    assert status == 0 and f"2 + 1 scenes are in {out}" in told
+    options = [out, "--train", 2, "--val", 1, "--size", SIZE]
+    status, text, _ = run_command(command, *options)
+    assert status == 0 and f"2 + 1 scenes are in {out}" in text
     assert {path.name for path in out.iterdir()} == {path.name for path in folder.iterdir()}
     assert Image.open(out / "contact_sheet.png").size == (6 * 2 * SIZE, 2 * SIZE)
     same = (folder / "images/training/00001.jpg").read_bytes()  # of another number of scenes
     assert (out / "images/training/00001.jpg").read_bytes() == same
     before = (out / "scenes.json").stat().st_mtime_ns
-    assert "were already in" in run(monkeypatch, capsys, out, "--train", 2, "--val", 1, "--size", SIZE)[1]
+    assert "were already in" in run_command(command, *options)[1]
     assert (out / "scenes.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--train", "0"], "must be a whole number of 1 or more, not '0'"),
-        (["--size", "31"], "must be a whole number of 32 or more, not '31'"),
-        (["--seed", "x"], "must be a whole number of 0 or more, not 'x'"),
+        (["--train", "0"], "--train: must be a whole number of 1 or more, not '0'"),
+        (["--size", "31"], "--size: must be a whole number of 32 or more, not '31'"),
+        (["--seed", "x"], "--seed: must be a whole number of 0 or more, not 'x'"),
+        (["--sede", "1"], "did you mean --seed"),
         (["--train", "3"], "holds something else: name another folder, or remove it"),
     ],
 )
-def test_bad_input(monkeypatch, capsys, folder, args, message):
-    status, _, error = run(monkeypatch, capsys, folder, *args)
+def test_bad_input(run_command, folder, args, message):
+    status, _, error = run_command(command, folder, *args)
     assert status == 2 and message in error and "Traceback" not in error
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    assert write_scenes(tmp_path, 1, 1, SIZE)
+    assert (tmp_path / "scenes.json").is_file()
 
 
 def test_a_failure_leaves_nothing(monkeypatch, tmp_path):

@@ -3,11 +3,10 @@
 
     python tools/install_mm.py
 
-The operators of mmcv are compiled against the installed torch, once: the wheel is kept in the user's cache, in a folder
-named after the versions of Python and torch. That takes a C++ compiler and some minutes.
+The operators of mmcv are compiled against the installed torch, which takes a C++ compiler and some minutes. The wheel
+is kept in the user's cache, in a folder named after the versions of Python and torch.
 """
 
-import argparse
 import os
 import platform
 import re
@@ -21,13 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
+from raftmlp.commands.console import run, say
+from raftmlp.commands.options import Parser, option_type
+from raftmlp.errors import UserError
+from raftmlp.settings import Number
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 BUILD_TOOLS = ("setuptools>=80,<82", "wheel", "ninja", "psutil")
-# These ask for two builds of OpenCV at once, one of which needs libGL: they come without what they ask for, which the
-# extra "mm" lists, and one OpenCV in it.
+# These require two builds of OpenCV at once, one of which needs libGL: they are installed without their dependencies,
+# which the extra "mm" lists, with one OpenCV.
 WITHOUT_DEPENDENCIES = ("onedl-mmdetection", "onedl-mmsegmentation", "imaug")
 PINNED = ("onedl-mmengine", "ftfy", "opencv-python-headless", "pycocotools")
 CHECK = "import mmcv.ops, mmdet.apis, mmseg.apis"
@@ -42,31 +44,31 @@ def pip(*args: str) -> None:
     """Run pip of this Python.
 
     Raises:
-        UserError: If it fails; it has said why.
+        UserError: If it fails; pip itself shows why.
     """
     if subprocess.run([sys.executable, "-m", "pip", *args]).returncode:
-        raise cli.UserError(f"pip {' '.join(args)} failed, see above")
+        raise UserError(f"pip {' '.join(args)} failed, see above")
 
 
 def find_wheel(folder: Path) -> Path | None:
-    """Return the wheel of mmcv that is kept in a folder, if any."""
+    """Return the wheel of mmcv in a folder, None if there is none."""
     name = constrained("onedl-mmcv").replace("-", "_").replace("==", "-")
     return next(folder.glob(f"{name}-*.whl"), None)
 
 
 def build_wheel(folder: Path, jobs: int) -> Path:
-    """Compile mmcv's operators and keep the wheel in the folder, whole or not at all.
+    """Compile mmcv's operators and keep the wheel in the folder, complete or not at all.
 
     Raises:
         UserError: If that fails; the message names the log.
     """
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise cli.UserError("no C++ compiler found: mmcv's operators must be compiled (on Debian: apt install g++)")
+        raise UserError("no C++ compiler found: mmcv's operators must be compiled (on Debian: apt install g++)")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "build.log"
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-cache-dir", "--no-deps"]
-        command += ["--no-build-isolation", "--wheel-dir", beside, constrained("onedl-mmcv")]
+        command += ["--no-build-isolation", "--wheel-dir", temporary, constrained("onedl-mmcv")]
         flags = dict(MMCV_WITH_OPS="1", MAX_JOBS=str(jobs), CFLAGS=os.environ.get("CFLAGS", "-O1 -g0 -w"))
         build = subprocess.Popen(
             command, env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,31 +80,27 @@ def build_wheel(folder: Path, jobs: int) -> Path:
                 if step := re.match(r"\s*\[(\d+)/(\d+)\]", line):
                     bar.total = int(step[2])
                     bar.update(int(step[1]) - bar.n)
-        wheels = list(Path(beside).glob("*.whl"))
+        wheels = list(Path(temporary).glob("*.whl"))
         if build.wait() or not wheels:
-            raise cli.UserError(f"mmcv could not be compiled: {log} tells why")
+            raise UserError(f"mmcv could not be compiled: {log} says why")
         return Path(shutil.move(wheels[0], folder / wheels[0].name))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(yaml_config=False, description=__doc__)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raftmlp"
-    parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help=f"where wheels are kept ({cache})")
+    parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="where wheels are kept")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     jobs = max(1, min(processors, int(gigabytes / 2)))
-    parser.add_argument(
-        "--jobs", type=cli.number(int, 1), default=jobs, metavar="N", help=f"compilers at once ({jobs})"
-    )
+    parser.add_argument("--jobs", type=option_type(Number(int, 1)), default=jobs, metavar="N", help="compilers at once")
     args = parser.parse_args()
 
     python = "{}.{}".format(*platform.python_version_tuple())
-    kind = (
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )  # with a GPU mmcv compiles its CUDA operators, which takes nvcc
+    kind = "cuda" if torch.cuda.is_available() else "cpu"  # of mmcv's operators; with CUDA they take nvcc
     folder = args.cache / f"torch{torch.__version__}-{kind}-python{python}-{platform.machine()}"
     with tempfile.TemporaryDirectory() as temporary:
-        constraints = Path(temporary) / "constraints.txt"  # what is installed stays: the wheel is for this torch
+        constraints = Path(temporary) / "constraints.txt"  # keeps what is installed: the wheel is for this torch
         installed = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "timm", "numpy")]
         constraints.write_text("\n".join([*map(constrained, PINNED), *installed]) + "\n")
         pip("install", "--quiet", "--constraint", str(constraints), *BUILD_TOOLS)
@@ -112,9 +110,9 @@ def main() -> None:
     check = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
     if check.returncode:
         reason = (check.stderr.strip() or "no reason given").splitlines()[-1]
-        raise cli.UserError(f"the toolboxes are installed but do not import ({reason}); was {wheel} made elsewhere?")
-    cli.say(f"mmdet and mmseg are installed; mmcv's wheel: {wheel}")
+        raise UserError(f"importing mmdet and mmseg fails ({reason}); was {wheel} built on another machine?")
+    say(f"mmdet and mmseg are installed; mmcv's wheel: {wheel}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

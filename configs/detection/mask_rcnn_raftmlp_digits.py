@@ -1,6 +1,7 @@
 # A small Mask R-CNN with FPN on scenes of handwritten digits: `make demo-detection`.
-#   python -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
-#   python tools/train_mm.py configs/detection/mask_rcnn_raftmlp_digits.py
+#   raftmlp scenes runs/scenes --train 4000 --val 200
+#   raftmlp train-mm detection/mask_rcnn_raftmlp_digits
+#   raftmlp eval-mm detection/mask_rcnn_raftmlp_digits runs/mask_rcnn_raftmlp_digits
 # Hardware: 2 CPU cores, 12 minutes. Expected on the 200 held-out scenes: boxes AP50 0.939, AP 0.683; masks AP50 0.917,
 # AP 0.590.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]

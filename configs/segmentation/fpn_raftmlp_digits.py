@@ -1,6 +1,7 @@
 # A small Semantic FPN on scenes of handwritten digits: `make demo-segmentation`.
-#   python -m raftmlp.data.scenes runs/scenes --train 4000 --val 200
-#   python tools/train_mm.py configs/segmentation/fpn_raftmlp_digits.py
+#   raftmlp scenes runs/scenes --train 4000 --val 200
+#   raftmlp train-mm segmentation/fpn_raftmlp_digits
+#   raftmlp eval-mm segmentation/fpn_raftmlp_digits runs/fpn_raftmlp_digits
 # Hardware: 2 CPU cores, about 9 minutes. Expected on the 200 held-out scenes: mean IoU 62 %.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
@@ -9,7 +10,7 @@ _base_ = [
 custom_imports = dict(imports=["raftmlp.mm"])
 
 scale = (128, 128)  # of the scenes
-crop = (96, 96)  # of what is trained on, and of the windows that are slid over a scene in evaluation
+crop = (96, 96)  # of training images, and of the windows that slide over a scene in evaluation
 channels = 64
 model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], size=crop),
@@ -30,7 +31,7 @@ model = dict(
         dropout_ratio=0,
         loss_decode=[
             dict(type="CrossEntropyLoss"),
-            # nine tenths of the pixels are background, class 0: this one looks at the digits alone
+            # nine tenths of the pixels are background, class 0: this one ignores them
             dict(type="DiceLoss", use_sigmoid=False, ignore_index=0),
         ],
     ),

@@ -164,9 +164,9 @@ class Parser(argparse.ArgumentParser):
 # Config files
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, suffix: str = ".yaml") -> Path:
     """Return the file of a config: the file itself, or a shipped one by its name, as "imagenet/raftmlp_s"."""
-    shipped = shipped_folder("configs") / f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml"
+    shipped = shipped_folder("configs") / f"{name.removesuffix(suffix).removeprefix('configs/')}{suffix}"
     return Path(name) if Path(name).exists() or not shipped.is_file() else shipped
 
 

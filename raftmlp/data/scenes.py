@@ -1,9 +1,9 @@
 """Scenes to detect and segment: real handwritten digits on real photographs, made by seed on any machine.
 
-    python -m raftmlp.data.scenes OUT --train 400 --val 100
+    raftmlp scenes OUT --train 400 --val 100
 
-The digits are scikit-learn's (see ``raftmlp.data.digits``), the photographs scikit-image's and scikit-learn's. What is
-trained on and what is evaluated on share neither. A folder of scenes serves mmdet and mmseg alike::
+The digits are scikit-learn's (see ``raftmlp.data.digits``), the photographs scikit-image's and scikit-learn's. Training
+and validation share neither. A folder of scenes is for mmdet and mmseg alike::
 
     images/{training,validation}/00000.jpg            RGB
     annotations/instances_{training,validation}.json  COCO: boxes, masks as RLE, categories 1 to 10 named "0" to "9"
@@ -12,25 +12,22 @@ trained on and what is evaluated on share neither. A folder of scenes serves mmd
     scenes.json                                       how they were made
 """
 
-import argparse
 import json
-import os
-import shutil
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..errors import MissingPackageError, UserError
+from ..files import new_folder
 from .digits import Digits
 
 __all__ = ["CLASSES", "Scene", "SceneMaker", "write_scenes"]
 
 CLASSES = Digits.classes
 SPLITS = ("training", "validation")
-PHOTOGRAPHS = {  # by the module that has them
+PHOTOGRAPHS = {  # by split and the module that has them
     "training": {
         "skimage.data": (
             "astronaut", "brick", "camera", "cell", "clock", "coffee", "coins", "gravel", "immunohistochemistry",
@@ -43,7 +40,7 @@ PHOTOGRAPHS = {  # by the module that has them
         "sklearn.datasets": ("flower.jpg",),
     },
 }  # fmt: skip
-VERSION = 2  # of what a seed means
+VERSION = 2  # rises when a seed makes other scenes
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class Scene:
 
     Args:
         image: Pixels (H, W, 3) of 8 bits.
-        masks: What is visible of each digit, (N, H, W), True or False.
-        digits: What each one is, 0 to 9.
+        masks: The visible pixels of each digit, (N, H, W), True or False.
+        digits: The digits, 0 to 9.
     """
 
     image: np.ndarray
@@ -70,7 +67,7 @@ class Scene:
         return boxes
 
     def label_map(self) -> np.ndarray:
-        """Return a label a pixel, (H, W) of 8 bits: 0 for the background, a digit and one for a digit."""
+        """Return a label for each pixel, (H, W) of 8 bits: 0 for the background, 1 to 10 for the digits 0 to 9."""
         labels = np.zeros(self.image.shape[:2], np.uint8)
         for mask, digit in zip(self.masks, self.digits):
             labels[mask] = digit + 1
@@ -86,7 +83,7 @@ class SceneMaker:
         seed: Any number of 0 or more.
 
     Raises:
-        ImportError: If scikit-learn or scikit-image is not installed.
+        MissingPackageError: If scikit-learn or scikit-image is not installed.
     """
 
     def __init__(self, split: str, size: int = 256, seed: int = 0):
@@ -95,14 +92,14 @@ class SceneMaker:
         self.photographs = _photographs(split)
 
     def make(self, index: int) -> Scene:
-        """Return the scene of that number: two to five digits; none hides more than a tenth of what another shows."""
+        """Return the scene of that number: two to five digits; none covers more than a tenth of another."""
         rng = np.random.default_rng([self.seed, self.split, index])
         image = self._background(rng)
         masks: list[np.ndarray] = []
         digits: list[int] = []
-        wanted = rng.integers(2, 6)
-        for _ in range(8 * wanted):  # some do not find room
-            if len(masks) == wanted:
+        count = rng.integers(2, 6)
+        for _ in range(8 * count):  # some do not find room
+            if len(masks) == count:
                 break
             which = rng.integers(len(self.digits))
             ink = self._ink(self.digits.images[which], rng)
@@ -118,7 +115,7 @@ class SceneMaker:
         return Scene(np.uint8(image.clip(0, 255)), np.array(masks), tuple(digits))
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a random part of a random photograph, turned by quarters and mirrored at random."""
+        """Return a random part of a random photograph, rotated by quarter turns and mirrored at random."""
         photograph = self.photographs[rng.integers(len(self.photographs))]
         side = int(rng.uniform(0.3, 1) * min(photograph.size))
         left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
@@ -153,8 +150,8 @@ def _photographs(split: str) -> list[Image.Image]:
         import skimage.data
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise ImportError(
-            "the scenes' photographs come with scikit-image and scikit-learn: pip install 'raftmlp[mm]'"
+        raise MissingPackageError(
+            "the photographs come with scikit-image and scikit-learn: pip install 'raftmlp[demo]'"
         ) from error
     names = PHOTOGRAPHS[split]
     arrays = [getattr(skimage.data, name)() for name in names["skimage.data"]]
@@ -163,7 +160,7 @@ def _photographs(split: str) -> list[Image.Image]:
 
 
 def write_scenes(root: str | Path, train: int = 400, val: int = 100, size: int = 256, seed: int = 0) -> bool:
-    """Write a folder of scenes, which is there whole or not at all; returns False where the very same is there.
+    """Write a folder of scenes, complete or not at all; returns False where exactly these are there already.
 
     Args:
         root: The folder.
@@ -173,41 +170,34 @@ def write_scenes(root: str | Path, train: int = 400, val: int = 100, size: int =
         seed: Any number of 0 or more.
 
     Raises:
-        FileExistsError: If the folder holds anything else.
-        ImportError: If scikit-learn or scikit-image is not installed.
+        UserError: If the folder holds anything else.
+        MissingPackageError: If scikit-learn or scikit-image is not installed.
     """
     root = Path(root)
-    made = dict(train=train, val=val, size=size, seed=seed, version=VERSION)
+    description = dict(train=train, val=val, size=size, seed=seed, version=VERSION)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         try:
-            if json.loads((root / "scenes.json").read_text()) == made:
+            if json.loads((root / "scenes.json").read_text()) == description:
                 return False
         except (OSError, ValueError):
             pass
-        raise FileExistsError(f"{root} holds something else: name another folder, or remove it")
+        raise UserError(f"{root} holds something else: name another folder, or remove it")
     makers = [SceneMaker(split, size, seed) for split in SPLITS]
-    root.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
-    try:
-        for split, maker, number in zip(SPLITS, makers, (train, val)):
-            _write_split(beside, split, maker, number)
-        _draw_contact_sheet([makers[0].make(i) for i in range(min(train, 24))]).save(beside / "contact_sheet.png")
-        (beside / "scenes.json").write_text(json.dumps(made) + "\n")
-        beside.chmod(0o755)
-        os.replace(beside, root)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with new_folder(root) as folder:
+        for split, maker, count in zip(SPLITS, makers, (train, val)):
+            _write_split(folder, split, maker, count)
+        _draw_contact_sheet([makers[0].make(i) for i in range(min(train, 24))]).save(folder / "contact_sheet.png")
+        (folder / "scenes.json").write_text(json.dumps(description) + "\n")
     return True
 
 
-def _write_split(root: Path, split: str, maker: SceneMaker, number: int) -> None:
+def _write_split(root: Path, split: str, maker: SceneMaker, count: int) -> None:
     from tqdm import tqdm
 
     (root / "images" / split).mkdir(parents=True)
     (root / "annotations" / split).mkdir(parents=True)
     images, annotations = [], []
-    for index in tqdm(range(number), desc=f"{split} scenes", unit="scene", disable=None):
+    for index in tqdm(range(count), desc=f"{split} scenes", unit="scene", disable=None):
         scene, name = maker.make(index), f"{index:05}"
         Image.fromarray(scene.image).save(root / "images" / split / f"{name}.jpg", quality=90)
         Image.fromarray(scene.label_map()).save(root / "annotations" / split / f"{name}.png")
@@ -251,36 +241,3 @@ def _draw_contact_sheet(scenes: list[Scene], columns: int = 6) -> Image.Image:
             draw.text((corners[0] + 3, corners[1]), CLASSES[digit], fill="yellow")
         sheet.paste(tile, (i % columns * size, i // columns * size))
     return sheet
-
-
-def main() -> None:
-    """Write a folder of scenes as the command line says."""
-
-    def number(minimum: int):
-        def parse(text: str) -> int:
-            if not text.isdecimal() or int(text) < minimum:
-                raise argparse.ArgumentTypeError(f"must be a whole number of {minimum} or more, not {text!r}")
-            return int(text)
-
-        return parse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m raftmlp.data.scenes",
-        description="Write scenes of handwritten digits on photographs, for mmdet (COCO) and mmseg (label maps).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("out", metavar="OUT", help="the folder; it must not hold anything else")
-    parser.add_argument("--train", type=number(1), default=400, metavar="N", help="scenes to train on")
-    parser.add_argument("--val", type=number(1), default=100, metavar="N", help="scenes to evaluate on")
-    parser.add_argument("--size", type=number(32), default=256, metavar="N", help="height and width in pixels")
-    parser.add_argument("--seed", type=number(0), default=0, metavar="N", help="other scenes for another one")
-    args = parser.parse_args()
-    try:
-        new = write_scenes(args.out, args.train, args.val, args.size, args.seed)
-    except (OSError, ImportError) as error:
-        sys.exit(print(f"{parser.prog}: error: {error}", file=sys.stderr) or 2)
-    print(f"{args.train} + {args.val} scenes {'are' if new else 'were already'} in {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """RaftMLP as a backbone of mmdet and mmseg: ``backbone=dict(type="RaftMLP", arch="raftmlp_s")`` in a config.
 
 A config finds it by ``custom_imports = dict(imports=["raftmlp.mm"])``. It is registered once, in mmengine's root
-registry, where those of the toolboxes look too.
+registry, where those of mmdet and mmseg look too.
 """
 
 import inspect
@@ -12,13 +12,12 @@ from typing import Any
 
 import timm
 import torch.nn as nn
-from mmengine.analysis import complexity_analysis
-from mmengine.analysis.jit_handles import get_shape
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from ..errors import UserError
 from ..raftmlp import RaftMLP, pretrained_file
 from ..weights import (
     adapt_state_dict,
@@ -33,40 +32,40 @@ from .stand_ins import STAND_INS
 
 __all__ = ["RaftMLPBackbone"]
 
-EMBED = -1  # the place of the first patch embedding's output among the maps of the stages or blocks
-OWN = ("num_classes", "global_pool", "drop_path_rate")  # arguments of the network that the backbone sets
-HEAD = ("norm.", "head.", "heads.0.1.", "classifier.")  # keys of the final norm and the classifier, here and there
+EMBEDDING = -1  # stands for the first patch embedding among the indices of stages or blocks
+SET_BY_BACKBONE = ("num_classes", "global_pool", "drop_path_rate")  # arguments of the network
+HEAD = ("norm.", "head.", "heads.0.1.", "classifier.")  # keys of the final norm and the classifier, ours and theirs
 
 
 @MODELS.register_module(name="RaftMLP")
 class RaftMLPBackbone(BaseModule):
     """RaftMLP for dense prediction: a batch of images of any size in, a tuple of feature maps (B, C, H, W) out.
 
-    A network of several stages hands out a map of each: stride 4, 8, 16 and 32 in S, M and L. A network of one stage
-    hands out four maps of one stride, as the release's MLP-Mixer does: the patch embedding's output and those of the
-    blocks 4, 10 and 12 of 12, or at the same fractions of another depth.
+    A network of several stages has a map of each: stride 4, 8, 16 and 32 in S, M and L. A network of one stage has four
+    maps of one stride, as the release's MLP-Mixer does: the patch embedding's output and those of the blocks 4, 10 and
+    12 of 12, or at the same fractions of another depth.
 
     Args:
         arch: Name of a variant, such as "raftmlp_s", or a dict of arguments of ``raftmlp.RaftMLP``.
         img_size: Image size in pixels that the trained grid is made for, one number or (height, width); None is the
             variant's own. Images of other sizes are resized inside; pretrained weights are resampled.
-        out_indices: The maps to hand out, rising from 0; None is all. What lies behind the last one is not built.
-        out_norm: Put a LayerNorm over channels on each map handed out; the release has none. A neck must then use all
-            maps: RetinaNet's leaves the first one, take it out of out_indices and of the neck.
+        out_indices: The maps to return, rising from 0; None is all. Layers after the last one are not built.
+        out_norm: Put a LayerNorm over channels on each returned map; the release has none. A neck must then use all
+            maps: RetinaNet's does not use the first one, so take it out of out_indices and of the neck.
         frozen_stages: What does not train: nothing (-1), the first patch embedding (0), the first k stages (k); in a
             network of one stage, all that its first k maps need.
-        with_cp: Compute the blocks anew in the backward pass, to save memory (gradient checkpointing).
+        with_cp: Gradient checkpointing: compute the blocks again in the backward pass, to save memory.
         drop_path_rate: Rate of stochastic depth.
-        first_map: "stage", or "embed" to hand out the first patch embedding's output instead of the first stage's, as
+        first_map: "stage", or "embed" to return the first patch embedding's output in place of the first stage's, as
             the release does.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)``, with a file (ours, the release's, or that of a whole
             detector) or the name of pretrained weights ("raftmlp_digits"). Weights must fit, but for the classifier.
 
     Attributes:
-        out_channels: Channels of the maps handed out, what a neck needs as ``in_channels``.
+        out_channels: Channels of the returned maps, what a neck needs as ``in_channels``.
 
     Raises:
-        ValueError: If an argument cannot be; the message names the value and what is allowed.
+        UserError: If an argument is not allowed; the message names the value and what is allowed.
     """
 
     def __init__(
@@ -84,27 +83,27 @@ class RaftMLPBackbone(BaseModule):
         super().__init__(init_cfg)
         for name, value in (("out_norm", out_norm), ("with_cp", with_cp)):
             if not isinstance(value, bool):
-                raise ValueError(f"{name} {value!r} must be True or False")
+                raise UserError(f"{name} {value!r} must be True or False")
         if first_map not in ("stage", "embed"):
-            raise ValueError(f"first_map {first_map!r} must be 'stage' or 'embed'")
+            raise UserError(f"first_map {first_map!r} must be 'stage' or 'embed'")
         self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate)
         self.model = _create(**self._network)
-        self._places = _places(self.model, first_map)
-        last = len(self._places) - 1
+        self._sources = _sources(self.model, first_map)
+        last = len(self._sources) - 1
         self.out_indices = _indices(range(last + 1) if out_indices is None else out_indices, last)
         if type(frozen_stages) is not int or not -1 <= frozen_stages <= last + 1:
-            raise ValueError(f"frozen_stages {frozen_stages!r} must be from -1 to {last + 1}")
+            raise UserError(f"frozen_stages {frozen_stages!r} must be from -1 to {last + 1}")
         self.frozen_stages = frozen_stages
-        taken = [self._places[i] for i in self.out_indices]
-        self.layers, self.with_embed = [place for place in taken if place != EMBED], EMBED in taken
+        sources = [self._sources[i] for i in self.out_indices]
+        self.layers, self.with_embed = [index for index in sources if index != EMBEDDING], EMBEDDING in sources
         if not self.layers:
-            raise ValueError(f"out_indices {self.out_indices} takes the patch embedding alone: take a later map too")
-        self.out_channels = [self.model.feature_info[max(place, 0)]["num_chs"] for place in taken]
+            raise UserError(f"out_indices {self.out_indices} takes the patch embedding alone: take a later map too")
+        self.out_channels = [self.model.feature_info[max(index, 0)]["num_chs"] for index in sources]
         self._single = len(self.model.stages) == 1
         self.model.prune_intermediate_layers(self.layers, prune_norm=True)
         self.model.set_grad_checkpointing(with_cp)
-        normed = zip(self.out_indices, self.out_channels) if out_norm else ()
-        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(channels) for i, channels in normed})
+        normalized = zip(self.out_indices, self.out_channels) if out_norm else ()
+        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(channels) for i, channels in normalized})
         self.train()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +116,7 @@ class RaftMLPBackbone(BaseModule):
         return tuple(y.permute(0, 3, 1, 2).contiguous() for y in maps)
 
     def train(self, mode: bool = True) -> "RaftMLPBackbone":
-        """Switch between training and evaluation; what is frozen stays in evaluation, and without gradients."""
+        """Switch between training and evaluation; frozen layers stay in evaluation, and without gradients."""
         super().train(mode)
         for module in self._frozen():
             module.eval().requires_grad_(False)
@@ -128,47 +127,47 @@ class RaftMLPBackbone(BaseModule):
         if self.frozen_stages >= 0:
             yield stages[0].embed
         if self._single:
-            yield from stages[0].blocks[: self._places[self.frozen_stages - 1] + 1 if self.frozen_stages > 0 else 0]
+            yield from stages[0].blocks[: self._sources[self.frozen_stages - 1] + 1 if self.frozen_stages > 0 else 0]
         else:
             yield from stages[: max(self.frozen_stages, 0)]
         yield from (norm for i, norm in self.norms.items() if int(i) < self.frozen_stages)
 
     def init_weights(self) -> None:
-        """Load the weights that ``init_cfg`` names, without running code from the file; or do as mmengine does.
+        """Load the weights that ``init_cfg`` names, without running code from the file; other kinds are mmengine's.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, or does not fit this network.
+            UserError: If the file is damaged, or does not fit this network.
         """
         if not isinstance(self.init_cfg, Mapping) or self.init_cfg.get("type") != "Pretrained":
             super().init_weights()
             return
         if self.init_cfg.keys() != {"type", "checkpoint"} or not isinstance(self.init_cfg["checkpoint"], str):
-            raise ValueError(f"init_cfg {dict(self.init_cfg)} must be dict(type='Pretrained', checkpoint=FILE or NAME)")
+            raise UserError(f"init_cfg {dict(self.init_cfg)} must be dict(type='Pretrained', checkpoint=FILE or NAME)")
         self._load(_weights_file(self.init_cfg["checkpoint"]))
         self.is_init = True
 
     def _load(self, path: Path) -> None:
-        told, state = read_description(path, STAND_INS), load_state_dict(path, STAND_INS)
+        description, state = read_description(path, STAND_INS), load_state_dict(path, STAND_INS)
         norms = {key: state.pop(key) for key in list(state) if key.startswith("norms.")}
-        whole = _create(**self._network, device="meta")  # the network before it was pruned
-        if "input_size" in told.get("pretrained_cfg", {}):  # the file tells the size of its trained grid
-            whole.pretrained_cfg = {**getattr(whole, "pretrained_cfg", {}), **told["pretrained_cfg"]}
+        whole = _create(**self._network, device="meta")  # with the layers that are not built here
+        if "input_size" in description.get("pretrained_cfg", {}):  # the image size of the file's trained grid
+            whole.pretrained_cfg = {**getattr(whole, "pretrained_cfg", {}), **description["pretrained_cfg"]}
             state = checkpoint_filter_fn(state, whole)
         else:
             state = adapt_state_dict(state, whole)
         built = self.state_dict()
         left_out = {f"model.{key}" for key in whole.state_dict()}
         if self.norms:
-            left_out |= {f"norms.{i}.{kind}" for i in range(len(self._places)) for kind in ("weight", "bias")}
+            left_out |= {f"norms.{i}.{kind}" for i in range(len(self._sources)) for kind in ("weight", "bias")}
         state = {f"model.{key}": value for key, value in state.items() if not key.startswith(HEAD)}
         state = {k: v for k, v in {**state, **norms}.items() if k in built or k not in left_out}
         if self.norms and not norms:  # a classifier's file, or that of a detector without
-            print_log(f"{path} has no norms of feature maps: they start afresh", logger="current")
+            print_log(f"{path} has no norms of feature maps: they keep their initial values", logger="current")
             state = {**{key: value for key, value in built.items() if key.startswith("norms.")}, **state}
         if differences := describe_differences(shapes(state), shapes(built)):
-            whose = f" (it is of {told['model']})" if "model" in told else ""
-            raise ValueError(f"{path}{whose} does not fit the backbone {self._network['arch']}: {summary(differences)}")
+            whose = f" (it is of {description['model']})" if "model" in description else ""
+            raise UserError(f"{path}{whose} does not fit the backbone {self._network['arch']}: {summary(differences)}")
         self.load_state_dict(state)
 
 
@@ -181,21 +180,21 @@ def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, devi
         known = timm.list_models(module="raftmlp")
         if timm.models.split_model_name_tag(arch)[0] not in known:
             near = get_close_matches(arch, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"unknown arch {arch!r}; did you mean {' or '.join(near)}?")
+            raise UserError(f"unknown arch {arch!r}; did you mean {' or '.join(near)}?")
         try:
             return timm.create_model(arch, **kwargs)
-        except RuntimeError as error:  # timm's, of a tag that the variant has not
-            raise ValueError(f"arch {arch!r} cannot be built: {error}") from error
+        except RuntimeError as error:  # timm's, for a tag that the variant does not have
+            raise UserError(f"arch {arch!r} cannot be built: {error}") from error
     if not isinstance(arch, Mapping):
-        raise ValueError(f"arch {arch!r} must be the name of a variant, or a dict of arguments of raftmlp.RaftMLP")
-    known = [name for name in inspect.signature(RaftMLP).parameters if name not in OWN]
+        raise UserError(f"arch {arch!r} must be the name of a variant, or a dict of arguments of raftmlp.RaftMLP")
+    known = [name for name in inspect.signature(RaftMLP).parameters if name not in SET_BY_BACKBONE]
     for key in arch.keys() - set(known):
         near = get_close_matches(key, known, n=3) or known
-        raise ValueError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
+        raise UserError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
     try:
         return RaftMLP(**{**arch, **kwargs})
     except TypeError as error:
-        raise ValueError(f"arch {dict(arch)} cannot be built: {error}") from error
+        raise UserError(f"arch {dict(arch)} cannot be built: {error}") from error
 
 
 def _indices(out_indices: Sequence[int], last: int) -> tuple[int, ...]:
@@ -204,18 +203,18 @@ def _indices(out_indices: Sequence[int], last: int) -> tuple[int, ...]:
         indices = tuple(out_indices)
         if indices and list(indices) == sorted(set(indices)) and 0 <= indices[0] <= indices[-1] <= last:
             return indices
-    raise ValueError(f"out_indices {out_indices!r} must be a sequence that rises from 0 or more to {last} or less")
+    raise UserError(f"out_indices {out_indices!r} must be a sequence that rises from 0 or more to {last} or less")
 
 
-def _places(model: RaftMLP, first_map: str) -> list[int]:
-    """Return where the maps that can be handed out lie, as indices of ``forward_intermediates``, or EMBED."""
+def _sources(model: RaftMLP, first_map: str) -> list[int]:
+    """Return where each map comes from: a stage's or block's index for ``forward_intermediates``, or EMBEDDING."""
     stages = len(model.stages)
     if stages > 1:
-        return [EMBED if first_map == "embed" else 0, *range(1, stages)]
+        return [EMBEDDING if first_map == "embed" else 0, *range(1, stages)]
     depth = len(model.stages[0].blocks)
     if depth < 3:
-        raise ValueError(f"a network of one stage needs 3 blocks or more to hand out 4 maps, this one has {depth}")
-    return [EMBED, *(block * depth // 12 - 1 for block in (4, 10, 12))]
+        raise UserError(f"a network of one stage needs 3 blocks or more for its 4 maps, this one has {depth}")
+    return [EMBEDDING, *(block * depth // 12 - 1 for block in (4, 10, 12))]
 
 
 def _weights_file(checkpoint: str) -> Path:
@@ -223,12 +222,3 @@ def _weights_file(checkpoint: str) -> Path:
     if variant in timm.list_models(module="raftmlp") and not Path(checkpoint).exists():
         return pretrained_file(variant, tag or None)
     return Path(checkpoint).expanduser()
-
-
-def _count_baddbmm(inputs: list, outputs: list) -> int:
-    """Return the multiplications of baddbmm, which token mixing is made of and mmengine does not count."""
-    (batch, rows, inner), columns = get_shape(inputs[1]), get_shape(inputs[2])[-1]
-    return batch * rows * inner * columns
-
-
-getattr(complexity_analysis, "_DEFAULT_SUPPORTED_FLOP_OPS", {}).setdefault("aten::baddbmm", _count_baddbmm)

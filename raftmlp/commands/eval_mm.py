@@ -1,0 +1,86 @@
+"""Evaluate a trained detector of mmdet or segmentor of mmseg, and draw its predictions beside the truth.
+
+    raftmlp eval-mm detection/mask_rcnn_raftmlp_digits runs/mask_rcnn_raftmlp_digits --show-dir shown
+    torchrun --nproc-per-node 8 -m raftmlp.commands.eval_mm CONFIG CHECKPOINT
+
+The results are those of the config's test_evaluator.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+from ..errors import shared_errors
+from ..files import write_text
+from ..train.processes import end_processes, is_first_process
+from .console import run, say
+from .mm_options import add_checkpoint_options, add_run_options, check_packages
+from .options import PICTURES, Parser, find_config, option_type, output_file, output_folder
+
+IN_PICTURE = 16
+
+
+def build_parser() -> Parser:
+    parser = Parser("%(prog)s CONFIG CHECKPOINT [OPTION ...]", yaml_config=False, description=__doc__)
+    add_run_options(parser, "test in the folder of the run, if CHECKPOINT is one, else in runs/CONFIG")
+    group = add_checkpoint_options(parser)
+    group.add_argument("--results-file", type=output_file(".json"), metavar="FILE", help="write the results as JSON")
+    group.add_argument(
+        "--show-dir",
+        type=option_type(output_folder),
+        metavar="DIR",
+        help="draw every image into this folder, truth left and predictions right",
+    )
+    group.add_argument(
+        "--picture",
+        type=output_file(*PICTURES),
+        metavar="FILE",
+        help=f"draw the first {IN_PICTURE} images (of the first process) in the same way into one picture",
+    )
+    return parser
+
+
+def main() -> None:
+    check_packages()
+    from ..mm.checkpoints import find_checkpoint, load_weights, patch_mmengine
+    from ..mm.configs import build_runner, drop_pretrained, read_config
+    from ..mm.data import damaged_files
+    from ..mm.predictions import DrawHook, ProgressHook, draw_overview
+    from ..mm.runs import results_line
+
+    args = build_parser().parse_args()
+    patch_mmengine()
+    config = read_config(find_config(args.config, ".py"), args.cfg_options, args.data_dir, args.work_dir, args.launcher)
+    checkpoint = find_checkpoint(args.checkpoint)
+    config.load_from, config.resume = None, False
+    drop_pretrained(config)
+    if not args.work_dir:  # a folder of its own: the run's copy of its config stays
+        config.work_dir = str(Path(args.checkpoint if Path(args.checkpoint).is_dir() else config.work_dir) / "test")
+    with shared_errors():
+        runner = build_runner(config, ("test",))
+        load_weights(runner.model, checkpoint)
+    runner.register_hook(ProgressHook())
+
+    with tempfile.TemporaryDirectory() as temporary:
+        limit = None if args.show_dir else IN_PICTURE
+        hook = DrawHook(args.show_dir or Path(temporary), limit, args.score_thr)
+        if args.show_dir or (args.picture and is_first_process()):
+            runner.register_hook(hook)
+        with damaged_files():
+            results = runner.test()
+        if args.picture and is_first_process():
+            draw_overview(args.picture, hook.drawn[:IN_PICTURE], f"truth and prediction; {results_line(results)}")
+    say(f"{checkpoint}: {results_line(results)}")
+    if args.results_file and is_first_process():
+        figures = {key: None if math.isnan(value) else float(f"{value:.6g}") for key, value in results.items()}
+        content = dict(config=args.config, checkpoint=str(checkpoint), **figures)
+        write_text(args.results_file, json.dumps(content, indent=2) + "\n")
+    for name, path in (("results", args.results_file), ("picture", args.picture), ("pictures", args.show_dir)):
+        if path:
+            say(f"{name}: {path}")
+    end_processes()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,8 @@
+#!/usr/bin/env python
+"""The command ``raftmlp eval-mm`` as a script."""
+
+from raftmlp.commands.console import run
+from raftmlp.commands.eval_mm import main
+
+if __name__ == "__main__":
+    run(main)
