@@ -21,12 +21,12 @@ demo: $(INSTALLED) ## train the small RaftMLP on real digits, evaluate it, draw 
 
 demo-detection: $(TOOLBOXES) scenes ## train a small Mask R-CNN on scenes of digits, evaluate and draw it (mmdet)
 	$(RAFTMLP) train-mm configs/detection/$(DETECTOR).py --overwrite
-	$(RAFTMLP) eval-mm configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/eval \
+	$(RAFTMLP) eval-mm configs/detection/$(DETECTOR).py runs/$(DETECTOR) --work-dir runs/$(DETECTOR)/test \
 		--picture runs/$(DETECTOR)/predictions.jpg --results-file runs/$(DETECTOR)/results.json
 
 demo-segmentation: $(TOOLBOXES) scenes ## train a small Semantic FPN on the same scenes, evaluate and draw it (mmseg)
 	$(RAFTMLP) train-mm configs/segmentation/$(SEGMENTOR).py --overwrite
-	$(RAFTMLP) eval-mm configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/eval \
+	$(RAFTMLP) eval-mm configs/segmentation/$(SEGMENTOR).py runs/$(SEGMENTOR) --work-dir runs/$(SEGMENTOR)/test \
 		--picture runs/$(SEGMENTOR)/predictions.jpg --results-file runs/$(SEGMENTOR)/results.json
 
 bench: $(INSTALLED) ## measure the speed beside the release's operations and other networks (into runs/benchmark)
