@@ -73,7 +73,7 @@ class MultiScalePatchEmbed(nn.Module):
         kernels: Patch sizes in positions, ascending multiples of the stride that differ from it by an even number.
 
     Raises:
-        ValueError: If the kernels are none of that.
+        ValueError: If the kernels are not such multiples.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, stride: int, kernels: Sequence[int], device=None, dtype=None):
@@ -89,7 +89,7 @@ class MultiScalePatchEmbed(nn.Module):
         self.stride = stride
         self.kernels = kernels
         self.padding = (kernels[-1] - stride) // 2
-        # never called, only their weights are used: one module a kernel is what weight tools expect of a stem
+        # only their weights are used; tools that adapt weights expect a convolution module for each kernel
         self.convs = nn.ModuleList(
             nn.Conv2d(in_chans, embed_dim, k, stride, bias=False, device=device, dtype=dtype) for k in kernels
         )
@@ -251,7 +251,7 @@ class RaftTokenMixing(_TokenMixing):
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Return the one of a grid's lengths that this layer mixes along."""
+        """Return the length of a grid along which this layer mixes."""
         return grid[1:] if self.horizontal else grid[:1]
 
 
@@ -283,7 +283,7 @@ class TokenMixing(_TokenMixing):
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Return the lengths of a grid that this layer mixes along: both."""
+        """Return the lengths of a grid along which this layer mixes: both."""
         return grid
 
 

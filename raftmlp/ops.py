@@ -54,10 +54,10 @@ def token_mlp(
 
     Args:
         x: Normalised NHWC feature map.
-        weight1: Weight of the first Linear; bias1 is its bias.
-        bias1: See weight1.
-        weight2: Weight of the second Linear; bias2 is its bias.
-        bias2: See weight2.
+        weight1: Weight of the first Linear, (hidden, features).
+        bias1: Its bias, or None.
+        weight2: Weight of the second Linear, (features, hidden).
+        bias2: Its bias, or None.
         raft_size: Number r of channel groups.
         order: The axes of (B, H, W, r, C / r): 0, the two along which a vector runs, and the other two.
     """
@@ -73,6 +73,7 @@ def add_mixed(x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _mlp(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps, raft_size, order) -> Tensor:
+    """Return MLP(LN(x)) for x of shape (B, H, W, C), or (N, C) in channel mixing, where order is empty."""
     x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     if order:
         return token_mlp(x, weight1, bias1, weight2, bias2, raft_size, order)
@@ -80,6 +81,7 @@ def _mlp(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps, raft_si
 
 
 def _plain(x: Tensor, *parameters) -> Tensor:
+    """Compute the mixing with plain operators, differentiable as they are."""
     x = x.contiguous()
     return add_mixed(x, _mlp(x, *parameters))
 
@@ -114,7 +116,7 @@ def _choose(x: Tensor, *parameters) -> Tensor:
         return mixing(x, *parameters)
 
 
-KERNELS = {"cpu": _in_slices}
+KERNELS = {"cpu": _in_slices}  # for inference, by type of device
 
 _library = torch.library.Library("raftmlp", "DEF")
 _library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
