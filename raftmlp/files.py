@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_file", "new_folder", "save_figure", "write_bytes", "write_text"]
+__all__ = ["new_file", "new_folder", "save_figure", "shipped_folder", "write_bytes", "write_text"]
+
+
+def shipped_folder(name: str) -> Path:
+    """Return a folder that comes with the package: inside of it where it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 @contextmanager

@@ -1,42 +1,62 @@
-"""The layers of RaftMLP: patch embedding, raft-token mixing, plain token mixing, channel mixing.
+"""The layers of RaftMLP: patch embedding, the three mixings, block, stage.
 
-Every layer takes and returns the **stream**, a contiguous tensor of shape (B, H, W, C). Channels come last because that
-is where a block spends its time: LayerNorm and channel mixing read the stream as it lies, bicubic resizing is a matrix
-product on it, and raft-token mixing needs one rearrangement in (it moves runs of C / raft_size consecutive numbers) and
-none out: the way back is a strided read by the residual addition. On a CPU, plain calls of the mixings go through
-``raftmlp.slices``.
+Every layer takes and returns an **NHWC feature map**, a contiguous tensor of shape (B, H, W, C). Channels come last
+because that is where a block spends its time: LayerNorm and channel mixing read the map as it lies, bicubic resizing is
+a matrix product on it, and raft-token mixing needs one rearrangement before its products (it moves runs of
+C / raft_size consecutive numbers) and none after them: the residual addition reads the result with strides.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
+from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.modules import module as all_modules
 
+from .ops import add_mixed, gather_vectors, mixing, scatter_vectors, token_mlp
 from .resize import resize_bicubic
-from .slices import Mixing, fits_one_slice, mix_all_in_slices, mix_in_slices
 
 __all__ = [
     "ChannelMixing",
     "MultiScalePatchEmbed",
+    "RaftMLPBlock",
+    "RaftMLPStage",
     "RaftTokenMixing",
     "TokenMixing",
-    "can_mix_at_once",
-    "is_plain",
-    "mix_at_once",
+    "embedded_size",
+    "to_nhwc",
 ]
 
-
-# torch 2.6 does not tell an export from a compilation
+torch.fx.wrap("resize_bicubic")  # a leaf for every tracer: it looks at sizes
+# torch 2.6 cannot distinguish an export from a compilation
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
+def to_nhwc(x: Tensor, in_chans: int) -> Tensor:
+    """Return a batch of images, shape (B, in_chans, H, W), as a view of shape (B, H, W, in_chans).
+
+    Raises:
+        ValueError: If the shape is not that, or the images have no pixels.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images of shape (B, {in_chans}, H, W), got {list(x.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"expected images of at least 1x1 pixels, got {x.shape[2]}x{x.shape[3]}")
+    return x.permute(0, 2, 3, 1)
+
+
+def embedded_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return height and width after a patch embedding."""
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
 class MultiScalePatchEmbed(nn.Module):
-    """Patch embedding over patches of several sizes around the same centres: stream in, stream out.
+    """Patch embedding over patches of several sizes around the same centres, NHWC in and out.
 
     The paper concatenates the patches of every kernel size and applies one Linear. That is a sum of convolutions of one
     stride, hence one convolution whose kernel is the largest one with the smaller ones added in its middle. The kernels
@@ -53,7 +73,7 @@ class MultiScalePatchEmbed(nn.Module):
         kernels: Patch sizes in positions, ascending multiples of the stride that differ from it by an even number.
 
     Raises:
-        ValueError: If the kernels are none of that.
+        ValueError: If the kernels are not such multiples.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, stride: int, kernels: Sequence[int], device=None, dtype=None):
@@ -69,7 +89,7 @@ class MultiScalePatchEmbed(nn.Module):
         self.stride = stride
         self.kernels = kernels
         self.padding = (kernels[-1] - stride) // 2
-        # never called, only their weights are used: one module a kernel is what weight tools expect of a stem
+        # only their weights are used; tools that adapt weights expect a convolution module for each kernel
         self.convs = nn.ModuleList(
             nn.Conv2d(in_chans, embed_dim, k, stride, bias=False, device=device, dtype=dtype) for k in kernels
         )
@@ -100,9 +120,9 @@ class MultiScalePatchEmbed(nn.Module):
         return x.permute(0, 2, 3, 1).contiguous()
 
 
-def is_plain(module: nn.Module, *kinds: type) -> bool:
-    """Return whether a module is of one of the kinds, does what that kind does, and has no hooks."""
-    watched = (
+def _is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Return whether a module is of one of the kinds, its ``forward`` is not replaced, and it has no hooks."""
+    hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -112,14 +132,17 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
         or all_modules._global_backward_hooks
         or all_modules._global_backward_pre_hooks
     )
-    return type(module) in kinds and "forward" not in module.__dict__ and not watched
+    return type(module) in kinds and "forward" not in module.__dict__ and not hooks
 
 
 class _ResidualMLP(nn.Module):
-    """What the three mixings share: x + drop_path(fc2(gelu(fc1(norm(x))))).
+    """The common part of the three mixings: x + drop_path(fc2(gelu(fc1(norm(x))))).
 
-    ``order`` says what the MLP's vectors are: the axes of the stream (B, H, W, r, C / r), with the raft size r, as 0,
-    the two that a vector of token mixing runs along, and the other two; for channel mixing as they are.
+    Where the layers inside are plain ones, a call is the operator ``raftmlp.ops.mixing``. Otherwise (hooks, adapters,
+    quantised layers, stochastic depth) they are called one by one, as in exported graphs and TorchScript.
+
+    ``order`` describes the vectors that the MLP maps: for token mixing, the axes of (B, H, W, r, C / r), with the raft
+    size r, in the order 0, the two along which a vector runs, and the other two; empty for channel mixing.
     """
 
     raft_size: int
@@ -139,70 +162,54 @@ class _ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x of shape (B, H, W, C), whose mixed axes have the trained lengths: returns the same shape."""
         if not torch.jit.is_scripting():
-            if self._goes_in_slices(x):
-                return self._mix_in_slices(x)
-        y = self.mlp(x)
-        return (x.reshape(y.shape) + self.drop_path(y)).reshape(x.shape)
+            if self._is_one_operator(x):
+                return self._mix(x)
+        return add_mixed(x, self.drop_path(self.mlp(self.norm(x))))
 
     @torch.jit.unused
-    def _goes_in_slices(self, x: Tensor) -> bool:
-        """Return whether this call is one for ``raftmlp.slices``: a plain one on a CPU, through plain layers."""
-        training = torch.is_grad_enabled()  # sums of gradients over slices would lose digits in bfloat16
+    def _is_one_operator(self, x: Tensor) -> bool:
+        drops = isinstance(self.drop_path, DropPath) and self.drop_path.training
         return (
             type(x) is Tensor
-            and x.device.type == "cpu"
-            and (x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and not training))
             and not _is_exporting()
-            and not torch.jit.is_tracing()
-            # a compiled graph serves small batches and large ones; what training keeps counts at any size
-            and (torch.compiler.is_compiling() or training or not fits_one_slice(x, self.mlp_ratio))
-            and not torch.is_autocast_enabled("cpu")
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-            and is_plain(self.norm, nn.LayerNorm)
-            and is_plain(self.fc1, nn.Linear)
-            and is_plain(self.fc2, nn.Linear)
-            and is_plain(self.drop_path, nn.Identity, DropPath)
-            and all(type(p) in (Tensor, nn.Parameter) and p.dtype == x.dtype for p in self._parameters_in_order())
+            and not drops
+            and _is_plain(self.norm, nn.LayerNorm)
+            and _is_plain(self.fc1, nn.Linear)
+            and _is_plain(self.fc2, nn.Linear)
+            and _is_plain(self.drop_path, nn.Identity, DropPath)
+            and all(p is None or type(p) in (Tensor, nn.Parameter) for p in self._weights())
         )
 
-    def _parameters_in_order(self) -> list[Tensor]:
+    def _weights(self) -> list[Tensor | None]:
         return [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
 
-    def _drops(self) -> bool:
-        return self.drop_path.training and isinstance(self.drop_path, DropPath)
-
-    def _mixing(self) -> Mixing:
-        return Mixing(self._parameters_in_order(), [self.raft_size, *self.order], self.norm.eps)
-
     @torch.jit.unused
-    def _mix_in_slices(self, x: Tensor) -> Tensor:
-        scale = self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) if self._drops() else None
-        return mix_in_slices(x, self._mixing(), scale)
+    def _mix(self, x: Tensor) -> Tensor:
+        vectors = x if self.order else x.flatten(0, 2)
+        return mixing(vectors, *self._weights(), self.norm.eps, self.raft_size, self.order).view(x.shape)
 
 
 class _TokenMixing(_ResidualMLP):
-    """What both token mixings share: vectors are columns of a matrix an image, and the weights stand on the left."""
+    """The common part of both token mixings."""
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP's part, (B, H, W, r, C / r), for x of shape (B, H, W, C)."""
-        B, H, W, C = x.shape
-        y = self.norm(x).reshape(B, H, W, self.raft_size, C // self.raft_size).permute(self.order)
-        shape = y.shape
-        y = y.flatten(1, 2).flatten(2)  # B features columns
+        """Return the MLP of x, (B, H, W, C), as (B, H, W, r, C / r)."""
         if self._has_plain_linears():
-            y = torch.baddbmm(self.fc1.bias.unsqueeze(1), self.fc1.weight.expand(B, -1, -1), y)
-            y = torch.baddbmm(self.fc2.bias.unsqueeze(1), self.fc2.weight.expand(B, -1, -1), F.gelu(y))
-        else:  # adapters, quantised layers: they take rows
-            y = self.fc2(F.gelu(self.fc1(y.transpose(1, 2)))).transpose(1, 2)
-        return y.reshape(shape).permute([self.order.index(axis) for axis in range(5)])
+            return token_mlp(
+                x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.raft_size, self.order
+            )
+        vectors = gather_vectors(x, self.raft_size, self.order)  # B F1 F2 N1 N2
+        rows = vectors.flatten(1, 2).flatten(2).transpose(1, 2)  # adapters and quantised layers take rows
+        columns = self.fc2(F.gelu(self.fc1(rows))).transpose(1, 2)
+        return scatter_vectors(columns.reshape(vectors.shape), self.order)
 
     def _has_plain_linears(self) -> bool:
         if not torch.jit.is_scripting():
-            return all(is_plain(fc, nn.Linear) and fc.bias is not None for fc in (self.fc1, self.fc2))
+            return _is_plain(self.fc1, nn.Linear) and _is_plain(self.fc2, nn.Linear)
         return True
 
 
+@register_notrace_module
 class RaftTokenMixing(_TokenMixing):
     """Raft-token mixing along one axis, residual included: x + drop_path(MLP(LN(x))).
 
@@ -244,10 +251,11 @@ class RaftTokenMixing(_TokenMixing):
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Return the one of a grid's lengths that this layer mixes along."""
+        """Return the length of a grid along which this layer mixes."""
         return grid[1:] if self.horizontal else grid[:1]
 
 
+@register_notrace_module
 class TokenMixing(_TokenMixing):
     """Plain token mixing of MLP-Mixer, residual included: one MLP over all positions of a channel, row-major.
 
@@ -275,10 +283,11 @@ class TokenMixing(_TokenMixing):
 
     @torch.jit.ignore
     def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Return the lengths of a grid that this layer mixes along: both."""
+        """Return the lengths of a grid along which this layer mixes: both."""
         return grid
 
 
+@register_notrace_module
 class ChannelMixing(_ResidualMLP):
     """Channel mixing, residual included: an MLP over the channels of every position.
 
@@ -291,21 +300,101 @@ class ChannelMixing(_ResidualMLP):
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__(dim, dim, mlp_ratio, drop_path, device, dtype)
         self.raft_size = 1
-        self.order = [0, 1, 2, 3, 4]
+        self.order = []
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP's part for x of shape (B, H, W, C), any H and W, the same shape."""
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+        """Return the MLP of x, (B, H, W, C) with any H and W, in the same shape."""
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
-def can_mix_at_once(mixings: Sequence[nn.Module], x: Tensor) -> bool:
-    """Return whether ``mix_at_once`` does what calls of the mixings do, and nobody wants what lies between them."""
-    kinds = (RaftTokenMixing, TokenMixing, ChannelMixing)
-    return not torch.is_grad_enabled() and all(
-        is_plain(m, *kinds) and m._goes_in_slices(x) and not m._drops() for m in mixings
-    )
+class RaftMLPBlock(nn.Module):
+    """A block: vertical, then horizontal raft-token mixing (or plain token mixing), then channel mixing.
+
+    Token mixing works on the trained grid: a map of another size is resized to it bicubically, residual included, and
+    resized back before channel mixing.
+
+    Args:
+        dim: Channels C.
+        grid: Height and width of the trained grid in positions.
+        token_mixing: "raft", or "plain" for MLP-Mixer's.
+        raft_size: Number of channel groups in raft-token mixing.
+        token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
+        mlp_ratio: Hidden units per channel of the channel-mixing MLP.
+        drop_path: Rate of stochastic depth, for each of the mixings.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        token_mixing: str = "raft",
+        raft_size: int = 2,
+        token_mlp_ratio: float = 2.0,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        kwargs = dict(drop_path=drop_path, device=device, dtype=dtype)
+        self.grid = grid
+        if token_mixing == "raft":
+            tokens = OrderedDict(
+                vertical=RaftTokenMixing(dim, grid[0], raft_size, False, token_mlp_ratio, **kwargs),
+                horizontal=RaftTokenMixing(dim, grid[1], raft_size, True, token_mlp_ratio, **kwargs),
+            )
+        else:
+            tokens = OrderedDict(plain=TokenMixing(dim, grid, token_mlp_ratio, **kwargs))
+        self.tokens = nn.Sequential(tokens)
+        self.channels = ChannelMixing(dim, mlp_ratio, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x of shape (B, H, W, C), any H and W: returns the same shape."""
+        H, W = x.shape[1], x.shape[2]
+        x = resize_bicubic(x, self.grid[0], self.grid[1])
+        x = self.tokens(x)
+        x = resize_bicubic(x, H, W)
+        return self.channels(x)
 
 
-def mix_at_once(mixings: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Return the stream x after several mixings, which take the memory of one."""
-    return mix_all_in_slices(x, [m._mixing() for m in mixings])
+class RaftMLPStage(nn.Module):
+    """A stage: a patch embedding and a row of blocks, NHWC in and out.
+
+    Args:
+        in_chans: Channels of the input.
+        dim: Channels of the output.
+        depth: Number of blocks.
+        stride: Stride of the patch embedding.
+        kernels: Kernels of the patch embedding.
+        grid: Height and width of the trained grid in positions, after the embedding.
+        **block_kwargs: Arguments of every block, see RaftMLPBlock.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        depth: int,
+        stride: int,
+        kernels: Sequence[int],
+        grid: tuple[int, int],
+        device=None,
+        dtype=None,
+        **block_kwargs: Any,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.embed = MultiScalePatchEmbed(in_chans, dim, stride, kernels, device=device, dtype=dtype)
+        self.blocks = nn.Sequential(
+            *(RaftMLPBlock(dim, grid, device=device, dtype=dtype, **block_kwargs) for _ in range(depth))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (B, H, W, in_chans) to (B, ceil(H / stride), ceil(W / stride), dim)."""
+        return self.mix(self.embed(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Pass the embedding's output of shape (B, H, W, dim) through the blocks."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)

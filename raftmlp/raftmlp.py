@@ -4,170 +4,34 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
     Yuki Tatsunami, Masato Taki. ACCV 2022, https://arxiv.org/abs/2108.04384
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
-    get_pretrained_cfg,
     register_model,
-    register_notrace_function,
     resolve_pretrained_cfg,
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .layers import (
-    ChannelMixing,
-    MultiScalePatchEmbed,
-    RaftTokenMixing,
-    TokenMixing,
-    can_mix_at_once,
-    is_plain,
-    mix_at_once,
-)
+from .layers import RaftMLPStage, embedded_size, to_nhwc
+from .pretrained import local_cfg
 from .regrid import resample_grid
-from .resize import resize_bicubic, same_length
-from .weights import adapt_state_dict, checkpoint_filter_fn, find_pretrained, read_description, tag_of
+from .weights import adapt_state_dict, checkpoint_filter_fn
 
-__all__ = ["RaftMLP", "RaftMLPBlock", "RaftMLPStage"]  # the entry points join by themselves
+__all__ = ["RaftMLP"]  # register_model adds the entry points
 
 GLOBAL_POOLS = ("", "avg", "max", "avgmax", "catavgmax")
 
-
-@register_notrace_function
-def image_to_stream(x: Tensor, in_chans: int) -> Tensor:
-    """Return a batch of images, shape (B, in_chans, H, W), as a stream view of shape (B, H, W, in_chans).
-
-    Raises:
-        ValueError: If the shape is not that, or the images have no pixels.
-    """
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"expected images of shape (B, {in_chans}, H, W), got {list(x.shape)}")
-    if x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"expected images of at least 1x1 pixels, got {x.shape[2]}x{x.shape[3]}")
-    return x.permute(0, 2, 3, 1)
-
-
-class RaftMLPBlock(nn.Module):
-    """A block: vertical, then horizontal raft-token mixing (or plain token mixing), then channel mixing.
-
-    Token mixing works on the trained grid: a stream of another size is resized to it bicubically, residual included,
-    and resized back before channel mixing.
-
-    Args:
-        dim: Channels C.
-        grid: Height and width of the trained grid in positions.
-        token_mixing: "raft", or "plain" for MLP-Mixer's.
-        raft_size: Number of channel groups in raft-token mixing.
-        token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
-        mlp_ratio: Hidden units per channel of the channel-mixing MLP.
-        drop_path: Rate of stochastic depth, for each of the mixings.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        grid: tuple[int, int],
-        token_mixing: str = "raft",
-        raft_size: int = 2,
-        token_mlp_ratio: float = 2.0,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        kwargs = dict(drop_path=drop_path, device=device, dtype=dtype)
-        self.grid = grid
-        if token_mixing == "raft":
-            tokens = OrderedDict(
-                vertical=RaftTokenMixing(dim, grid[0], raft_size, False, token_mlp_ratio, **kwargs),
-                horizontal=RaftTokenMixing(dim, grid[1], raft_size, True, token_mlp_ratio, **kwargs),
-            )
-        else:
-            tokens = OrderedDict(plain=TokenMixing(dim, grid, token_mlp_ratio, **kwargs))
-        self.tokens = nn.Sequential(tokens)
-        self.channels = ChannelMixing(dim, mlp_ratio, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the stream x of shape (B, H, W, C), any H and W: returns the same shape."""
-        H, W = x.shape[1], x.shape[2]
-        if not torch.jit.is_scripting():
-            if self._mixes_at_once(x):
-                return mix_at_once((*self.tokens, self.channels), x)
-        x = resize_bicubic(x, self.grid[0], self.grid[1])
-        x = self.tokens(x)
-        x = resize_bicubic(x, H, W)
-        return self.channels(x)
-
-    @torch.jit.unused
-    def _mixes_at_once(self, x: Tensor) -> bool:
-        return (
-            type(x) is Tensor
-            and same_length(x.shape[1], self.grid[0])
-            and same_length(x.shape[2], self.grid[1])
-            and is_plain(self.tokens, nn.Sequential)
-            and can_mix_at_once((*self.tokens, self.channels), x)
-        )
-
-
-class RaftMLPStage(nn.Module):
-    """A stage: a patch embedding and a row of blocks, stream in, stream out.
-
-    Args:
-        in_chans: Channels of the input.
-        dim: Channels of the output.
-        depth: Number of blocks.
-        stride: Stride of the patch embedding.
-        kernels: Kernels of the patch embedding.
-        grid: Height and width of the trained grid in positions, after the embedding.
-        **block_kwargs: What every block gets, see RaftMLPBlock.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        depth: int,
-        stride: int,
-        kernels: Sequence[int],
-        grid: tuple[int, int],
-        device=None,
-        dtype=None,
-        **block_kwargs: Any,
-    ):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.embed = MultiScalePatchEmbed(in_chans, dim, stride, kernels, device=device, dtype=dtype)
-        self.blocks = nn.Sequential(
-            *(RaftMLPBlock(dim, grid, device=device, dtype=dtype, **block_kwargs) for _ in range(depth))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x of shape (B, H, W, in_chans) to (B, ceil(H / stride), ceil(W / stride), dim)."""
-        return self.mix(self.embed(x))
-
-    def mix(self, x: Tensor) -> Tensor:
-        """Pass the embedding's output of shape (B, H, W, dim) through the blocks."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+torch.fx.wrap("to_nhwc")  # a leaf for every tracer: it looks at sizes
 
 
 class RaftMLP(nn.Module):
@@ -177,8 +41,8 @@ class RaftMLP(nn.Module):
     The token-mixing weights are made for the trained grid that img_size gives; other sizes are resized bicubically to
     it inside every block, call by call: ``forward`` writes nothing on the module.
 
-    Inside, the stream lies as (B, H, W, C), contiguous; ``raftmlp.layers`` says why. Images, feature maps and what
-    ``forward_features`` returns are (B, C, H, W).
+    Between layers feature maps are NHWC, contiguous; ``raftmlp.layers`` gives the reason. Images, intermediate feature
+    maps and the result of ``forward_features`` are NCHW.
 
     Args:
         num_classes: Number of classes, 0 for no classifier.
@@ -225,13 +89,8 @@ class RaftMLP(nn.Module):
         super().__init__()
         raft_sizes = (raft_size,) * len(embed_dims) if isinstance(raft_size, int) else tuple(raft_size)
         patch_kernels = [(p,) for p in patch_sizes] if patch_kernels is None else patch_kernels
-        per_stage = dict(
-            embed_dims=embed_dims,
-            depths=depths,
-            patch_sizes=patch_sizes,
-            patch_kernels=patch_kernels,
-            raft_size=raft_sizes,
-        )
+        per_stage = dict(embed_dims=embed_dims, depths=depths, patch_sizes=patch_sizes)
+        per_stage |= dict(patch_kernels=patch_kernels, raft_size=raft_sizes)
         if len(set(map(len, per_stage.values()))) != 1 or not embed_dims:
             given = ", ".join(f"{name} {tuple(value)}" for name, value in per_stage.items())
             raise ValueError(f"give one entry a stage, and the same number of stages everywhere: {given}")
@@ -250,34 +109,24 @@ class RaftMLP(nn.Module):
         self.img_size = _image_size(img_size)
         self.num_features = self.head_hidden_size = embed_dims[-1]
 
+        block_kwargs = dict(token_mixing=token_mixing, token_mlp_ratio=token_mlp_ratio, mlp_ratio=mlp_ratio)
+        block_kwargs |= dict(drop_path=drop_path_rate, device=device, dtype=dtype)
         self.stages = nn.ModuleList()
         self.feature_info: list[dict[str, Any]] = []
-        grid, reduction = self.img_size, 1
+        channels, grid, reduction = in_chans, self.img_size, 1
         for i, (dim, depth, stride, kernels, raft) in enumerate(zip(*per_stage.values())):
-            grid, reduction = _embedded_size(grid, stride), reduction * stride
+            grid, reduction = embedded_size(grid, stride), reduction * stride
             self.stages.append(
-                RaftMLPStage(
-                    embed_dims[i - 1] if i else in_chans,
-                    dim,
-                    depth,
-                    stride,
-                    kernels,
-                    grid,
-                    token_mixing=token_mixing,
-                    raft_size=raft,
-                    token_mlp_ratio=token_mlp_ratio,
-                    mlp_ratio=mlp_ratio,
-                    drop_path=drop_path_rate,
-                    device=device,
-                    dtype=dtype,
-                )
+                RaftMLPStage(channels, dim, depth, stride, kernels, grid, raft_size=raft, **block_kwargs)
             )
+            channels = dim
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=reduction))
-        if len(self.stages) == 1:  # a network of one resolution hands out its blocks
+        if len(self.stages) == 1:  # a network of one resolution has features after every block
             self.feature_info = [dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depths[0])]
         self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
         self.head_drop = nn.Dropout(drop_rate)
         self._build_head(num_classes, global_pool, device, dtype)
+        self.register_load_state_dict_pre_hook(_adapt_on_load)
 
     def _build_head(self, num_classes: int, global_pool: str, device=None, dtype=None) -> None:
         if global_pool not in GLOBAL_POOLS:
@@ -290,29 +139,19 @@ class RaftMLP(nn.Module):
         features = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # takes the release's checkpoints as they are, wherever this model sits
-        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        own = adapt_state_dict({key[len(prefix) :]: value for key, value in own.items()}, self)
-        state_dict.update({prefix + key: value for key, value in own.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the stages' grids, height and width in positions, for an image size in pixels."""
         grids = []
         for stage in self.stages:
-            img_size = _embedded_size(img_size, stage.embed.stride)
+            img_size = embedded_size(img_size, stage.embed.stride)
             grids.append(img_size)
         return grids
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make the trained grid that of another image size, resampling the token-mixing weights.
+        """Make the trained grid that of another image size in pixels, resampling the token-mixing weights.
 
         Parameters are replaced: call it before an optimiser is built.
-
-        Args:
-            img_size: Image size in pixels, one number or (height, width).
         """
         img_size = _image_size(img_size)
         old = self.state_dict()
@@ -363,12 +202,7 @@ class RaftMLP(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier on the model.
-
-        Args:
-            num_classes: Number of classes, 0 for no classifier.
-            global_pool: Pooling as in the constructor, unchanged if None.
-        """
+        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling."""
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
         self._build_head(num_classes, pool, weight.device, weight.dtype)
@@ -389,15 +223,15 @@ class RaftMLP(nn.Module):
 
         Args:
             x: Images of shape (B, in_chans, H, W).
-            indices: The maps to take: the last n for a number, all for None; negative ones count from the end.
-            norm: Apply the final LayerNorm, to the last stage's map, or to all maps in a network of one stage.
-            stop_early: Compute nothing behind the last map asked for.
+            indices: The maps to return: the last n for a number, all for None; negative ones count from the end.
+            norm: Apply the final LayerNorm to the last stage's map, or to all maps in a network of one stage.
+            stop_early: Stop after the last map asked for.
             output_fmt: "NCHW" or "NHWC", of the maps.
             intermediates_only: Return the maps alone.
-            with_embed: Put one more map before the others, the first patch embedding's output, never normalised.
+            with_embed: Put one more map first, the output of the first patch embedding, never normalised.
 
         Returns:
-            The maps, contiguous; before them, unless intermediates_only, what ``forward_features`` returns.
+            The maps, contiguous; before them, unless intermediates_only, the result of ``forward_features``.
 
         Raises:
             ValueError: If an index is out of range, or the format unknown.
@@ -407,7 +241,7 @@ class RaftMLP(nn.Module):
         single = len(self.stages) == 1
         layers: Sequence[nn.Module] = self.stages[0].blocks if single else self.stages
         taken, last = _take_indices(len(layers), indices)
-        x = embedded = self.stages[0].embed(image_to_stream(x, self.in_chans))
+        x = embedded = self.stages[0].embed(to_nhwc(x, self.in_chans))
         intermediates = []
         for i, layer in enumerate(layers[: last + 1] if stop_early else layers):
             if single and self.stages[0].grad_checkpointing:
@@ -451,21 +285,16 @@ class RaftMLP(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normalised map of the last stage, (B, num_features, H', W'), for images (B, in_chans, H, W)."""
-        x = image_to_stream(x, self.in_chans)
+        x = to_nhwc(x, self.in_chans)
         for stage in self.stages:
             x = stage(x)
         return self.norm(x).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify a map of shape (B, num_features, H', W').
+        """Pool and classify the result of ``forward_features``, (B, num_features, H', W').
 
-        Args:
-            x: What ``forward_features`` returns.
-            pre_logits: Stop before the classifier.
-
-        Returns:
-            Logits (B, num_classes), or features (B, num_features); without pooling one of them a position,
-            (B, num_classes or num_features, H', W').
+        Returns logits (B, num_classes), or with pre_logits features (B, num_features); without pooling, one of them
+        for each position, (B, num_classes or num_features, H', W').
         """
         x = self.head_drop(self.global_pool(x))
         if pre_logits:
@@ -479,15 +308,18 @@ class RaftMLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _adapt_on_load(model: RaftMLP, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    """Convert a checkpoint's weights in place before they are loaded, for a model at any prefix."""
+    weights = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    weights = adapt_state_dict({key.removeprefix(prefix): value for key, value in weights.items()}, model)
+    state_dict.update({prefix + key: value for key, value in weights.items()})
+
+
 def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     size = tuple(to_2tuple(img_size))
     if len(size) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in size):
         raise ValueError(f"img_size {img_size!r} must be one number of pixels, or (height, width), 1 or more")
     return size
-
-
-def _embedded_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
@@ -504,22 +336,22 @@ def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple
     return taken, max(taken)
 
 
-def _create_raftmlp(
-    variant: str, pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs: Any
-) -> RaftMLP:
-    overlay = dict(pretrained_cfg_overlay or {})
+def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> RaftMLP:
+    """Create a variant: S's arguments, those in which the variant differs, and the caller's."""
+    pretrained_cfg = kwargs.pop("pretrained_cfg", None)
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     tagged = pretrained_cfg is None or isinstance(pretrained_cfg, str)
     if pretrained and tagged and not {"url", "file", "state_dict", "hf_hub_id"} & overlay.keys():
-        overlay = {**_local_cfg(variant, tag=pretrained_cfg), **overlay}
+        overlay = {**local_cfg(variant, tag=pretrained_cfg), **overlay}
         pretrained_cfg = None
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
+    kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **kwargs}
     stages = len(kwargs["embed_dims"])
     maps = tuple(range(stages)) if stages > 1 else min(3, kwargs["depths"][0])
     feature_cfg = dict(out_indices=maps, feature_cls="getter")
-    if kwargs.get("feature_cls", "getter") != "getter":  # timm's other wrappers look at the stream itself
+    if kwargs.get("feature_cls", "getter") != "getter":  # timm's other wrappers return the NHWC maps
         feature_cfg["output_fmt"] = "NHWC"
     return build_model_with_cfg(
         RaftMLP,
@@ -530,29 +362,6 @@ def _create_raftmlp(
         feature_cfg=feature_cfg,
         **kwargs,
     )
-
-
-def pretrained_file(variant: str, tag: str | None = None) -> Path:
-    """Return the file with the pretrained weights of a variant, those of its default tag if none is given.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    tag = tag or get_pretrained_cfg(variant).tag
-    path = find_pretrained(variant, tag)
-    if path is None:
-        raise FileNotFoundError(
-            f"no pretrained weights {variant}.{tag or 'TAG'}.safetensors in checkpoints/ or $RAFTMLP_CHECKPOINTS. "
-            f"The authors of RaftMLP published none: train some with tools/train.py, or make them of a checkpoint "
-            f"of the authors' code with tools/convert_checkpoint.py"
-        )
-    return path
-
-
-def _local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
-    """Return what a file in a checkpoint folder changes in the variant's pretrained_cfg."""
-    path = pretrained_file(variant, tag)
-    return {**read_description(path).get("pretrained_cfg", {}), "file": str(path), "tag": tag_of(path)}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -578,8 +387,6 @@ def _single_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**{"pool_size": (14, 14), "first_conv": "stages.0.embed.convs.0", **kwargs})
 
 
-_digits_file = find_pretrained("raftmlp_digits", "sklearn")
-
 default_cfgs = generate_default_cfgs({
     "raftmlp_s": _cfg(),
     "raftmlp_m": _cfg(),
@@ -594,177 +401,99 @@ default_cfgs = generate_default_cfgs({
     "raftmlp_cifar": _cfg(pool_size=(56, 56), first_conv=tuple(f"stages.0.embed.convs.{k}" for k in range(3))),
     "raftmlp_mixer_cifar": _single_cfg(pool_size=(56, 56)),
     "raftmlp_digits.sklearn": _cfg(
-        file=str(_digits_file) if _digits_file else None, num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1),
+        file="raftmlp_digits.sklearn.safetensors", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1),
         crop_pct=1.0, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD,
         origin_url=None, paper_name=None, paper_ids=None,
     ),
 })  # fmt: skip
 
 
+RAFTMLP_S = dict(
+    embed_dims=(64, 128, 256, 512),
+    depths=(2, 2, 6, 2),
+    patch_sizes=(4, 2, 2, 2),
+    patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
+    raft_size=2,
+)
+RAFTMLP_12 = dict(embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None)  # of one resolution
+
+
 @register_model
 def raftmlp_s(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-S of the paper: 9.9 M parameters, 2.1 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(64, 128, 256, 512),
-        depths=(2, 2, 6, 2),
-        patch_sizes=(4, 2, 2, 2),
-        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_s", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_s", pretrained, {}, kwargs)
 
 
 @register_model
 def raftmlp_m(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-M of the paper: 21.4 M parameters, 4.3 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(96, 192, 384, 768),
-        depths=(2, 2, 6, 2),
-        patch_sizes=(4, 2, 2, 2),
-        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_m", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_m", pretrained, dict(embed_dims=(96, 192, 384, 768)), kwargs)
 
 
 @register_model
 def raftmlp_l(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-L of the paper: 36.2 M parameters, 6.5 GMACs at 224; the second width is 192."""
-    model_args = dict(
-        embed_dims=(128, 192, 512, 1024),
-        depths=(2, 2, 6, 2),
-        patch_sizes=(4, 2, 2, 2),
-        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_l", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_l", pretrained, dict(embed_dims=(128, 192, 512, 1024)), kwargs)
 
 
 @register_model
 def raftmlp_m_ss(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """RaftMLP-M with single-scale patch embeddings: 19.9 M parameters, 3.7 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(96, 192, 384, 768),
-        depths=(2, 2, 6, 2),
-        patch_sizes=(4, 2, 2, 2),
-        patch_kernels=None,
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_m_ss", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_m_ss", pretrained, dict(embed_dims=(96, 192, 384, 768), patch_kernels=None), kwargs)
 
 
 @register_model
 def raftmlp_12_r1(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """12 blocks of one resolution, raft size 1: 58.1 M parameters, 11.4 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(768,),
-        depths=(12,),
-        patch_sizes=(16,),
-        patch_kernels=None,
-        raft_size=1,
-    )
-    return _create_raftmlp("raftmlp_12_r1", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_12_r1", pretrained, dict(RAFTMLP_12, raft_size=1), kwargs)
 
 
 @register_model
 def raftmlp_12_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """12 blocks of one resolution, raft size 2: 58.2 M parameters, 11.6 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(768,),
-        depths=(12,),
-        patch_sizes=(16,),
-        patch_kernels=None,
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_12_r2", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_12_r2", pretrained, RAFTMLP_12, kwargs)
 
 
 @register_model
 def raftmlp_12_r4(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """12 blocks of one resolution, raft size 4: 58.4 M parameters, 12.0 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(768,),
-        depths=(12,),
-        patch_sizes=(16,),
-        patch_kernels=None,
-        raft_size=4,
-    )
-    return _create_raftmlp("raftmlp_12_r4", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_12_r4", pretrained, dict(RAFTMLP_12, raft_size=4), kwargs)
 
 
 @register_model
 def raftmlp_12_r2_ms(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """raftmlp_12_r2 with a multi-scale patch embedding: 60.5 M parameters, 12.1 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(768,),
-        depths=(12,),
-        patch_sizes=(16,),
-        patch_kernels=((16, 32),),
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_12_r2_ms", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_12_r2_ms", pretrained, dict(RAFTMLP_12, patch_kernels=((16, 32),)), kwargs)
 
 
 @register_model
 def raftmlp_36_r2(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """36 narrow blocks of one resolution, raft size 2: 43.5 M parameters, 9.0 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(384,),
-        depths=(36,),
-        patch_sizes=(16,),
-        patch_kernels=None,
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_36_r2", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_36_r2", pretrained, dict(RAFTMLP_12, embed_dims=(384,), depths=(36,)), kwargs)
 
 
 @register_model
 def raftmlp_mixer_b16(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """The MLP-Mixer baseline of the release: 59.9 M parameters, 12.6 GMACs at 224."""
-    model_args = dict(
-        embed_dims=(768,),
-        depths=(12,),
-        patch_sizes=(16,),
-        patch_kernels=None,
-        token_mixing="plain",
-    )
-    return _create_raftmlp("raftmlp_mixer_b16", pretrained, **dict(model_args, **kwargs))
+    return _create_raftmlp("raftmlp_mixer_b16", pretrained, dict(RAFTMLP_12, token_mixing="plain"), kwargs)
 
 
 @register_model
 def raftmlp_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """The release's CIFAR network; for real CIFAR give img_size=32, num_classes=10."""
-    model_args = dict(
-        embed_dims=(128, 256),
-        depths=(2, 2),
-        patch_sizes=(2, 2),
-        patch_kernels=((2, 4, 8), (2, 4)),
-        raft_size=4,
-    )
-    return _create_raftmlp("raftmlp_cifar", pretrained, **dict(model_args, **kwargs))
+    model_args = dict(embed_dims=(128, 256), depths=(2, 2), patch_sizes=(2, 2), raft_size=4)
+    return _create_raftmlp("raftmlp_cifar", pretrained, dict(model_args, patch_kernels=((2, 4, 8), (2, 4))), kwargs)
 
 
 @register_model
 def raftmlp_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """The release's MLP-Mixer for CIFAR; for real CIFAR give img_size=32, num_classes=10."""
-    model_args = dict(
-        embed_dims=(256,),
-        depths=(4,),
-        patch_sizes=(4,),
-        patch_kernels=None,
-        token_mixing="plain",
-    )
-    return _create_raftmlp("raftmlp_mixer_cifar", pretrained, **dict(model_args, **kwargs))
+    model_args = dict(RAFTMLP_12, embed_dims=(256,), depths=(4,), patch_sizes=(4,), token_mixing="plain")
+    return _create_raftmlp("raftmlp_mixer_cifar", pretrained, model_args, kwargs)
 
 
 @register_model
 def raftmlp_digits(pretrained: bool = False, **kwargs: Any) -> RaftMLP:
     """A small network of ours, for images of 32x32 and below: 0.8 M parameters, four stages for feature pyramids."""
-    model_args = dict(
-        embed_dims=(32, 64, 128, 128),
-        depths=(1, 2, 2, 1),
-        patch_sizes=(4, 2, 2, 2),
-        patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
-        raft_size=2,
-    )
-    return _create_raftmlp("raftmlp_digits", pretrained, **dict(model_args, **kwargs))
+    model_args = dict(embed_dims=(32, 64, 128, 128), depths=(1, 2, 2, 1))
+    return _create_raftmlp("raftmlp_digits", pretrained, model_args, kwargs)

@@ -8,7 +8,6 @@ antialias, with a backward pass that is deterministic on every device, out of op
 from functools import lru_cache
 
 import torch
-from timm.models import register_notrace_function
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
@@ -161,7 +160,6 @@ def _resize_both(x: Tensor, height: int, width: int) -> Tensor:
     return _resize_width(_resize_height(x, height), width).to(dtype)
 
 
-@register_notrace_function
 def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
     """Resize maps bicubically, as ``F.interpolate(mode="bicubic", align_corners=False)`` does.
 

@@ -6,7 +6,6 @@ Files are safetensors, or are read by ``torch.load(weights_only=True)``.
 import argparse
 import errno
 import json
-import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "adapt_state_dict",
     "checkpoint_filter_fn",
-    "checkpoint_folders",
     "describe_differences",
-    "find_pretrained",
     "first_readable",
     "load_checkpoint",
     "load_state_dict",
@@ -39,7 +36,6 @@ __all__ = [
     "save_state_dict",
     "shapes",
     "summary",
-    "tag_of",
     "unwrap",
 ]
 
@@ -179,42 +175,6 @@ def save_state_dict(state: StateDict, path: str | Path, metadata: Mapping[str, s
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_bytes(path, safetensors.torch.save(state, {"format": "pt", **(metadata or {})}))
-
-
-# Pretrained weights
-
-
-def checkpoint_folders() -> list[Path]:
-    """Return the folders of pretrained weights: those in $RAFTMLP_CHECKPOINTS, then the package's or checkout's own."""
-    named = os.environ.get("RAFTMLP_CHECKPOINTS", "").split(os.pathsep)
-    return [Path(name).expanduser() for name in named if name] + [shipped_folder("checkpoints")]
-
-
-def shipped_folder(name: str) -> Path:
-    """Return a folder that comes with the package: inside of it where it is installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / name if (package / name).is_dir() else package.parent / name
-
-
-def find_pretrained(name: str, tag: str | None = None) -> Path | None:
-    """Return the file NAME.TAG.safetensors in the first checkpoint folder that has one, or None.
-
-    Raises:
-        UserError: If no tag is given and a folder has several of them.
-    """
-    for folder in checkpoint_folders():
-        files = sorted(folder.glob(f"{name}.{tag or '*'}.safetensors"))
-        if len(files) > 1:
-            tags = ", ".join(tag_of(path) for path in files)
-            raise UserError(f"{folder} has several {name} checkpoints: name one as {name}.TAG, TAG of {tags}")
-        if files:
-            return files[0]
-    return None
-
-
-def tag_of(path: Path) -> str:
-    """Return the TAG of a file NAME.TAG.safetensors."""
-    return path.name.removesuffix(".safetensors").split(".", 1)[1]
 
 
 # State dicts

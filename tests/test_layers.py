@@ -5,12 +5,11 @@ import timm
 import torch
 
 import raftmlp
-import reference
-from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
+from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing, reference
 
 
 def assert_equal_with_gradients(fast, slow, x, module):
-    """Compare fast(x) on a B H W C stream with slow(x) on B C H W maps, and the gradients of everything."""
+    """Compare fast(x) on a B H W C map with slow(x) on B C H W maps, and the gradients of everything."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
+from timm.models._features_fx import GraphExtractNet
 from timm.optim import param_groups_layer_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -424,17 +425,17 @@ def test_set_input_size_larger(model, size):
     assert_same(fresh(batch(size)), resized(batch(size)))
 
     # a larger grid changes no number: resize, mix, resize back, without the residual
-    stream = torch.randn(2, *resized.grids(size)[0], resized.feature_info[0]["num_chs"])
+    x = torch.randn(2, *resized.grids(size)[0], resized.feature_info[0]["num_chs"])
     for (name, old), new in zip(model.stages[0].blocks[0].tokens.named_children(), resized.stages[0].blocks[0].tokens):
         grid = model.grids((64, 64))[0]
-        mixed = {"vertical": (grid[0], stream.shape[2]), "horizontal": (stream.shape[1], grid[1])}.get(name, grid)
-        normed = old.norm(stream)
+        mixed = {"vertical": (grid[0], x.shape[2]), "horizontal": (x.shape[1], grid[1])}.get(name, grid)
+        normed = old.norm(x)
         small = raftmlp.resize_bicubic(normed, *mixed)
         norm, old.norm = old.norm, torch.nn.Identity()
         branch = old(small) - small
         old.norm = norm
-        expected = stream + raftmlp.resize_bicubic(branch, *stream.shape[1:3])
-        assert_same(new(stream), expected)
+        expected = x + raftmlp.resize_bicubic(branch, *x.shape[1:3])
+        assert_same(new(x), expected)
 
 
 def narrow_like(model, **kwargs):
@@ -464,11 +465,11 @@ def test_set_input_size_smaller_keeps_what_matters():
     layer.fc2.weight[:, ::2] = 0
     new = copy.deepcopy(old)
     new.set_input_size(32)
-    stream = torch.randn(2, 4, 4, 16)
+    x = torch.randn(2, 4, 4, 16)
     layer.norm, new.stages[0].blocks[0].tokens.vertical.norm = torch.nn.Identity(), torch.nn.Identity()
-    large = raftmlp.resize_bicubic(stream, 8, 4)
-    expected = stream + raftmlp.resize_bicubic(layer(large) - large, 4, 4)
-    assert_same(new.stages[0].blocks[0].tokens.vertical(stream), expected)
+    large = raftmlp.resize_bicubic(x, 8, 4)
+    expected = x + raftmlp.resize_bicubic(layer(large) - large, 4, 4)
+    assert_same(new.stages[0].blocks[0].tokens.vertical(x), expected)
 
 
 # Compilers
@@ -490,7 +491,7 @@ def test_trace(model):
 
 
 @torch.no_grad()
-def test_fx(model, monkeypatch):
+def test_fx(model):
     tracer = dict(
         leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
     )
@@ -499,14 +500,30 @@ def test_fx(model, monkeypatch):
         model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=tracer
     ).eval()
     scripted = torch.jit.script(traced)
-    in_slices = {size: model(batch(size)) for size in SIZES}
-    # a graph has the plain operators
-    monkeypatch.setattr("raftmlp.layers._ResidualMLP._goes_in_slices", lambda layer, x: False)
     for size in SIZES:
-        for version in (traced, scripted):
-            (logits,) = version(batch(size)).values()
-            assert torch.equal(logits, model(batch(size)))
-            assert_same(logits, in_slices[size])
+        (logits,) = traced(batch(size)).values()
+        assert torch.equal(logits, model(batch(size)))
+        (logits,) = scripted(batch(size)).values()
+        assert_same(logits, model(batch(size)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fx_gives_the_same_bits(name):
+    # as timm's own test_model_forward_fx asks of every model at its full size
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = batch(model.default_cfg["input_size"][1:], count=1)
+    assert torch.equal(GraphExtractNet(model, ["head"])(x), model(x))
+
+
+@torch.no_grad()
+def test_any_tracer(model):
+    traced = create_feature_extractor(model, [get_graph_node_names(model)[1][-1]]).eval()
+    for size in SIZES:
+        (logits,) = traced(batch(size)).values()
+        assert_same(logits, model(batch(size)))
+    assert torch.equal(*copy.deepcopy(traced)(batch(size)).values(), logits)
 
 
 def test_fx_backward(small):

@@ -12,7 +12,8 @@ import torch
 
 import raftmlp
 from helpers import ROOT, same_weights
-from raftmlp.weights import find_pretrained, load_state_dict, read_metadata, save_state_dict, unwrap
+from raftmlp.pretrained import find_pretrained
+from raftmlp.weights import load_state_dict, read_metadata, save_state_dict, unwrap
 
 SMALL = dict(embed_dims=(8, 12, 16, 20))
 
@@ -112,7 +113,7 @@ def test_shipped_digits_model():
 
 def test_folder_of_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setenv("RAFTMLP_CHECKPOINTS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"raftmlp_s\.TAG\.safetensors.*published none.*tools/train\.py"):
+    with pytest.raises(FileNotFoundError, match=r"raftmlp_s\.TAG\.safetensors.*published none.*raftmlp train"):
         timm.create_model("raftmlp_s", pretrained=True)
 
     torch.manual_seed(0)

@@ -15,8 +15,8 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..errors import UserError
+from ..files import shipped_folder
 from ..settings import Settings
-from ..weights import shipped_folder
 from .console import show_error
 
 __all__ = ["Parser", "find_config", "option_type", "output_file", "output_folder", "read_config"]

@@ -18,7 +18,8 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..errors import UserError
-from ..raftmlp import RaftMLP, pretrained_file
+from ..pretrained import pretrained_file
+from ..raftmlp import RaftMLP
 from ..weights import (
     adapt_state_dict,
     checkpoint_filter_fn,

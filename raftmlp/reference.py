@@ -1,0 +1,96 @@
+"""The network the slow and obvious way, with the operations of the authors' 2021 release.
+
+Patches are unfolded, vectors rearranged for Linear, maps resized by F.interpolate. Feature maps x are NCHW. The
+functions take a ``RaftMLP`` or its layers for their weights; tests and the benchmark compare with them.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import MultiScalePatchEmbed, RaftMLPBlock, RaftTokenMixing
+from .raftmlp import RaftMLP
+
+__all__ = ["Reference", "channel_mixing", "logits", "patch_embed", "raft_token_mixing", "token_mixing"]
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize x of shape (B, C, H, W) bicubically to a height and width."""
+    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Apply a LayerNorm over the channels at every position of x, (B, C, H, W)."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
+
+
+def mlp(x: Tensor, layer: nn.Module) -> Tensor:
+    """Apply a mixing's two Linears to vectors, (..., features)."""
+    return layer.fc2(F.gelu(layer.fc1(x)))
+
+
+def patch_embed(x: Tensor, embed: MultiScalePatchEmbed) -> Tensor:
+    """Map x, (B, in_chans, H, W), to (B, embed_dim, ceil(H / stride), ceil(W / stride))."""
+    s = embed.stride
+    height, width = -(-x.shape[2] // s), -(-x.shape[3] // s)
+    x = resize(x, (height * s, width * s))
+    patches = [F.unfold(x, k, padding=(k - s) // 2, stride=s) for k in embed.kernels]  # (channel, row, column) order
+    weight = torch.cat([conv.weight.flatten(1) for conv in embed.convs], dim=1)
+    tokens = F.linear(torch.cat(patches, dim=1).transpose(1, 2), weight, embed.bias)  # B (H W) C
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def raft_token_mixing(x: Tensor, layer: RaftTokenMixing) -> Tensor:
+    """Mix x, (B, C, H, W), along its height or its width."""
+    y = layer_norm(x, layer.norm).unflatten(1, (layer.raft_size, -1))  # B g o H W
+    order = (0, 2, 3, 1, 4) if layer.horizontal else (0, 2, 4, 1, 3)  # B o H (g W) or B o W (g H)
+    y = y.permute(order)
+    y = mlp(y.flatten(3), layer).reshape(y.shape)
+    return x + y.permute([order.index(axis) for axis in range(5)]).flatten(1, 2)
+
+
+def token_mixing(x: Tensor, layer: nn.Module) -> Tensor:
+    """Mix x, (B, C, H, W), over all its positions."""
+    y = mlp(layer_norm(x, layer.norm).flatten(2), layer)
+    return x + y.reshape(x.shape)
+
+
+def channel_mixing(x: Tensor, layer: nn.Module) -> Tensor:
+    """Mix the channels of x, (B, C, H, W), at every position."""
+    return x + mlp(layer_norm(x, layer.norm).permute(0, 2, 3, 1), layer).permute(0, 3, 1, 2)
+
+
+def block(x: Tensor, module: RaftMLPBlock) -> Tensor:
+    """Map x, (B, C, H, W), to the same shape; token mixing runs on the trained grid."""
+    size = x.shape[2:]
+    x = resize(x, module.grid)
+    for name, layer in module.tokens.named_children():
+        x = token_mixing(x, layer) if name == "plain" else raft_token_mixing(x, layer)
+    return channel_mixing(resize(x, size), module.channels)
+
+
+def features(x: Tensor, model: RaftMLP) -> Tensor:
+    """Map images, (B, in_chans, H, W), to the normalised map of the last stage, (B, C, H', W')."""
+    for stage in model.stages:
+        x = patch_embed(x, stage.embed)
+        for module in stage.blocks:
+            x = block(x, module)
+    return layer_norm(x, model.norm)
+
+
+def logits(x: Tensor, model: RaftMLP) -> Tensor:
+    """Map images, (B, in_chans, H, W), to logits, (B, num_classes)."""
+    return model.head(features(x, model).mean((2, 3)))
+
+
+class Reference(nn.Module):
+    """A module that computes the logits of a model with the release's operations."""
+
+    def __init__(self, model: RaftMLP):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images, (B, in_chans, H, W), to logits, (B, num_classes)."""
+        return logits(x, self.model)
