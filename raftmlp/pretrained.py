@@ -14,7 +14,7 @@ __all__ = ["checkpoint_folders", "find_pretrained", "local_cfg", "pretrained_fil
 
 
 def checkpoint_folders() -> list[Path]:
-    """Return the folders of pretrained weights: those in $RAFTMLP_CHECKPOINTS, then the one shipped with the package."""
+    """Return the folders of pretrained weights: those in $RAFTMLP_CHECKPOINTS, then the one that is shipped."""
     named = os.environ.get("RAFTMLP_CHECKPOINTS", "").split(os.pathsep)
     return [Path(name).expanduser() for name in named if name] + [shipped_folder("checkpoints")]
 
