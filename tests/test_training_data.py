@@ -11,7 +11,7 @@ from helpers import TINY, assert_same, make_image_folder
 from raftmlp.commands import train
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
-from raftmlp.data.training import Batches, TrainingImages, share_batches
+from raftmlp.data.training import Batches, Share, TrainingImages, share_batches
 from raftmlp.errors import UserError
 from raftmlp.weights import load_checkpoint
 
@@ -27,20 +27,20 @@ from raftmlp.weights import load_checkpoint
     ],
 )
 def test_the_global_batch_is_kept(batch_size, total, world_size, expected):
-    shared, *shares = share_batches(batch_size, total, world_size)
-    assert tuple(shares) == expected
-    assert shared == (total or batch_size * world_size) == math.prod(expected) * world_size
+    share = share_batches(batch_size, total, world_size=world_size)
+    assert (share.batch_size, share.steps) == expected
+    assert share.images == (total or batch_size * world_size) == math.prod(expected) * world_size
 
 
 def test_a_global_batch_that_cannot_be_shared():
     with pytest.raises(UserError, match="--global-batch-size 2048 cannot be shared among 3 processes"):
-        share_batches(128, 2048, 3)
+        share_batches(128, 2048, world_size=3)
 
 
 def test_batches_are_the_same_for_any_number_of_processes():
-    alone = Batches(50, batch_size=4, steps=4, rank=0, world_size=1, seed=3)
+    alone = Batches(50, Share(batch_size=4, steps=4), seed=3)
     alone.start_at(epoch=2, update=1)
-    together = [Batches(50, 4, 2, rank, 2, seed=3) for rank in range(2)]
+    together = [Batches(50, Share(4, 2, rank, 2), seed=3) for rank in range(2)]
     for batches in together:
         batches.start_at(epoch=2, update=1)
     mixed = [batch for pair in zip(*together) for batch in pair]

@@ -16,40 +16,36 @@ from ..settings import Number, Settings, option
 __all__ = ["AugmentationSettings", "BatchAugmentation", "MixupThenCutmix", "training_transform"]
 
 
+PROBABILITY = dict(type=Number(float, 0, 1), metavar="P")
+STRENGTH = dict(type=Number(float, 0))
+RANGE = dict(type=Number(float, 1e-6), nargs=2, metavar="X")
+AFFINE = dict(STRENGTH, nargs=3, metavar=("DEGREES", "SHIFT", "SCALE"))
+CROPS = ("rrc", "rkrc", "rkrr", "random")
+CROP_HELP = "rrc: crops of random size; rkrc, rkrr: timm's; random: resized as for evaluation, then a random crop"
+
+
 @dataclass(kw_only=True)
 class AugmentationSettings(Settings):
     """How images to train on are varied."""
 
     title = "augmentation"
-    train_crop_mode: str = option(
-        "rrc",
-        "rrc: crops of random size; rkrc, rkrr: timm's; random: resized as for evaluation, then a random crop",
-        choices=("rrc", "rkrc", "rkrr", "random"),
-    )
-    scale: Sequence[float] = option((0.08, 1.0), "area of random crops", type=Number(float, 1e-6), nargs=2, metavar="X")
-    ratio: Sequence[float] = option(
-        (3 / 4, 4 / 3), "their aspect ratio", type=Number(float, 1e-6), nargs=2, metavar="X"
-    )
-    hflip: float = option(0.5, "probability of a horizontal flip", type=Number(float, 0, 1), metavar="P")
-    color_jitter: float = option(0.4, "colour jitter, off beside --aa", type=Number(float, 0), metavar="X")
+    train_crop_mode: str = option("rrc", CROP_HELP, choices=CROPS)
+    scale: Sequence[float] = option((0.08, 1.0), "area of random crops", **RANGE)
+    ratio: Sequence[float] = option((3 / 4, 4 / 3), "their aspect ratio", **RANGE)
+    hflip: float = option(0.5, "probability of a horizontal flip", **PROBABILITY)
+    color_jitter: float = option(0.4, "colour jitter, off beside --aa", **STRENGTH, metavar="X")
     force_color_jitter: bool = option(False, "colour jitter before --aa too")
     aa: str | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
     affine: Sequence[float] | None = option(
-        None,
-        "random rotation, shift (share of the size) and scaling (1 +- SCALE)",
-        type=Number(float, 0),
-        nargs=3,
-        metavar=("DEGREES", "SHIFT", "SCALE"),
+        None, "random rotation, shift (share of the size) and scaling (1 +- SCALE)", **AFFINE
     )
-    cutout: float = option(0.0, "probability of a black rectangle", type=Number(float, 0, 1), metavar="P")
-    reprob: float = option(0.0, "probability of random erasing", type=Number(float, 0, 1), metavar="P")
+    cutout: float = option(0.0, "probability of a black rectangle", **PROBABILITY)
+    reprob: float = option(0.0, "probability of random erasing", **PROBABILITY)
     remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
-    mixup: float = option(0.0, "mixup, off at 0", type=Number(float, 0), metavar="ALPHA")
-    cutmix: float = option(0.0, "cutmix, off at 0", type=Number(float, 0), metavar="ALPHA")
-    mixup_prob: float = option(1.0, "probability of mixup or cutmix", type=Number(float, 0, 1), metavar="P")
-    mixup_switch_prob: float = option(
-        0.5, "probability of cutmix where both are on", type=Number(float, 0, 1), metavar="P"
-    )
+    mixup: float = option(0.0, "mixup, off at 0", **STRENGTH, metavar="ALPHA")
+    cutmix: float = option(0.0, "cutmix, off at 0", **STRENGTH, metavar="ALPHA")
+    mixup_prob: float = option(1.0, "probability of mixup or cutmix", **PROBABILITY)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", **PROBABILITY)
     mixup_then_cutmix: bool = option(False, "both, one after the other, on every batch")
 
     @property
@@ -59,11 +55,7 @@ class AugmentationSettings(Settings):
 
 
 def training_transform(settings: AugmentationSettings, config: dict) -> Callable:
-    """Return the transform that makes an augmented uint8 tensor (C, H, W) of a PIL image.
-
-    Args:
-        settings: The augmentation.
-        config: How images are prepared, see ``data_config``.
+    """Return the transform of PIL images, prepared as a ``data_config`` says, to augmented uint8 tensors (C, H, W).
 
     Raises:
         UserError: If the settings do not fit each other.
@@ -113,24 +105,14 @@ def training_transform(settings: AugmentationSettings, config: dict) -> Callable
 class BatchAugmentation:
     """Augmentation of whole batches on their device: random erasing, then mixup or cutmix, or mixup and then cutmix.
 
-    Args:
-        settings: The augmentation.
-        batch_size: Images a batch.
-        num_classes: Number of classes.
-        smoothing: Label smoothing of mixed targets.
-        device: Where the batches are.
+    ``smoothing`` is the label smoothing of mixed targets.
 
     Raises:
         UserError: If the settings do not fit each other or the batch size.
     """
 
     def __init__(
-        self,
-        settings: AugmentationSettings,
-        batch_size: int,
-        num_classes: int,
-        smoothing: float,
-        device: torch.device,
+        self, settings: AugmentationSettings, batch_size: int, num_classes: int, smoothing: float, device: torch.device
     ):
         self.erase = self.mix = None
         if settings.reprob:
@@ -164,13 +146,8 @@ class BatchAugmentation:
 class MixupThenCutmix:
     """Mixup and, on its result, cutmix, each with partners of its own: the recipe of the authors' 2021 release.
 
-    The box of cutmix lies wholly inside the image; label smoothing is spread over the mixed shares.
-
-    Args:
-        mixup: Alpha of mixup's Beta distribution.
-        cutmix: Alpha of cutmix's.
-        smoothing: Label smoothing.
-        num_classes: Number of classes.
+    ``mixup`` and ``cutmix`` are the alphas of their Beta distributions. The box of cutmix lies wholly inside the image;
+    label smoothing is spread over the mixed shares.
     """
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int):

@@ -28,14 +28,9 @@ from .images import DataSettings, file_name, read_image
 from .workers import ignore_signals
 
 __all__ = [
-    "Batches",
-    "TrainingDataSettings",
-    "TrainingImages",
-    "TrainingLoader",
-    "check_splits",
-    "seed_everything",
+    "Batches", "Share", "TrainingDataSettings", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
     "share_batches",
-]
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
@@ -88,30 +83,40 @@ def check_splits(train_data: Dataset, val_data: Dataset) -> None:
             )
 
 
-def share_batches(batch_size: int, global_batch_size: int | None, world_size: int) -> tuple[int, int, int]:
-    """Return how an update's images are shared: images an update, images a batch, batches that a process accumulates.
+@dataclass(frozen=True)
+class Share:
+    """How the images of an update are shared: ``steps`` batches of ``batch_size`` for each process."""
 
-    Args:
-        batch_size: Images a batch, at most.
-        global_batch_size: Images an update, of all processes; None for one batch a process.
-        world_size: Number of processes.
+    batch_size: int
+    steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def images(self) -> int:
+        """Images an update, those of all processes."""
+        return self.batch_size * self.steps * self.world_size
+
+
+def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0, world_size: int = 1) -> Share:
+    """Return how an update's images are shared, in batches of ``batch_size`` or less; None is one batch a process.
 
     Raises:
         UserError: If the processes cannot have equal shares.
     """
     total = global_batch_size or batch_size * world_size
-    share, rest = divmod(total, world_size)
-    if rest or not share:
+    images, rest = divmod(total, world_size)
+    if rest or not images:
         raise UserError(f"--global-batch-size {total} cannot be shared among {world_size} processes")
-    largest = size = min(share, batch_size)
-    while share % size:
+    largest = size = min(images, batch_size)
+    while images % size:
         size -= 1
     if size < largest / 2:
         _logger.info(
-            f"note: batches of {size} images, not of {batch_size}: a process's share of an update, {share} images, "
+            f"note: batches of {size} images, not of {batch_size}: a process's share of an update, {images} images, "
             f"divides into no others"
         )
-    return total, size, share // size
+    return Share(size, images // size, rank, world_size)
 
 
 class Batches(Sampler):
@@ -119,20 +124,11 @@ class Batches(Sampler):
 
     The images of an update are cut into ``steps * world_size`` batches; process r takes the batches r, r + world_size,
     ... of them, one a step. Yields lists of (epoch, image) for ``TrainingImages``.
-
-    Args:
-        images: Number of images.
-        batch_size: Images a batch.
-        steps: Batches that one process accumulates for an update.
-        rank: Number of this process.
-        world_size: Number of processes.
-        seed: Random seed.
     """
 
-    def __init__(self, images: int, batch_size: int, steps: int, rank: int, world_size: int, seed: int):
-        self.images, self.batch_size, self.steps = images, batch_size, steps
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.updates = images // (batch_size * steps * world_size)
+    def __init__(self, images: int, share: Share, seed: int):
+        self.images, self.share, self.seed = images, share, seed
+        self.updates = images // share.images
         self.epoch = self.first_update = 0
 
     def start_at(self, epoch: int, update: int) -> None:
@@ -141,20 +137,18 @@ class Batches(Sampler):
 
     def images_of(self, epoch: int, update: int) -> np.ndarray:
         """Return the images of an update, those of all processes."""
-        size = self.batch_size * self.steps * self.world_size
-        return self._order(epoch)[update * size : (update + 1) * size]
+        return self._order(epoch)[update * self.share.images : (update + 1) * self.share.images]
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.images)
 
     def __len__(self) -> int:
-        return (self.updates - self.first_update) * self.steps
+        return (self.updates - self.first_update) * self.share.steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        batches = self._order(epoch)[: self.updates * self.steps * self.world_size * self.batch_size]
-        batches = batches.reshape(-1, self.batch_size)[self.rank :: self.world_size]
-        for batch in batches[self.first_update * self.steps :]:
+        epoch, share = self.epoch, self.share
+        batches = self._order(epoch)[: self.updates * share.images].reshape(-1, share.batch_size)
+        for batch in batches[share.rank :: share.world_size][self.first_update * share.steps :]:
             yield [(epoch, int(index)) for index in batch]
 
 
@@ -165,15 +159,8 @@ class TooManyUnreadable(Exception):
 class TrainingImages(Dataset):
     """The augmented images of a data set as uint8 tensors (C, H, W), by (epoch, index): the same at every call.
 
-    An image that cannot be read is replaced by the next one, and a line in ``bad_images`` has its file and the reason.
-
-    Args:
-        dataset: Any data set of images and classes.
-        transform: Makes an augmented tensor of an image.
-        channels: Channels of the images, 1 or 3.
-        seed: Random seed.
-        bad_images: The file of images that could not be read.
-        max_bad_images: So many in a row are passed over.
+    An image that cannot be read is replaced by the next one, ``max_bad_images`` in a row at most; a line in the file
+    ``bad_images`` has its name and the reason.
     """
 
     def __init__(
@@ -202,18 +189,14 @@ class TrainingLoader:
     """Batches of normalised, augmented images (B, C, H, W) on the device and classes (B,), reproducible by seed.
 
     Args:
-        dataset: The data set to train on.
+        dataset: Any data set of images and classes.
         transform: Makes an augmented uint8 tensor (C, H, W) of an image.
         config: How images are prepared, see ``data_config``.
         device: Where the batches go.
-        batch_size: Images a batch.
-        bad_images: The file that names the images that could not be read.
-        max_bad_images: More unreadable images than these are an error.
-        steps: Batches that one process accumulates for an update.
-        workers: Processes that load images; 0 to load them in this one.
+        share: How the images of an update are shared.
+        settings: Those of the workers, and of images that cannot be read.
         seed: Random seed.
-        rank: Number of this process.
-        world_size: Number of processes.
+        bad_images: The file that names the images that could not be read.
 
     Raises:
         UserError: If the processes are more than the shards of a stream.
@@ -225,32 +208,29 @@ class TrainingLoader:
         transform: Callable,
         config: dict,
         device: torch.device,
-        batch_size: int,
+        share: Share,
+        settings: TrainingDataSettings,
+        seed: int,
         bad_images: Path,
-        max_bad_images: int = 100,
-        steps: int = 1,
-        workers: int = 0,
-        seed: int = 42,
-        rank: int = 0,
-        world_size: int = 1,
     ):
-        self.dataset, self.steps, self.seed, self.rank = dataset, steps, seed, rank
-        self.bad_images, self.max_bad_images = bad_images, max_bad_images
+        self.dataset, self.share, self.seed = dataset, share, seed
+        self.bad_images, self.max_bad_images = bad_images, settings.max_bad_images
         self._named, self._read_bytes = set(), 0
+        workers = settings.workers
         channels = config["input_size"][0]
         common = dict(collate_fn=fast_collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
         self.batches = None
         if isinstance(dataset, IterableDataset):
             # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch
-            workers = self._stream_workers(workers, world_size)
+            workers = self._stream_workers(workers)
             dataset.transform = transform
             if isinstance(dataset, IterableImageDataset):
                 dataset.set_loader_cfg(num_workers=workers)
-            loader = DataLoader(dataset, batch_size, num_workers=workers, drop_last=True, **common)
-            self.updates_per_epoch = len(loader) // steps
+            loader = DataLoader(dataset, share.batch_size, num_workers=workers, drop_last=True, **common)
+            self.updates_per_epoch = len(loader) // share.steps
         else:
-            self.batches = Batches(len(dataset), batch_size, steps, rank, world_size, seed)
-            images = TrainingImages(dataset, transform, channels, seed, bad_images, max_bad_images)
+            self.batches = Batches(len(dataset), share, seed)
+            images = TrainingImages(dataset, transform, channels, seed, bad_images, self.max_bad_images)
             loader = DataLoader(
                 images, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0, **common
             )
@@ -263,8 +243,7 @@ class TrainingLoader:
         Raises:
             UserError: If too many images cannot be read, a worker is killed, or the data set ends too early.
         """
-        seed_everything(self.seed, 1, epoch, self.rank)  # of the workers of a stream
-        count = (self.updates_per_epoch - first_update) * self.steps
+        seed_everything(self.seed, 1, epoch, self.share.rank)  # of the workers of a stream
         if self.batches is not None:
             self.batches.start_at(epoch, first_update)
             batches = iter(self.loader)
@@ -272,10 +251,10 @@ class TrainingLoader:
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
             batches = iter(self.loader)
-            for _ in range(first_update * self.steps):
+            for _ in range(first_update * self.share.steps):
                 next(batches)
         try:
-            for _ in range(count):
+            for _ in range((self.updates_per_epoch - first_update) * self.share.steps):
                 yield next(batches)
                 self.check_bad_images()
         except TooManyUnreadable as error:
@@ -292,15 +271,15 @@ class TrainingLoader:
         except StopIteration as error:
             raise UserError("the data set ended before the epoch did: it has fewer images than it says") from error
 
-    def _stream_workers(self, wanted: int, world_size: int) -> int:
+    def _stream_workers(self, wanted: int) -> int:
         """Return how many processes read a stream: at least one, and none without a shard of its own."""
         split = getattr(getattr(self.dataset, "reader", None), "split_info", None)
         shards = len(getattr(split, "filenames", ()))
         if not shards:
             return max(1, wanted)
-        if shards < world_size:
-            raise UserError(f"{shards} shards cannot be shared among {world_size} processes")
-        return max(1, min(wanted, shards // world_size))
+        if shards < self.share.world_size:
+            raise UserError(f"{shards} shards cannot be shared among {self.share.world_size} processes")
+        return max(1, min(wanted, shards // self.share.world_size))
 
     def check_bad_images(self) -> None:
         """Name the images that could not be read since the last call.

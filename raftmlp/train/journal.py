@@ -23,14 +23,7 @@ __all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summar
 
 
 class Journal:
-    """Writes the log of a run: log.csv and curves.png, TensorBoard, Weights & Biases.
-
-    Args:
-        folder: The run's folder.
-        recipe: The settings that Weights & Biases shows.
-        tensorboard: Whether TensorBoard's events are written into the folder.
-        wandb: Whether it is sent to Weights & Biases.
-        writes: Whether this process does it.
+    """Writes the log of a run into its folder, if this process ``writes``: log.csv, curves.png, and to trackers.
 
     Raises:
         MissingPackageError: If TensorBoard or Weights & Biases is asked for, and not installed.
@@ -95,13 +88,8 @@ def plot_curves(log: list[dict], picture: Path) -> None:
 
 
 def summarise(log: list[dict], best: dict) -> dict[str, Any]:
-    """Return the figures of a finished run, and the versions that it was made with.
-
-    Args:
-        log: A row an epoch.
-        best: The row of the best epoch.
-    """
-    last = log[-1]
+    """Return the figures of a finished run, of its log and the best row of it, and the versions that made it."""
+    last, versions = log[-1], dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__)
     return dict(
         best_epoch=best["epoch"],
         best_top1=best["eval_top1"],
@@ -110,12 +98,7 @@ def summarise(log: list[dict], best: dict) -> dict[str, Any]:
         bad_images=last["bad_images"],
         seconds=round(sum(row["seconds"] for row in log), 1),
         commit=git_commit(),
-        versions=dict(
-            raftmlp=__version__,
-            torch=torch.__version__,
-            timm=timm.__version__,
-            python=platform.python_version(),
-        ),
+        versions=versions | dict(python=platform.python_version()),
     )
 
 
@@ -156,12 +139,7 @@ def export_path(model: str, tag: str, overwrite: bool = False) -> Path:
 
 
 def export_pretrained(path: Path, summary: dict) -> Path:
-    """Write the best weights of a run as pretrained weights, and a JSON card of their origin; return the card's file.
-
-    Args:
-        path: The file, see ``export_path``.
-        summary: The summary of the run, with the file ``best_checkpoint``.
-    """
+    """Write the best weights of a run as pretrained weights, and a JSON card of their origin; return the card."""
     checkpoint = load_checkpoint(summary["best_checkpoint"])
     cfg = checkpoint["pretrained_cfg"]
     save_state_dict(unwrap(checkpoint), path, dict(model=checkpoint["arch"], pretrained_cfg=json.dumps(cfg)))

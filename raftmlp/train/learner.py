@@ -83,33 +83,23 @@ def create_optimisation(
 class Learner:
     """A model with its loss, optimiser and schedule, averaged weights and gradient scaler where there are such.
 
-    Args:
-        settings: The settings of the run.
-        model: The model; it is moved to the device.
-        soft_targets: Whether the targets are shares of classes (B, num_classes), not classes (B,).
-        steps: Batches that an update accumulates in this process.
-        updates_per_epoch: Updates an epoch, for the schedule.
-        processes: This process among the others.
+    The model is moved to the device. Its targets are classes (B,), those of a run that mixes images shares of classes
+    (B, num_classes). ``steps`` batches are an update in this process; ``lr`` is the learning rate of the last one.
 
     Raises:
         UserError: If the settings do not fit each other.
     """
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        model: nn.Module,
-        soft_targets: bool,
-        steps: int,
-        updates_per_epoch: int,
-        processes: Processes,
+        self, settings: TrainSettings, model: nn.Module, steps: int, updates_per_epoch: int, processes: Processes
     ):
         self.settings, self.steps, self.world_size = settings, steps, processes.world_size
         self.device = device = processes.device
         model.to(device, memory_format=settings.memory_format)
         if settings.grad_checkpointing:
             model.set_grad_checkpointing()
-        loss = SoftTargetCrossEntropy() if soft_targets else LabelSmoothingCrossEntropy(settings.smoothing)
+        is_soft = settings.makes_soft_targets
+        loss = SoftTargetCrossEntropy() if is_soft else LabelSmoothingCrossEntropy(settings.smoothing)
         self.task = create_task(settings, model, loss, device)
         self.optimizer, self.scheduler = create_optimisation(settings, model, updates_per_epoch)
         if settings.model_ema:
@@ -121,12 +111,7 @@ class Learner:
             self.task.prepare_distributed([device] if device.type == "cuda" else None)
         self.model = unwrap_model(self.task.get_trainable_module())
         self.scaler = NativeScaler(device.type) if settings.amp and settings.amp_dtype == "float16" else None
-        self.lr = self.next_lr  # of the last update
-
-    @property
-    def next_lr(self) -> float:
-        """The learning rate of the next update."""
-        return self.optimizer.param_groups[0]["lr"]
+        self.lr = self.optimizer.param_groups[0]["lr"]
 
     @property
     def averaged_model(self) -> nn.Module:
@@ -143,18 +128,13 @@ class Learner:
         """Prepare for the update after so many of the run."""
         self.task.train()
         self.scheduler.step_update(max(0, updates - 1))
-        self.lr = self.next_lr
+        self.lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step_update(updates)
 
     def update(self, batches: Iterable[tuple[Tensor, Tensor]], number: int) -> Tensor:
-        """Take one step of the optimiser on the mean gradient of batches.
+        """Take one step of the optimiser on the mean gradient of batches, images (B, C, H, W) and targets.
 
-        Args:
-            batches: ``steps`` batches of images (B, C, H, W) and targets.
-            number: How many updates the run has with this one.
-
-        Returns:
-            This process's share of the mean loss.
+        ``number`` counts the updates of the run, this one too. Returns this process's share of the mean loss.
         """
         total = torch.zeros((), device=self.device)
         for step, (images, target) in enumerate(batches, 1):
@@ -167,27 +147,21 @@ class Learner:
             total += loss.detach() / self.world_size
         if self.settings.model_ema:
             self.task.update_ema(step=number)
-        self.lr = self.next_lr
+        self.lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step_update(number)
         return total
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Add a batch's gradient; after an update's last batch let the optimiser step."""
-        clip_grad, clip_mode, parameters = self.settings.clip_grad, self.settings.clip_mode, self.model.parameters()
+        clip_grad, mode, parameters = self.settings.clip_grad, self.settings.clip_mode, self.model.parameters()
         if self.scaler:
-            self.scaler(
-                loss,
-                self.optimizer,
-                clip_grad=clip_grad,
-                clip_mode=clip_mode,
-                parameters=parameters,
-                need_update=is_last,
-            )
+            clip = dict(clip_grad=clip_grad, clip_mode=mode, parameters=parameters)
+            self.scaler(loss, self.optimizer, **clip, need_update=is_last)
         else:
             loss.backward()
             if is_last:
                 if clip_grad is not None:
-                    dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
+                    dispatch_clip_grad(parameters, clip_grad, mode=mode)
                 self.optimizer.step()
         if is_last:
             self.optimizer.zero_grad()

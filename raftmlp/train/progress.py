@@ -15,16 +15,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The progress of an epoch; a context, within which the bar is shown.
+    """The progress of an epoch of ``updates``, of so many ``images`` each; a context, after which the bar is gone.
 
-    Args:
-        title: What is in progress.
-        first: Updates that were done before.
-        updates: Updates an epoch.
-        images: Images an update.
-        interval: Updates between lines of log.
-        device: Where the model is.
-        show: Whether this process shows it.
+    ``first`` updates were done before; ``waited`` counts the seconds that went by without data. Lines come every
+    ``interval`` updates. Only a process that is to ``show`` it does.
     """
 
     def __init__(
@@ -32,18 +26,11 @@ class Progress:
     ):
         self.title, self.first, self.updates, self.images = title, first, updates, images
         self.interval, self.device, self.show = interval, device, show
-        self.waited = 0.0  # seconds that went by without data
-        self._start = time.perf_counter()
+        self.waited, self._start = 0.0, time.perf_counter()
+        hide = None if show else True  # None: where there is no terminal
+        self.bar = tqdm(total=updates, initial=first, desc=title, unit="update", leave=False, disable=hide)
 
     def __enter__(self) -> "Progress":
-        self.bar = tqdm(
-            total=self.updates,
-            initial=self.first,
-            desc=self.title,
-            unit="update",
-            leave=False,
-            disable=None if self.show else True,
-        )
         return self
 
     def __exit__(self, *_exception: object) -> None:

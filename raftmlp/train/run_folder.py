@@ -21,11 +21,7 @@ RUN_FILES = ("*.pth.tar", "args.yaml", "bad_batch.txt", "bad_images.txt", "curve
 
 
 class RunFolder:
-    """A folder with last.pth.tar, previous.pth.tar (the checkpoint before it) and model_best.pth.tar.
-
-    Args:
-        path: The folder.
-    """
+    """A folder with last.pth.tar, previous.pth.tar (the checkpoint before it) and model_best.pth.tar."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -38,7 +34,7 @@ class RunFolder:
 
         Args:
             resume: A checkpoint file; "auto" for the last complete one in the folder, if any; None to start anew.
-            overwrite: Whether a run that is in the folder may be lost.
+            overwrite: Whether a run in the folder may be lost.
 
         Raises:
             UserError: If the folder holds a run that would be lost, cannot be written into or is in use, or all its
@@ -123,7 +119,7 @@ class RunFolder:
             ) from error
 
     def roll_back(self, past_last: bool) -> Path | None:
-        """Return the checkpoint to resume from, if any; with ``past_last`` the last one is renamed, and does not count."""
+        """Return the checkpoint to resume from, if any; ``past_last`` renames the last one, which does not count."""
         paths = [path for path in (self.last, self.previous) if path.exists()]
         if paths and past_last:
             os.replace(paths.pop(0), self.path / "diverged.pth.tar")

@@ -60,30 +60,33 @@ class DivergedError(Exception):
 
 
 class Losses:
-    """Losses of updates on the device, read one update late, so that a GPU works on meanwhile."""
+    """Losses of updates, read from the device one update late, so that a GPU works on meanwhile."""
 
-    def __init__(self):
+    def __init__(self, state: RunState):
+        self.state = state
         self._unread: list[tuple[Tensor, int, float]] = []
 
-    def __len__(self) -> int:
-        return len(self._unread)
+    @property
+    def mean(self) -> float:
+        """The mean of the running epoch's losses, as far as they are read."""
+        return self.state.loss_sum / max(1, self.state.update - len(self._unread))
 
     def add(self, result: Tensor, update: int, lr: float) -> None:
         """Add the result of an update: its loss, and how many processes were asked to stop (2,)."""
         self._unread.append((result, update, lr))
 
-    def read(self, keep: int = 0) -> tuple[list[float], bool]:
-        """Return the losses but for the latest ``keep``, and whether a process was asked to stop.
+    def read(self, keep: int = 0) -> bool:
+        """Add all but the latest ``keep`` losses to the state's sum; return whether a process was asked to stop.
 
         Raises:
             DivergedError: If a loss is infinite or no number.
         """
-        losses, stop = [], False
-        while len(self) > keep:
+        stop = False
+        while len(self._unread) > keep:
             result, update, lr = self._unread.pop(0)
             loss, asked = result.tolist()
             if not math.isfinite(loss):
                 raise DivergedError(loss, update, lr)
-            losses.append(loss)
+            self.state.loss_sum += loss
             stop = stop or asked > 0
-        return losses, stop
+        return stop

@@ -51,9 +51,8 @@ class Trainer:
     optimiser), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end.
 
     Args:
-        settings: The settings of the run; what ``from_settings`` makes of them, model and data, is given here.
-        model: A classifier of timm's kind, with ``num_classes`` and ``pretrained_cfg``; its classes and the data
-            config that it is trained with are written into the latter.
+        settings: The settings of the run; those of model and data sets are for ``from_settings``.
+        model: A classifier with timm's ``num_classes`` and ``pretrained_cfg``, which gets the data config of the run.
         train_data: Images and classes to train on.
         val_data: Images and classes to evaluate on.
         processes: This process among those that train together; None for one alone.
@@ -75,7 +74,7 @@ class Trainer:
         self.processes = processes = processes or Processes(find_device(settings.device))
         self.device, self.command = processes.device, command
         place = dict(rank=processes.rank, world_size=processes.world_size)
-        total, batch_size, steps = share_batches(settings.batch_size, settings.global_batch_size, processes.world_size)
+        share = share_batches(settings.batch_size, settings.global_batch_size, **place)
         check_splits(train_data, val_data)
         check_classes(train_data, model)
         config = data_config(settings, model, settings.size)
@@ -84,58 +83,45 @@ class Trainer:
             model=settings.name(model),
             num_classes=model.num_classes,
             in_chans=config["input_size"][0],
-            global_batch_size=total,
+            global_batch_size=share.images,
         )
         cfg = training_cfg(model, config, class_names(train_data))
         model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
         self.recipe = make_recipe(settings)
         self.description = dict(arch=settings.model, model_kwargs=settings.model_kwargs, pretrained_cfg=cfg)
-        self.folder, self.state, self.losses = RunFolder(settings.output), RunState(), Losses()
+        self.folder, self.state = RunFolder(settings.output), RunState()
         self.summary_file = self.folder.path / "summary.json"
 
+        transform, bad_images = training_transform(settings, config), self.folder.path / "bad_images.txt"
         self.loader = TrainingLoader(
-            train_data,
-            training_transform(settings, config),
-            config,
-            self.device,
-            batch_size,
-            self.folder.path / "bad_images.txt",
-            settings.max_bad_images,
-            steps,
-            settings.workers,
-            settings.seed,
-            **place,
+            train_data, transform, config, self.device, share, settings, settings.seed, bad_images
         )
         self.updates_per_epoch = self.loader.updates_per_epoch
+        count = image_count(train_data)
         if not self.updates_per_epoch:
             raise UserError(
-                f"{image_count(train_data)} images make no update of {total}: choose --global-batch-size "
-                f"{image_count(train_data)} or less"
+                f"{count} images make no update of {share.images}: choose --global-batch-size {count} or less"
             )
         self.val_loader = evaluation_loader(
             val_data, config, self.device, settings.batch_size, settings.workers, **place
         )
-        self.augment = BatchAugmentation(settings, batch_size, model.num_classes, settings.smoothing, self.device)
-        self.learner = Learner(settings, model, settings.makes_soft_targets, steps, self.updates_per_epoch, processes)
+        self.augment = BatchAugmentation(settings, share.batch_size, model.num_classes, settings.smoothing, self.device)
+        self.learner = Learner(settings, model, share.steps, self.updates_per_epoch, processes)
         self.saved: tuple[int, int] | None = None  # the position of the last checkpoint in the folder
         self.stop = StopSignals()
         height, width = config["input_size"][-2:]
-        count = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in model.parameters())
         self.words = (
-            f"{settings.model}, {count:,} parameters, {model.num_classes} classes, {height}x{width}: "
-            f"{image_count(train_data)} images to train on, {image_count(val_data)} to evaluate on\n"
-            f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {total} images: {processes.world_size} "
-            f"process{'es' * (processes.world_size > 1)} x {steps} x {batch_size}, on {self.device}"
+            f"{settings.model}, {parameters:,} parameters, {model.num_classes} classes, {height}x{width}: "
+            f"{count} images to train on, {image_count(val_data)} to evaluate on\n"
+            f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {share.images} images: "
+            f"{share.world_size} process{'es' * (share.world_size > 1)} x {share.steps} x {share.batch_size}, on "
+            f"{self.device}"
         )
 
     @classmethod
     def from_settings(cls, settings: TrainSettings, processes: Processes | None = None, command: str = "") -> "Trainer":
         """Return a trainer of the model and the data sets that the settings name; random numbers are seeded.
-
-        Args:
-            settings: The settings of the run.
-            processes: This process among those that train together; None for one alone.
-            command: The command that the summary names.
 
         Raises:
             UserError: If a setting cannot be used.
@@ -170,9 +156,8 @@ class Trainer:
             if checkpoint:
                 self.load(checkpoint)
             is_finished = on_first(self._start_folder, checkpoint, overwrite)
-            self.journal = Journal(
-                self.folder.path, self.recipe, settings.log_tensorboard, settings.log_wandb, self.processes.is_first
-            )
+            log_to = dict(tensorboard=settings.log_tensorboard, wandb=settings.log_wandb)
+            self.journal = Journal(self.folder.path, self.recipe, writes=self.processes.is_first, **log_to)
             _logger.info(self.words)
             with self.stop, _tf32(settings.tf32 and self.device.type == "cuda"):
                 while self.state.epoch < settings.epochs:
@@ -282,16 +267,9 @@ class Trainer:
         if self._asked_to_stop():
             self.save()
             return False
-        settings, state, start = self.settings, self.state, time.perf_counter()
-        progress = Progress(
-            f"epoch {state.epoch + 1}/{settings.epochs}",
-            state.update,
-            self.updates_per_epoch,
-            settings.global_batch_size,
-            settings.log_interval,
-            self.device,
-            self.processes.is_first,
-        )
+        settings, state, title = self.settings, self.state, f"epoch {self.state.epoch + 1}/{self.settings.epochs}"
+        images, interval, is_first = settings.global_batch_size, settings.log_interval, self.processes.is_first
+        progress = Progress(title, state.update, self.updates_per_epoch, images, interval, self.device, is_first)
         try:
             with progress:
                 if not self._train(progress):
@@ -307,7 +285,7 @@ class Trainer:
                 f"{self._roll_back(state.update)}",
                 shared=True,
             )
-        row |= dict(lr=self.learner.lr, bad_images=self.loader.bad_image_count, seconds=time.perf_counter() - start)
+        row |= dict(lr=self.learner.lr, bad_images=self.loader.bad_image_count, seconds=progress.seconds)
         state.end_epoch(row)
         self.save(best=state.best is row)
         self.journal.write(state.log)
@@ -323,21 +301,21 @@ class Trainer:
     def _train(self, progress: Progress) -> bool:
         """Train what is left of the epoch; return False if asked to stop, which is saved too."""
         state, every, total = self.state, self.settings.save_every, self.updates_per_epoch
-        self.losses = Losses()
+        self.losses = Losses(state)
         self.learner.start_at(self._updates_done)
         batches = self.loader.epoch(state.epoch, state.update)
         while state.update < total:
             self._update(batches, progress)
             state.update += 1
-            stop = self._read_losses(keep=1)
+            stop = self.losses.read(keep=1)
             # also before the evaluation, which may take long
             save = state.update == total or (every and state.update % every == 0)
             if save or stop:
-                stop = self._read_losses() or stop
+                stop = self.losses.read() or stop
                 self.save()
             if stop:
                 return False
-            progress.advance(state.update, state.loss_sum / max(1, state.update - len(self.losses)))
+            progress.advance(state.update, self.losses.mean)
         return True
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress) -> None:
@@ -356,20 +334,13 @@ class Trainer:
         self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an update; what is random about each, in the model too, is seeded by its position."""
-        for step in range(self.loader.steps):
+        for step in range(self.loader.share.steps):
             start = time.perf_counter()
             images, target = next(batches)
             progress.waited += time.perf_counter() - start
             batch = step * self.processes.world_size + self.processes.rank
             seed_everything(self.settings.seed, 2, self.state.epoch, self.state.update, batch)
             yield self.augment(images, target)
-
-    def _read_losses(self, keep: int = 0) -> bool:
-        """Add up the losses of updates, but for the latest ``keep``; return whether a process was asked to stop."""
-        losses, stop = self.losses.read(keep)
-        for loss in losses:
-            self.state.loss_sum += loss
-        return stop
 
     def _asked_to_stop(self) -> bool:
         """Return whether one of the processes was asked to stop."""
@@ -384,14 +355,9 @@ class Trainer:
         Raises:
             UserError: If none of the images can be read.
         """
-        figures = evaluate(
-            self.learner.eval_model,
-            self.val_loader,
-            self.device,
-            self.settings.autocast(self.device),
-            distributed=self.processes.world_size > 1,
-            progress=self.processes.is_first,
-        )
+        model, autocast = self.learner.eval_model, self.settings.autocast(self.device)
+        together = dict(distributed=self.processes.world_size > 1, progress=self.processes.is_first)
+        figures = evaluate(model, self.val_loader, self.device, autocast, **together)
         if not figures["images"]:
             raise UserError(f"none of the {figures['unread']} images to evaluate on can be read", shared=True)
         return figures
@@ -422,13 +388,7 @@ class Trainer:
 
 
 def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dict[str, Any]:
-    """Return what a checkpoint says of classes and images: the part of timm's pretrained_cfg that is the run's own.
-
-    Args:
-        model: The model.
-        config: How images are prepared, see ``data_config``.
-        names: Names of the classes, where they are known.
-    """
+    """Return what a checkpoint says of classes and images: the part of timm's pretrained_cfg that is the run's own."""
     cfg = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     size = model.img_size if isinstance(model, RaftMLP) else config["input_size"][-2:]
     cfg |= dict(num_classes=model.num_classes, input_size=(config["input_size"][0], *size))
