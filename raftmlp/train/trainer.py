@@ -51,7 +51,7 @@ class Trainer:
     optimiser), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end.
 
     Args:
-        settings: The settings of the run; those of model and data sets are for ``from_settings``.
+        settings: The settings of the run; ``from_settings`` creates the model and the data sets that they name.
         model: A classifier with timm's ``num_classes`` and ``pretrained_cfg``, which gets the data config of the run.
         train_data: Images and classes to train on.
         val_data: Images and classes to evaluate on.
@@ -138,7 +138,7 @@ class Trainer:
     # A run
 
     def fit(self, resume: str | Path | None = None, overwrite: bool = False) -> dict[str, Any] | None:
-        """Train to the end, and return the summary; None if SIGTERM or Ctrl-C asked to stop, after a checkpoint.
+        """Train on to the end, and return the summary; None if SIGTERM or Ctrl-C asked to stop, after a checkpoint.
 
         Args:
             resume: A checkpoint file to resume from; "auto" for the last complete one in the folder, if any.
