@@ -317,7 +317,7 @@ def test_weights_that_diverged_are_not_resumed_from(run_command, image_options):
     assert status == 0, err
     status, _, err = run_command(train, *options, "--resume", "--lr", "1e30", "--save-every", 1)
     assert status == 2 and "the loss became nan in epoch 2, update 2 of 4" in err
-    assert "--resume goes on from out/previous.pth.tar" in err
+    assert "--resume continues from out/previous.pth.tar" in err
     assert Path("out/diverged.pth.tar").exists() and not Path("out/last.pth.tar").exists()
     status, out, err = run_command(train, *options, "--resume")
     assert status == 0, err

@@ -35,7 +35,7 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
         for key in ORDER:
             if before.get(key) != recipe[key]:
                 return (
-                    f"is of the middle of an epoch with --{_name(key)} {before.get(key)}: {recipe[key]} cannot go on "
+                    f"is of the middle of an epoch with --{_name(key)} {before.get(key)}: {recipe[key]} cannot continue "
                     f"from there"
                 )
         if checkpoint.get("updates_per_epoch") != updates_per_epoch:

@@ -115,7 +115,7 @@ class RunFolder:
             new.unlink(missing_ok=True)
             raise UserError(
                 f"cannot save a checkpoint into {self.path}: {first_words(error)}; the earlier checkpoints are intact: "
-                f"free some space, then the same command with --resume goes on"
+                f"free some space, then the same command with --resume continues"
             ) from error
 
     def roll_back(self, past_last: bool) -> Path | None:

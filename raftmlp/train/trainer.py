@@ -73,8 +73,8 @@ class Trainer:
     ):
         self.processes = processes = processes or Processes(find_device(settings.device))
         self.device, self.command = processes.device, command
-        place = dict(rank=processes.rank, world_size=processes.world_size)
-        share = share_batches(settings.batch_size, settings.global_batch_size, **place)
+        ranks = dict(rank=processes.rank, world_size=processes.world_size)
+        share = share_batches(settings.batch_size, settings.global_batch_size, **ranks)
         check_splits(train_data, val_data)
         check_classes(train_data, model)
         config = data_config(settings, model, settings.size)
@@ -103,7 +103,7 @@ class Trainer:
                 f"{count} images make no update of {share.images}: choose --global-batch-size {count} or less"
             )
         self.val_loader = evaluation_loader(
-            val_data, config, self.device, settings.batch_size, settings.workers, **place
+            val_data, config, self.device, settings.batch_size, settings.workers, **ranks
         )
         self.augment = BatchAugmentation(settings, share.batch_size, model.num_classes, settings.smoothing, self.device)
         self.learner = Learner(settings, model, share.steps, self.updates_per_epoch, processes)
@@ -111,7 +111,7 @@ class Trainer:
         self.stop = StopSignals()
         height, width = config["input_size"][-2:]
         parameters = sum(p.numel() for p in model.parameters())
-        self.words = (
+        self.headline = (
             f"{settings.model}, {parameters:,} parameters, {model.num_classes} classes, {height}x{width}: "
             f"{count} images to train on, {image_count(val_data)} to evaluate on\n"
             f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {share.images} images: "
@@ -158,13 +158,13 @@ class Trainer:
             is_finished = on_first(self._start_folder, checkpoint, overwrite)
             log_to = dict(tensorboard=settings.log_tensorboard, wandb=settings.log_wandb)
             self.journal = Journal(self.folder.path, self.recipe, writes=self.processes.is_first, **log_to)
-            _logger.info(self.words)
+            _logger.info(self.headline)
             with self.stop, _tf32(settings.tf32 and self.device.type == "cuda"):
                 while self.state.epoch < settings.epochs:
                     if not self._run_epoch():
                         _logger.info(
                             f"stopped in epoch {self.state.epoch + 1} after update {self.state.update} of "
-                            f"{self.updates_per_epoch}, and saved: the same command with --resume goes on"
+                            f"{self.updates_per_epoch}, and saved: the same command with --resume continues"
                         )
                         return None
             return on_first(self._finish, is_finished, exported)
@@ -384,7 +384,7 @@ class Trainer:
         checkpoint = self.folder.roll_back(is_past) if self.processes.is_first else None
         if not checkpoint:
             return f"there is no checkpoint from before; {hint}"
-        return f"--resume goes on from {checkpoint}, which is from before; {hint}"
+        return f"--resume continues from {checkpoint}, which is from before; {hint}"
 
 
 def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dict[str, Any]:
