@@ -34,10 +34,8 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
     if update:
         for key in ORDER:
             if before.get(key) != recipe[key]:
-                return (
-                    f"is of the middle of an epoch with --{_name(key)} {before.get(key)}: {recipe[key]} cannot continue "
-                    f"from there"
-                )
+                option = f"--{_name(key)} {before.get(key)}"
+                return f"is of the middle of an epoch with {option}: {recipe[key]} cannot continue from there"
         if checkpoint.get("updates_per_epoch") != updates_per_epoch:
             return (
                 f"is of the middle of an epoch of {checkpoint.get('updates_per_epoch')} updates, of which this data "
