@@ -1,6 +1,8 @@
 """What several test files need: a tiny model's options, small data, the golden weights."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +49,31 @@ def same_weights(a, b):
     """Return whether two models have the same keys and bit-equal weights."""
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def fill_disk(monkeypatch):
+    """Let new checkpoints be on a disk that is full."""
+    real = tempfile.mkstemp
+
+    def mkstemp(dir, prefix, suffix):
+        if suffix != ".tar":
+            return real(dir=dir, prefix=prefix, suffix=suffix)
+        path = Path(dir) / f"{prefix}full{suffix}"
+        path.symlink_to("/dev/full")
+        return os.open(path, os.O_WRONLY), str(path)
+
+    monkeypatch.setattr("tempfile.mkstemp", mkstemp)
+
+
+def assert_same(one, other, path=""):
+    """Assert that nested dicts and lists hold equal values, tensors bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other)):
+            assert_same(a, b, f"{path}/{i}")
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, path

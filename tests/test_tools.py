@@ -1,6 +1,5 @@
 """The scripts as a user runs them: what they write, and what they say to bad input."""
 
-import csv
 import json
 import os
 import subprocess
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from test_golden import release_weights
 
 import convert_checkpoint
 import predict
-import train
 import validate
+from raftmlp.commands import train
 from raftmlp.checkpoint import load_state_dict, read_metadata
 
 ROOT = Path(__file__).parent.parent
@@ -53,22 +51,6 @@ def image_folder(tmp_path_factory):
 # Training and evaluation
 
 
-def test_train_writes_a_run(digits_run):
-    output, done = digits_run
-    assert {path.name for path in output.iterdir()} >= {
-        "args.yaml", "curves.png", "last.pth.tar", "log.csv", "model_best.pth.tar", "summary.json",
-    }  # fmt: skip
-    rows = list(csv.DictReader((output / "log.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
-    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["best_top1"] == max(float(row["eval_top1"]) for row in rows)
-    assert f"best top-1 {summary['best_top1']:.2f} %" in done.stdout
-    assert Image.open(output / "curves.png").width > 500
-    assert yaml.safe_load((output / "args.yaml").read_text())["epochs"] == 2
-
-
 def test_validate_gives_the_runs_figure(digits_run, run_tool):
     output, _ = digits_run
     options = [*TINY, "--checkpoint", output / "model_best.pth.tar", "--dataset", "digits"]
@@ -89,46 +71,13 @@ def test_gallery_shows_the_wrong_ones_first():
     assert [(truth, guess) for _, truth, guess, _ in gallery.right] == [(0, 0), (1, 1), (1, 1)]
 
 
-def test_resume_goes_on(digits_run, run_tool):
-    output, _ = digits_run
-    config = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", "1", "--output", output]
-    before = (output / "last.pth.tar").read_bytes()
-    status, _, err = run_tool(train, *config, "--epochs", "3")
-    assert status == 2 and "holds a run: go on with --resume" in err
-    assert (output / "last.pth.tar").read_bytes() == before
-
-    status, out, _ = run_tool(train, *config, "--epochs", "3", "--resume")
-    assert status == 0
-    assert "epoch 3/3" in out and "epoch 2/3" not in out
-    assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["1", "2", "3"]
-
-    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", output / "missing.pth")
-    assert status == 2 and "no checkpoint to resume from" in err
-    (output / "cut.pth").write_bytes(before[:3000])
-    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
-    assert status == 2 and "cut.pth is damaged" in err
-
-    (output / "empty.pth").write_bytes(b"")
-    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", output / "empty.pth")
-    assert status == 2 and "empty.pth is damaged" in err
-    status, _, err = run_tool(train, *config, "--epochs", "3", "--resume", "elsewhere/last.pth.tar")
-    assert status == 2 and "holds a run" in err
-
-    (output / "mine.txt").write_text("keep")
-    status, out, _ = run_tool(train, *config, "--epochs", "1", "--warmup-epochs", 0, "--overwrite", "--no-model-ema")
-    assert (output / "mine.txt").read_text() == "keep"
-    assert status == 0
-    assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["1"]
-
-
-def test_train_on_a_folder_of_images(image_folder, run_tool):
+def test_validate_on_a_folder_of_images(image_folder, run_tool):
     options = [*TINY, "--data-dir", image_folder, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0]
     status, out, err = run_tool(
         train, *options, "--img-size", 40, 48, "--aa", "rand-m5", "--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.25,
         "--drop-path", 0.1, "--clip-grad", 1, "--grad-checkpointing", "--amp", "--lr", 1e-3,
     )  # fmt: skip
     assert status == 0, err
-    assert "2 classes, 40x48: 24 images to train on, 12 to evaluate on" in out
     status, out, err = run_tool(
         validate, *TINY, "img_size=(40,48)", "--checkpoint", "runs/train/last.pth.tar",
         "--data-dir", image_folder, "--img-size", 40, 48, "--amp",
@@ -136,19 +85,8 @@ def test_train_on_a_folder_of_images(image_folder, run_tool):
     assert status == 0, err
     assert "over 12 images" in out
 
-    # another task's classifier stays behind, and that is said; evaluation wants the whole model
-    finetune = ["--model", "raftmlp_digits", "--pretrained", "--data-dir", image_folder, "--workers", 0]
-    status, out, err = run_tool(
-        train, *finetune, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned"
-    )
-    assert status == 0, err
     shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
     options = ["--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", image_folder, "--workers", 0]
-    status, out, err = run_tool(
-        train, *options, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned2"
-    )
-    assert status == 0, err
-    assert "its classifier is missing or another task's" in out
     status, _, err = run_tool(validate, *options)
     assert status == 2 and "classes that the model was not trained on: ['bright', 'dark']" in err
 
@@ -161,30 +99,10 @@ def test_other_models_of_timm(run_tool):
     assert "resnet10t: top-1" in out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run_tool):
-    options = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", 0, "--epochs", 3]
-    status, _, err = run_tool(train, *options, "--lr", "1e30", "--output", "out")
-    assert status == 2
-    assert "the loss became" in err and "at learning rate" in err
-    assert not Path("out/summary.json").exists()
-
-
 # Configs and options
 
 
-def test_the_command_line_wins_over_the_config(tmp_path):
-    (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\nmodel_kwargs: {depths: [1, 1]}\n")
-    (tmp_path / "run.yaml").write_text("base: base.yaml\nlr: 0.25\nscale: [0.5, 1]\nmodel_ema: true\n")
-    parse = train.build_parser().parse_args
-    args = parse(["-c", str(tmp_path / "run.yaml"), "--scale", "0.7", "0.9"])
-    assert (args.epochs, args.lr, args.scale, args.model_ema) == (7, 0.25, [0.7, 0.9], True)
-    assert args.model_kwargs == {"depths": [1, 1]}
-    assert parse(["-c", str(tmp_path / "run.yaml"), "--no-model-ema"]).model_ema is False
-    (tmp_path / "resume.yaml").write_text("resume: true\n")
-    assert train.build_parser().parse_args(["-c", str(tmp_path / "resume.yaml")]).resume == "auto"
-
-
-@pytest.mark.parametrize("tool", [train, validate, predict, convert_checkpoint])
+@pytest.mark.parametrize("tool", [validate, predict, convert_checkpoint])
 def test_help_tells_every_option(tool, run_tool):
     status, out, _ = run_tool(tool, "--help")
     assert status == 0
@@ -243,7 +161,7 @@ def test_help_tells_every_option(tool, run_tool):
         (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
     ],
 )
-@pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", [validate], ids=lambda tool: tool.__name__)
 def test_bad_input(run_tool, tool, options, message):
     if "count.yaml" in options and tool is validate:
         options, message = ["-c", "base.yaml"], "cannot read the config"
@@ -270,39 +188,6 @@ def test_bad_input(run_tool, tool, options, message):
     assert sorted(Path().iterdir()) == before
 
 
-def test_train_only_bad_input(run_tool):
-    digits = ["--dataset", "digits", "--model", "raftmlp_digits", "--workers", 0]
-    for options, message in [
-        (["--batch-size", 5000], "1437 images make no update of 5000"),
-        (["--opt", "adamx"], "adamx"),
-        (["--sched", "cosin"], "invalid choice: 'cosin'"),
-        (["--warmup-epochs", "300"], "--warmup-epochs 300 must be less than --epochs 300"),
-        (["--opt", "adamww"], "unknown optimiser 'adamww'; did you mean adamw"),
-        (["--global-batch-size", "0"], "must be a whole number of 1 or more"),
-        (["--mixup-then-cutmix", "--mixup", "1"], "needs --mixup and --cutmix above 0"),
-        (["--mean", "0.5", "0.5"], "--mean takes 1 or 3 numbers"),
-        (["--mean", "nan"], "must be a number of 0 or more, not 'nan'"),
-        (["--lr", "inf"], "must be a number of 0 or more, not 'inf'"),
-        (["--seed", "5000000000"], "must be a whole number from 0 to 4294967295"),
-        (["--device", "meta"], "no device 'meta' here"),
-        (["--pretrained", "--checkpoint", "x"], "--checkpoint and --pretrained exclude each other"),
-        (["--scale", "1", "0.5"], "--scale takes the smaller number first"),
-        (["--in-chans", "2"], "images have 1 or 3 channels"),
-        (["--aa", "random"], "--aa 'random'"),
-        (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),
-        (["--mixup", "0.8", "--batch-size", "7"], "must be even: 7 images"),
-        (["--lr", "-1"], "must be a number of 0 or more, not '-1'"),
-        (["--epochs", "1.5"], "must be a whole number of 1 or more, not '1.5'"),
-    ]:
-        status, _, err = run_tool(train, *digits, *options)
-        assert status == 2, err
-        assert message in err
-        assert not Path("runs").exists()
-    Path("file").write_text("")
-    status, _, err = run_tool(train, *digits, "--output", "file/run")
-    assert status == 2 and "cannot write into file/run" in err
-
-
 def test_validate_checks_what_it_shall_write_before_the_work(run_tool):
     Path("file").write_text("")
     for options, message in [
@@ -316,35 +201,6 @@ def test_validate_checks_what_it_shall_write_before_the_work(run_tool):
         assert status == 2
         assert message in err and "Traceback" not in err
         assert not out
-
-
-def test_folders_that_would_spoil_the_figure(image_folder, run_tool, tmp_path):
-    options = [*TINY, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
-    status, _, err = run_tool(train, *options, "--data-dir", image_folder / "train")
-    assert status == 2 and "overlap" in err
-    for split, names in (("train", "abc"), ("val", "bc")):
-        for name in names:
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "1.png")
-    status, _, err = run_tool(train, *options, "--data-dir", tmp_path / "data")
-    assert status == 2 and "classes to train on are not the" in err
-
-
-def test_a_failed_resume_changes_nothing(digits_run, run_tool):
-    output, _ = digits_run
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    options = [*TINY, "--dataset", "digits", "--output", output, "--resume", "missing.pth", "--lr", 7]
-    assert run_tool(train, *options)[0] == 2
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-def test_resume_into_another_folder_and_from_its_options(digits_run, run_tool):
-    output, _ = digits_run
-    status, _, err = run_tool(
-        train, "-c", output / "args.yaml", "--epochs", 3, "--resume", output / "last.pth.tar", "--output", "new"
-    )
-    assert status == 0, err
-    assert Path(json.loads(Path("new/summary.json").read_text())["best_checkpoint"]).exists()
 
 
 def test_no_traceback_from_a_process():

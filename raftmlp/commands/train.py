@@ -1,0 +1,50 @@
+"""Train a model on a data set of images, on one device or many.
+
+    raftmlp train -c digits/raftmlp_digits
+    raftmlp train -c imagenet/raftmlp_s --data-dir imagenet
+    raftmlp train -c finetune/cifar10 --checkpoint raftmlp_s.safetensors --data-dir cifar10
+    torchrun --nproc-per-node 8 -m raftmlp.commands.train -c imagenet/raftmlp_s --data-dir imagenet
+
+Writes into the output folder: last.pth.tar, previous.pth.tar and model_best.pth.tar (weights, averaged weights,
+optimiser), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end. An interrupted run is resumed
+with --resume, and ends with the same numbers.
+"""
+
+import signal
+
+from ..train.processes import end_processes, start_processes
+from ..train.settings import TrainSettings
+from ..train.signals import StopSignals
+from ..train.trainer import Trainer
+from .console import command_line, run
+from .options import Parser
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_settings(TrainSettings)
+    group = parser.group("run")
+    group.add_argument("--overwrite", action="store_true", help="remove a run that is in the folder already")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="resume from this checkpoint; without FILE, or with 'auto', from the last complete one in the folder, if "
+        "there is one",
+    )
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    settings = TrainSettings.select(vars(args))
+    trainer = Trainer.from_settings(settings, start_processes(settings.device), command_line())
+    summary = trainer.fit(args.resume, args.overwrite)
+    with StopSignals():  # a launcher may send its signal once more
+        end_processes()
+    return 0 if summary or trainer.stop.number != signal.SIGINT else 130
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,176 @@
+"""Augmentation: of single images, by timm's transforms and the release's, and of whole batches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing as BatchErasing
+from torch import Tensor
+from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomAffine, RandomCrop, RandomErasing
+
+from ..errors import UserError
+from ..settings import Number, Settings, option
+
+__all__ = ["AugmentationSettings", "BatchAugmentation", "MixupThenCutmix", "training_transform"]
+
+
+PROBABILITY = dict(type=Number(float, 0, 1), metavar="P")
+STRENGTH = dict(type=Number(float, 0))
+RANGE = dict(type=Number(float, 1e-6), nargs=2, metavar="X")
+AFFINE = dict(STRENGTH, nargs=3, metavar=("DEGREES", "SHIFT", "SCALE"))
+CROPS = ("rrc", "rkrc", "rkrr", "random")
+CROP_HELP = "rrc: crops of random size; rkrc, rkrr: timm's; random: resized as for evaluation, then a random crop"
+
+
+@dataclass(kw_only=True)
+class AugmentationSettings(Settings):
+    """How images to train on are varied."""
+
+    title = "augmentation"
+    train_crop_mode: str = option("rrc", CROP_HELP, choices=CROPS)
+    scale: Sequence[float] = option((0.08, 1.0), "area of random crops", **RANGE)
+    ratio: Sequence[float] = option((3 / 4, 4 / 3), "their aspect ratio", **RANGE)
+    hflip: float = option(0.5, "probability of a horizontal flip", **PROBABILITY)
+    color_jitter: float = option(0.4, "colour jitter, off beside --aa", **STRENGTH, metavar="X")
+    force_color_jitter: bool = option(False, "colour jitter before --aa too")
+    aa: str | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
+    affine: Sequence[float] | None = option(
+        None, "random rotation, shift (share of the size) and scaling (1 +- SCALE)", **AFFINE
+    )
+    cutout: float = option(0.0, "probability of a black rectangle", **PROBABILITY)
+    reprob: float = option(0.0, "probability of random erasing", **PROBABILITY)
+    remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
+    mixup: float = option(0.0, "mixup, off at 0", **STRENGTH, metavar="ALPHA")
+    cutmix: float = option(0.0, "cutmix, off at 0", **STRENGTH, metavar="ALPHA")
+    mixup_prob: float = option(1.0, "probability of mixup or cutmix", **PROBABILITY)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", **PROBABILITY)
+    mixup_then_cutmix: bool = option(False, "both, one after the other, on every batch")
+
+    @property
+    def makes_soft_targets(self) -> bool:
+        """Whether images are mixed, so that the targets of the loss are shares of classes."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def training_transform(settings: AugmentationSettings, config: dict) -> Callable:
+    """Return the transform of PIL images, prepared as a ``data_config`` says, to augmented uint8 tensors (C, H, W).
+
+    Raises:
+        UserError: If the settings do not fit each other.
+    """
+    size = config["input_size"][-2:]
+    for name in ("scale", "ratio"):
+        low, high = getattr(settings, name)
+        if low > high:
+            raise UserError(f"--{name} takes the smaller number first, not {low} {high}")
+    try:
+        crop, colours, tensor = create_transform(
+            size,
+            is_training=True,
+            separate=True,
+            use_prefetcher=True,
+            train_crop_mode="rrc" if settings.train_crop_mode == "random" else settings.train_crop_mode,
+            scale=settings.scale,
+            ratio=settings.ratio,
+            hflip=settings.hflip,
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.aa,
+            interpolation=config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"timm makes no augmentation of these options, --aa {settings.aa!r} perhaps: {error!r}"
+        ) from error
+    crop, colours, tensor = crop.transforms, colours.transforms, tensor.transforms
+    if settings.train_crop_mode == "random":  # no random resizing: the side that limits becomes size / crop_pct
+        resize = create_transform(size, interpolation=config["interpolation"], crop_pct=config["crop_pct"])
+        crop[:1] = [resize.transforms[0], RandomCrop(size)]
+    if settings.aa and settings.force_color_jitter:
+        colours.insert(0, ColorJitter(*[settings.color_jitter] * 3))
+    if settings.affine:
+        degrees, shift, scale = settings.affine
+        if shift > 1 or scale >= 1:
+            raise UserError(f"--affine takes a SHIFT up to 1 and a SCALE below 1, not {shift} and {scale}")
+        affine = RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), interpolation=InterpolationMode.BILINEAR)
+        crop.insert(0, affine)
+    if settings.cutout:
+        tensor.append(RandomErasing(settings.cutout, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=0))
+    return Compose([*crop, *colours, *tensor])
+
+
+class BatchAugmentation:
+    """Augmentation of whole batches on their device: random erasing, then mixup or cutmix, or mixup and then cutmix.
+
+    ``smoothing`` is the label smoothing of mixed targets.
+
+    Raises:
+        UserError: If the settings do not fit each other or the batch size.
+    """
+
+    def __init__(
+        self, settings: AugmentationSettings, batch_size: int, num_classes: int, smoothing: float, device: torch.device
+    ):
+        self.erase = self.mix = None
+        if settings.reprob:
+            self.erase = BatchErasing(settings.reprob, mode=settings.remode, device=device)
+        if settings.mixup_then_cutmix and settings.makes_soft_targets:
+            if not (settings.mixup and settings.cutmix):
+                raise UserError("--mixup-then-cutmix needs --mixup and --cutmix above 0")
+            self.mix = MixupThenCutmix(settings.mixup, settings.cutmix, smoothing, num_classes)
+        elif settings.makes_soft_targets:
+            if batch_size % 2:
+                raise UserError(
+                    f"mixup and cutmix pair the images of a batch, which must be even: {batch_size} images, made of "
+                    f"--batch-size and --global-batch-size, are not"
+                )
+            self.mix = Mixup(
+                settings.mixup,
+                settings.cutmix,
+                prob=settings.mixup_prob,
+                switch_prob=settings.mixup_switch_prob,
+                label_smoothing=smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (B, C, H, W) and classes (B,), or shares of classes (B, num_classes) if they are mixed."""
+        if self.erase:
+            images = self.erase(images)
+        return self.mix(images, target) if self.mix else (images, target)
+
+
+class MixupThenCutmix:
+    """Mixup and, on its result, cutmix, each with partners of its own: the recipe of the authors' 2021 release.
+
+    ``mixup`` and ``cutmix`` are the alphas of their Beta distributions. The box of cutmix lies wholly inside the image;
+    label smoothing is spread over the mixed shares.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int):
+        self.mixup, self.cutmix, self.smoothing, self.num_classes = mixup, cutmix, smoothing, num_classes
+
+    def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mixed images (B, C, H, W) and shares of classes (B, num_classes)."""
+        shares = torch.nn.functional.one_hot(target, self.num_classes).to(images.dtype)
+        shares = shares * (1 - self.smoothing) + self.smoothing / self.num_classes
+
+        kept, partner = np.random.beta(self.mixup, self.mixup), torch.randperm(len(images)).to(images.device)
+        images = kept * images + (1 - kept) * images[partner]
+        shares = kept * shares + (1 - kept) * shares[partner]
+
+        kept, partner = np.random.beta(self.cutmix, self.cutmix), torch.randperm(len(images)).to(images.device)
+        top, bottom = self._span(images.shape[2], kept)
+        left, right = self._span(images.shape[3], kept)
+        images[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+        return images, kept * shares + (1 - kept) * shares[partner]
+
+    @staticmethod
+    def _span(size: int, kept: float) -> tuple[int, int]:
+        """Return where the box begins and ends along one axis, whose share of the axis is sqrt(1 - kept)."""
+        length = int(size * (1 - kept) ** 0.5)
+        start = np.random.randint(size - length + 1)
+        return start, start + length

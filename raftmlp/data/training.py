@@ -1,0 +1,321 @@
+"""Batches to train on, reproducible.
+
+Every random number of training is a function of the seed and of the position in the run (epoch, image, update), and of
+nothing before it. That is why an interrupted run resumes bit for bit, whatever the number of workers, and why several
+processes see the same augmented images as one that accumulates their batches.
+"""
+
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import IterableImageDataset
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from ..errors import UserError, first_words
+from ..settings import Number, option
+from .datasets import class_names
+from .images import DataSettings, file_name, read_image
+from .workers import ignore_signals
+
+__all__ = [
+    "Batches", "Share", "TrainingDataSettings", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
+    "share_batches",
+]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TrainingDataSettings(DataSettings):
+    """Which data to train and to evaluate on, and how they are loaded."""
+
+    title = "data"
+    train_split: str = option("train", "split to train on", metavar="NAME")
+    max_bad_images: int = option(
+        100,
+        "end the run when more images than these cannot be read (a stream's are left out without a count)",
+        type=Number(int, 0),
+        metavar="N",
+    )
+
+
+def seed_everything(*key: int) -> None:
+    """Seed the random numbers of Python, NumPy and torch with a function of some numbers."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    if get_worker_info():  # uses no device, whose generators take long to seed
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def check_splits(train_data: Dataset, val_data: Dataset) -> None:
+    """Refuse images that are the same for training and evaluation, or that have other classes.
+
+    Raises:
+        UserError: If they are or have.
+    """
+    train_names, val_names = class_names(train_data), class_names(val_data)
+    if train_names and val_names and train_names != val_names:
+        odd = sorted(set(train_names) ^ set(val_names))
+        raise UserError(
+            f"the {len(train_names)} classes to train on are not the {len(val_names)} to evaluate on: {odd[:5]} "
+            f"{'and others ' if len(odd) > 5 else ''}belong to one of them only"
+        )
+    readers = [getattr(data, "reader", None) for data in (train_data, val_data)]
+    if all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
+        train_root, val_root = (Path(reader.root).resolve() for reader in readers)
+        if train_root == val_root or train_root in val_root.parents or val_root in train_root.parents:
+            raise UserError(
+                f"images to train on in {train_root} and to evaluate on in {val_root} overlap: put them into "
+                f"train/ and val/ of the data folder, or name the sub-folders with --train-split and --val-split"
+            )
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the images of an update are shared: ``steps`` batches of ``batch_size`` for each process."""
+
+    batch_size: int
+    steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def images(self) -> int:
+        """Images an update, those of all processes."""
+        return self.batch_size * self.steps * self.world_size
+
+
+def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0, world_size: int = 1) -> Share:
+    """Return how an update's images are shared, in batches of ``batch_size`` or less; None is one batch a process.
+
+    Raises:
+        UserError: If the processes cannot have equal shares.
+    """
+    total = global_batch_size or batch_size * world_size
+    images, rest = divmod(total, world_size)
+    if rest or not images:
+        raise UserError(f"--global-batch-size {total} cannot be shared among {world_size} processes")
+    largest = size = min(images, batch_size)
+    while images % size:
+        size -= 1
+    if size < largest / 2:
+        _logger.info(
+            f"note: batches of {size} images, not of {batch_size}: a process's share of an update, {images} images, "
+            f"divides into no others"
+        )
+    return Share(size, images // size, rank, world_size)
+
+
+class Batches(Sampler):
+    """The order of training: every epoch shuffled by seed and epoch, cut into batches, the same for any process count.
+
+    The images of an update are cut into ``steps * world_size`` batches; process r takes the batches r, r + world_size,
+    ... of them, one a step. Yields lists of (epoch, image) for ``TrainingImages``.
+    """
+
+    def __init__(self, images: int, share: Share, seed: int):
+        self.images, self.share, self.seed = images, share, seed
+        self.updates = images // share.images
+        self.epoch = self.first_update = 0
+
+    def start_at(self, epoch: int, update: int) -> None:
+        """Let the next pass be of this epoch, from this update of it on."""
+        self.epoch, self.first_update = epoch, update
+
+    def images_of(self, epoch: int, update: int) -> np.ndarray:
+        """Return the images of an update, those of all processes."""
+        return self._order(epoch)[update * self.share.images : (update + 1) * self.share.images]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.images)
+
+    def __len__(self) -> int:
+        return (self.updates - self.first_update) * self.share.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, share = self.epoch, self.share
+        batches = self._order(epoch)[: self.updates * share.images].reshape(-1, share.batch_size)
+        for batch in batches[share.rank :: share.world_size][self.first_update * share.steps :]:
+            yield [(epoch, int(index)) for index in batch]
+
+
+class TooManyUnreadable(Exception):
+    """A row of images could not be read."""
+
+
+class TrainingImages(Dataset):
+    """The augmented images of a data set as uint8 tensors (C, H, W), by (epoch, index): the same at every call.
+
+    An image that cannot be read is replaced by the next one, ``max_bad_images`` in a row at most; a line in the file
+    ``bad_images`` has its name and the reason.
+    """
+
+    def __init__(
+        self, dataset: Dataset, transform: Callable, channels: int, seed: int, bad_images: Path, max_bad_images: int
+    ):
+        self.dataset, self.transform, self.channels, self.seed = dataset, transform, channels, seed
+        self.bad_images, self.max_bad_images = bad_images, max_bad_images
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        for offset in range(min(self.max_bad_images + 1, len(self.dataset))):
+            candidate = (index + offset) % len(self.dataset)
+            try:
+                image, target = read_image(self.dataset, candidate, self.channels)
+            except Exception as error:  # PIL raises anything on bytes that are no image
+                with self.bad_images.open("a", errors="surrogateescape") as file:  # one write a line: they do not mix
+                    reason = re.sub(r" <_io\S* name=.*?>", "", first_words(error))
+                    file.write(f"{file_name(self.dataset, candidate)}\t{reason}\n")
+                continue
+            seed_everything(self.seed, 0, epoch, index)
+            return self.transform(image), target
+        raise TooManyUnreadable
+
+
+class TrainingLoader:
+    """Batches of normalised, augmented images (B, C, H, W) on the device and classes (B,), reproducible by seed.
+
+    Args:
+        dataset: Any data set of images and classes.
+        transform: Makes an augmented uint8 tensor (C, H, W) of an image.
+        config: How images are prepared, see ``data_config``.
+        device: Where the batches go.
+        share: How the images of an update are shared.
+        settings: Those of the workers, and of images that cannot be read.
+        seed: Random seed.
+        bad_images: The file that names the images that could not be read.
+
+    Raises:
+        UserError: If the processes are more than the shards of a stream.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable,
+        config: dict,
+        device: torch.device,
+        share: Share,
+        settings: TrainingDataSettings,
+        seed: int,
+        bad_images: Path,
+    ):
+        self.dataset, self.share, self.seed = dataset, share, seed
+        self.bad_images, self.max_bad_images = bad_images, settings.max_bad_images
+        self._named, self._read_bytes = set(), 0
+        workers = settings.workers
+        channels = config["input_size"][0]
+        common = dict(collate_fn=fast_collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+        self.batches = None
+        if isinstance(dataset, IterableDataset):
+            # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch
+            workers = self._stream_workers(workers)
+            dataset.transform = transform
+            if isinstance(dataset, IterableImageDataset):
+                dataset.set_loader_cfg(num_workers=workers)
+            loader = DataLoader(dataset, share.batch_size, num_workers=workers, drop_last=True, **common)
+            self.updates_per_epoch = len(loader) // share.steps
+        else:
+            self.batches = Batches(len(dataset), share, seed)
+            images = TrainingImages(dataset, transform, channels, seed, bad_images, self.max_bad_images)
+            loader = DataLoader(
+                images, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0, **common
+            )
+            self.updates_per_epoch = self.batches.updates
+        self.loader = PrefetchLoader(loader, config["mean"], config["std"], channels=channels, device=device)
+
+    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from one of its updates on, ``steps`` for every update.
+
+        Raises:
+            UserError: If too many images cannot be read, a worker is killed, or the data set ends too early.
+        """
+        seed_everything(self.seed, 1, epoch, self.share.rank)  # of the workers of a stream
+        if self.batches is not None:
+            self.batches.start_at(epoch, first_update)
+            batches = iter(self.loader)
+        else:
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            batches = iter(self.loader)
+            for _ in range(first_update * self.share.steps):
+                next(batches)
+        try:
+            for _ in range((self.updates_per_epoch - first_update) * self.share.steps):
+                yield next(batches)
+                self.check_bad_images()
+        except TooManyUnreadable as error:
+            raise UserError(
+                f"more images in a row than --max-bad-images {self.max_bad_images} cannot be read; {self._last_bad()}"
+            ) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that loads images was killed, for want of memory perhaps: fewer --workers than "
+                f"{self.loader.loader.num_workers} or a smaller --batch-size may help ({first_words(error)})"
+            ) from error
+        except StopIteration as error:
+            raise UserError("the data set ended before the epoch did: it has fewer images than it says") from error
+
+    def _stream_workers(self, wanted: int) -> int:
+        """Return how many processes read a stream: at least one, and none without a shard of its own."""
+        split = getattr(getattr(self.dataset, "reader", None), "split_info", None)
+        shards = len(getattr(split, "filenames", ()))
+        if not shards:
+            return max(1, wanted)
+        if shards < self.share.world_size:
+            raise UserError(f"{shards} shards cannot be shared among {self.share.world_size} processes")
+        return max(1, min(wanted, shards // self.share.world_size))
+
+    def check_bad_images(self) -> None:
+        """Name the images that could not be read since the last call.
+
+        Raises:
+            UserError: If there are too many.
+        """
+        size = self.bad_images.stat().st_size if self.bad_images.exists() else 0
+        if size <= self._read_bytes:
+            return
+        with self.bad_images.open("rb") as file:
+            file.seek(self._read_bytes)
+            complete = file.read().rpartition(b"\n")[0]
+        self._read_bytes += len(complete) + 1
+        for line in complete.decode(errors="backslashreplace").splitlines():
+            name, _, reason = line.partition("\t")
+            if name not in self._named:
+                self._named.add(name)
+                _logger.info(f"cannot read {name}: {reason}; the next image replaces it ({len(self._named)} so far)")
+        if len(self._named) > self.max_bad_images:
+            raise UserError(
+                f"{len(self._named)} images could not be read, more than --max-bad-images {self.max_bad_images}: "
+                f"{self.bad_images} names them"
+            )
+
+    def _last_bad(self) -> str:
+        lines = self.bad_images.read_text(errors="backslashreplace").splitlines() if self.bad_images.exists() else []
+        return f"the last one: {lines[-1]}" if lines else ""
+
+    @property
+    def bad_image_count(self) -> int:
+        """How many images could not be read so far."""
+        return len(self._named)
+
+    def names(self, epoch: int, update: int) -> list[str]:
+        """Return the files of an update's images, those of all processes; none for a stream."""
+        if self.batches is None:
+            return []
+        return [file_name(self.dataset, int(index)) for index in self.batches.images_of(epoch, update)]

@@ -1,0 +1,66 @@
+"""How an epoch goes, as the user sees it: a bar on a terminal, lines of log elsewhere."""
+
+import logging
+import resource
+import sys
+import time
+from datetime import timedelta
+
+import torch
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """The progress of an epoch of ``updates``, of so many ``images`` each; a context, after which the bar is gone.
+
+    ``first`` updates were done before; ``waited`` counts the seconds that went by without data. Lines come every
+    ``interval`` updates. Only a process that is to ``show`` it does.
+    """
+
+    def __init__(
+        self, title: str, first: int, updates: int, images: int, interval: int, device: torch.device, show: bool
+    ):
+        self.title, self.first, self.updates, self.images = title, first, updates, images
+        self.interval, self.device, self.show = interval, device, show
+        self.waited, self._start = 0.0, time.perf_counter()
+        hide = None if show else True  # None: where there is no terminal
+        self.bar = tqdm(total=updates, initial=first, desc=title, unit="update", leave=False, disable=hide)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def rate(self, update: int) -> float:
+        """Return images a second up to an update."""
+        return (update - self.first) * self.images / self.seconds
+
+    def advance(self, update: int, loss: float) -> None:
+        """Show that an update is done, and the mean loss of the epoch's updates."""
+        rate = self.rate(update)
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        figures = {
+            "loss": f"{loss:.3f}",
+            "images/s": f"{rate:.0f}",
+            "waiting for data": f"{self.waited / self.seconds:.0%}",
+            "memory": f"{memory / 2**30:.1f} GiB",
+        }
+        self.bar.update()
+        self.bar.set_postfix(figures, refresh=False)
+        if self.show and self.bar.disable and update % self.interval == 0:
+            left = timedelta(seconds=round((self.updates - update) * self.images / rate))
+            text = ", ".join(f"{key} {value}" for key, value in figures.items())
+            _logger.info(f"{self.title}, update {update}/{self.updates}: {text}, {left} left of the epoch")

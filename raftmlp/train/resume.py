@@ -1,0 +1,55 @@
+"""Whether a run may be resumed from a checkpoint: decided by what the checkpoint says alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["changed_options", "reason_not_to_resume"]
+
+# options without which a checkpoint's state does not fit
+STRUCTURAL = (
+    "model", "model_kwargs", "num_classes", "in_chans", "opt", "layer_decay", "filter_bias_and_bn", "model_ema",
+)  # fmt: skip
+# options that decide the order of an epoch's images
+ORDER = ("global_batch_size", "seed")
+
+
+def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any], updates_per_epoch: int) -> str:
+    """Return why a run cannot be resumed from a checkpoint, in words that follow its name; "" where it can.
+
+    Args:
+        checkpoint: The content of the file.
+        recipe: The run's own, see ``make_recipe``.
+        updates_per_epoch: The run's own.
+    """
+    if "optimizer" not in checkpoint:
+        return "holds weights only: --checkpoint starts a new run from them"
+    before = checkpoint.get("options", {})
+    for key in STRUCTURAL:
+        if key in before and before[key] != recipe[key]:
+            return (
+                f"is of a run with --{_name(key)} {before[key]}, not {recipe[key]}: it cannot be resumed so "
+                f"(--checkpoint starts a new run from its weights)"
+            )
+    epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)
+    if update:
+        for key in ORDER:
+            if before.get(key) != recipe[key]:
+                option = f"--{_name(key)} {before.get(key)}"
+                return f"is of the middle of an epoch with {option}: {recipe[key]} cannot continue from there"
+        if checkpoint.get("updates_per_epoch") != updates_per_epoch:
+            return (
+                f"is of the middle of an epoch of {checkpoint.get('updates_per_epoch')} updates, of which this data "
+                f"makes {updates_per_epoch}"
+            )
+    if epoch + (update > 0) > recipe["epochs"]:
+        return f"is of epoch {epoch + (update > 0)}, --epochs says {recipe['epochs']}"
+    return ""
+
+
+def changed_options(before: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """Return the options that a recipe has in another value than before, each as "name before -> now"."""
+    return [f"{key} {before[key]} -> {recipe[key]}" for key in recipe if key in before and before[key] != recipe[key]]
+
+
+def _name(key: str) -> str:
+    return key.replace("_", "-")

@@ -1,0 +1,177 @@
+"""The folder of a training run: checkpoints that are complete or absent, one run at a time."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..errors import MissingFileError, UserError, first_words
+from ..files import new_file
+from ..weights import load_checkpoint
+
+__all__ = ["RunFolder"]
+
+_logger = logging.getLogger(__name__)
+TEMPORARY = (".*.tar", ".args.*.yaml", ".bad_batch.*.txt", ".curves.*.png", ".log.*.csv", ".summary.*.json")
+RUN_FILES = ("*.pth.tar", "args.yaml", "bad_batch.txt", "bad_images.txt", "curves.png", "log.csv", "summary.json")
+
+
+class RunFolder:
+    """A folder with last.pth.tar, previous.pth.tar (the checkpoint before it) and model_best.pth.tar."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.last, self.previous = self.path / "last.pth.tar", self.path / "previous.pth.tar"
+        self.best = self.path / "model_best.pth.tar"
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    def prepare(self, resume: str | Path | None, overwrite: bool) -> Path | None:
+        """Keep other runs out of the folder, and return the checkpoint to resume from, if any.
+
+        Args:
+            resume: A checkpoint file; "auto" for the last complete one in the folder, if any; None to start anew.
+            overwrite: Whether a run in the folder may be lost.
+
+        Raises:
+            UserError: If the folder holds a run that would be lost, cannot be written into or is in use, or all its
+                checkpoints are damaged.
+            MissingFileError: If there is no file ``resume``.
+        """
+        is_file = resume not in (None, "auto")
+        if self.holds_run() and not overwrite and not (resume == "auto" or (is_file and self.contains(Path(resume)))):
+            raise UserError(
+                f"{self.path} holds a run: resume it with --resume, name another folder with --output, or --overwrite "
+                f"it"
+            )
+        if is_file and not Path(resume).is_file():
+            hint = f"; to resume the run in that folder: --output {resume} --resume" if Path(resume).is_dir() else ""
+            raise MissingFileError(f"no checkpoint to resume from at {resume}{hint}")
+        self.open()
+        if is_file:
+            return Path(resume)
+        path = self.find_checkpoint() if resume else None
+        if resume and not path:
+            _logger.info(f"no checkpoint in {self.path} yet: starting at the beginning")
+        return path
+
+    def open(self) -> None:
+        """Make the folder, and keep other runs out of it until ``close`` or the end of this process.
+
+        Raises:
+            UserError: If it cannot be made or written into, or another run is writing into it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._remove(TEMPORARY)  # what a run left that was killed while it wrote
+        except Timeout as error:
+            raise UserError(f"another run is writing into {self.path}: name another folder with --output") from error
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        self._lock.release()
+
+    def contains(self, path: Path) -> bool:
+        """Return whether a file is one of this folder."""
+        return path.parent.resolve() == self.path.resolve()
+
+    def holds_run(self) -> bool:
+        """Return whether there is a checkpoint to resume from."""
+        return self.last.exists() or self.previous.exists()
+
+    def clear(self) -> None:
+        """Remove the files of a run, and no others."""
+        self._remove(RUN_FILES)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+
+    def _remove(self, patterns: Sequence[str]) -> None:
+        for pattern in patterns:
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+    def save(self, state: dict, best: bool = False) -> None:
+        """Write a checkpoint as the last one, and as the best one too; a kill at any moment leaves complete ones.
+
+        Raises:
+            UserError: If it cannot be written; the earlier checkpoints are as they were.
+        """
+        new = self.path / ".new.pth.tar"
+        try:
+            with new_file(new) as temporary, temporary.open("wb") as file:
+                torch.save(state, file)
+            if best:
+                _link(new, self.best)
+            if self.last.exists():
+                _link(self.last, self.previous)
+            os.replace(new, self.last)
+            _sync_folder(self.path)
+        except (OSError, RuntimeError) as error:
+            new.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot save a checkpoint into {self.path}: {first_words(error)}; the earlier checkpoints are intact: "
+                f"free some space, then the same command with --resume continues"
+            ) from error
+
+    def roll_back(self, past_last: bool) -> Path | None:
+        """Return the checkpoint to resume from, if any; ``past_last`` renames the last one, which does not count."""
+        paths = [path for path in (self.last, self.previous) if path.exists()]
+        if paths and past_last:
+            os.replace(paths.pop(0), self.path / "diverged.pth.tar")
+        return paths[0] if paths else None
+
+    def take_best_of(self, checkpoint: Path) -> None:
+        """Take over the best checkpoint of another folder's run, which is resumed from a checkpoint of it."""
+        best = checkpoint.with_name(self.best.name)
+        _link(best if best.is_file() else checkpoint, self.best)
+
+    def find_checkpoint(self) -> Path | None:
+        """Return the last complete checkpoint, None if there was never one; a damaged one is renamed, and logged.
+
+        Raises:
+            UserError: If there are checkpoints, and all are damaged.
+        """
+        damaged = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            try:
+                load_checkpoint(path)
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                renamed = self.path / "damaged.pth.tar"
+                os.replace(self.last, renamed)
+                _logger.info(f"{damaged[0]}; it is {renamed.name} now, {path.name} takes its place")
+            return path
+        if damaged:
+            hint = f"; --resume {self.best} starts from the best one" if self.best.exists() else ""
+            raise UserError(f"no checkpoint is complete: {'; '.join(damaged)}{hint}")
+        return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let target be the file that source is; there is a complete target at every moment."""
+    beside = target.with_name(f".{target.name}")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), beside)
+        os.replace(beside, target)
+    except OSError:  # a file system without hard links
+        with new_file(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,133 @@
+"""The settings of training, and the recipe: the ones among them that decide the result of a run."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass
+
+from timm.optim import list_optimizers
+
+from ..create import ModelSettings, known_model
+from ..data.augmentation import AugmentationSettings
+from ..data.images import ImageSettings
+from ..data.training import TrainingDataSettings
+from ..device import DeviceSettings
+from ..errors import UserError
+from ..settings import Number, Settings, option
+
+__all__ = ["TrainSettings", "make_recipe"]
+
+# settings that say how and where a run goes, and do not change its result
+NOT_IN_RECIPE = (
+    "channels_last", "checkpoint", "compile", "data_dir", "dataset_download", "device", "export", "log_interval",
+    "log_tensorboard", "log_wandb", "max_bad_images", "output", "save_every", "workers",
+)  # fmt: skip
+
+
+def known_optimizer(name: str) -> str:
+    """Return the name if timm has such an optimiser.
+
+    Raises:
+        UserError: If there is none; the message names similar ones.
+    """
+    known = list_optimizers()
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=3) or ["adamw", "sgd", "lamb"]
+        raise UserError(f"unknown optimiser {name!r}; did you mean {' or '.join(near)}?")
+    return name
+
+
+POSITIVE = dict(type=Number(float, 0), metavar="X")
+SHARE = dict(type=Number(float, 0, 1), metavar="X")
+COUNT = dict(type=Number(int, 1), metavar="N")
+
+
+@dataclass(kw_only=True)
+class TrainingModelSettings(ModelSettings):
+    """Which model to train, and its regularisation."""
+
+    title = "model"
+    drop: float = option(0.0, "dropout before the classifier", **SHARE)
+    drop_path: float = option(0.0, "stochastic depth", **SHARE)
+
+
+@dataclass(kw_only=True)
+class OptimisationSettings(Settings):
+    """Optimiser, schedule, loss and averaged weights."""
+
+    title = "optimisation"
+    global_batch_size: int | None = option(
+        None,
+        "images an update, of all processes; a process accumulates as many batches of --batch-size or less as it takes "
+        "(default: one batch of --batch-size a process)",
+        **COUNT,
+    )
+    epochs: int = option(300, "epochs to train, warm-up included", **COUNT)
+    opt: str = option("adamw", "any optimiser of timm", type=known_optimizer, metavar="NAME")
+    lr: float = option(1e-3, "peak learning rate", **POSITIVE)
+    weight_decay: float = option(0.05, "weight decay", **POSITIVE)
+    filter_bias_and_bn: bool = option(True, "no weight decay for biases and norms")
+    momentum: float = option(0.9, "momentum, where the optimiser has it", **POSITIVE)
+    layer_decay: float | None = option(
+        None, "layer-wise decay of the learning rate", type=Number(float, 0.01, 1), metavar="X"
+    )
+    clip_grad: float | None = option(None, "clip gradients, off without", type=Number(float, 1e-9), metavar="X")
+    clip_mode: str = option("norm", "what --clip-grad bounds", choices=("norm", "value", "agc"))
+    sched: str = option(
+        "cosine", "schedule after the warm-up, stepped every update", choices=("cosine", "tanh", "wsd", "constant")
+    )
+    warmup_epochs: int = option(5, "epochs of warm-up", type=Number(int, 0), metavar="N")
+    warmup_lr: float = option(0.0, "learning rate that the warm-up starts from", **POSITIVE)
+    min_lr: float = option(1e-5, "learning rate at the end", **POSITIVE)
+    smoothing: float = option(0.1, "label smoothing", type=Number(float, 0, 0.99), metavar="X")
+    model_ema: bool = option(False, "average the weights, and evaluate the average")
+    model_ema_decay: float = option(0.9998, "decay of the average", **SHARE)
+
+
+@dataclass(kw_only=True)
+class DistillationSettings(Settings):
+    """A teacher, and how much it counts."""
+
+    title = "distillation"
+    kd_model_name: str | None = option(None, "teacher, with pretrained weights", type=known_model, metavar="NAME")
+    kd_temperature: float = option(1.0, "temperature of both softmaxes", type=Number(float, 1e-3), metavar="X")
+    distill_loss_weight: float = option(1.0, "weight of the teacher", **POSITIVE)
+    task_loss_weight: float = option(1.0, "weight of the labels", **POSITIVE)
+
+
+@dataclass(kw_only=True)
+class RunSettings(DeviceSettings):
+    """Where a run goes, and what it writes."""
+
+    title = "run"
+    tf32: bool = option(True, "TensorFloat-32 in float32 products, on GPUs that have it")
+    grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    seed: int = option(42, "random seed", type=Number(int, 0, 2**32 - 1), metavar="N")
+    output: str = option("runs/train", "folder of this run", metavar="DIR")
+    save_every: int | None = option(None, "save after so many updates too, not only after epochs", **COUNT)
+    log_interval: int = option(50, "updates between lines of progress, where there is no terminal for a bar", **COUNT)
+    log_tensorboard: bool = option(False, "write TensorBoard's events into the folder", action="store_true")
+    log_wandb: bool = option(False, "log to Weights & Biases", action="store_true")
+    export: str | None = option(
+        None,
+        "at the end write MODEL.TAG.safetensors, the best weights, and a JSON card, where --pretrained finds them",
+        metavar="TAG",
+    )
+
+
+@dataclass(kw_only=True)
+class TrainSettings(  # the fields come in the order of the bases from the last to the first
+    RunSettings,
+    DistillationSettings,
+    AugmentationSettings,
+    OptimisationSettings,
+    ImageSettings,
+    TrainingDataSettings,
+    TrainingModelSettings,
+):
+    """All settings of a training run, with timm's names."""
+
+
+def make_recipe(settings: TrainSettings) -> dict:
+    """Return the settings that decide the result of a run, as plain data that can be compared."""
+    options = {key: value for key, value in asdict(settings).items() if key not in NOT_IN_RECIPE}
+    return json.loads(json.dumps(options, default=str))

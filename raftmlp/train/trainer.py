@@ -1,0 +1,407 @@
+"""Training of a classifier, from a model and data sets to a folder of checkpoints, logs and a summary."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import random_seed
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .. import __version__
+from ..create import create_model
+from ..data.augmentation import BatchAugmentation, training_transform
+from ..data.datasets import class_names
+from ..data.images import check_classes, data_config, evaluation_loader, image_count
+from ..data.training import TrainingLoader, check_splits, seed_everything, share_batches
+from ..device import find_device
+from ..errors import UserError, first_words
+from ..evaluate.evaluation import evaluate
+from ..files import write_text
+from ..raftmlp import RaftMLP
+from ..weights import load_checkpoint
+from .journal import Journal, export_path, export_pretrained, summarise
+from .learner import Learner
+from .processes import Processes
+from .progress import Progress
+from .resume import changed_options, reason_not_to_resume
+from .run_folder import RunFolder
+from .settings import TrainSettings, make_recipe
+from .signals import StopSignals
+from .state import DivergedError, Losses, RunState
+
+__all__ = ["Trainer"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a model and evaluates it after every epoch.
+
+    Writes into the output folder: last.pth.tar, previous.pth.tar and model_best.pth.tar (weights, averaged weights,
+    optimiser), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end.
+
+    Args:
+        settings: The settings of the run; ``from_settings`` creates the model and the data sets that they name.
+        model: A classifier with timm's ``num_classes`` and ``pretrained_cfg``, which gets the data config of the run.
+        train_data: Images and classes to train on.
+        val_data: Images and classes to evaluate on.
+        processes: This process among those that train together; None for one alone.
+        command: The command that the summary names.
+
+    Raises:
+        UserError: If model, data and settings do not fit each other.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: nn.Module,
+        train_data: Dataset,
+        val_data: Dataset,
+        processes: Processes | None = None,
+        command: str = "",
+    ):
+        self.processes = processes = processes or Processes(find_device(settings.device))
+        self.device, self.command = processes.device, command
+        ranks = dict(rank=processes.rank, world_size=processes.world_size)
+        share = share_batches(settings.batch_size, settings.global_batch_size, **ranks)
+        check_splits(train_data, val_data)
+        check_classes(train_data, model)
+        config = data_config(settings, model, settings.size)
+        self.settings = settings = replace(
+            settings,
+            model=settings.name(model),
+            num_classes=model.num_classes,
+            in_chans=config["input_size"][0],
+            global_batch_size=share.images,
+        )
+        cfg = training_cfg(model, config, class_names(train_data))
+        model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
+        self.recipe = make_recipe(settings)
+        self.description = dict(arch=settings.model, model_kwargs=settings.model_kwargs, pretrained_cfg=cfg)
+        self.folder, self.state = RunFolder(settings.output), RunState()
+        self.summary_file = self.folder.path / "summary.json"
+
+        transform, bad_images = training_transform(settings, config), self.folder.path / "bad_images.txt"
+        self.loader = TrainingLoader(
+            train_data, transform, config, self.device, share, settings, settings.seed, bad_images
+        )
+        self.updates_per_epoch = self.loader.updates_per_epoch
+        count = image_count(train_data)
+        if not self.updates_per_epoch:
+            raise UserError(
+                f"{count} images make no update of {share.images}: choose --global-batch-size {count} or less"
+            )
+        self.val_loader = evaluation_loader(
+            val_data, config, self.device, settings.batch_size, settings.workers, **ranks
+        )
+        self.augment = BatchAugmentation(settings, share.batch_size, model.num_classes, settings.smoothing, self.device)
+        self.learner = Learner(settings, model, share.steps, self.updates_per_epoch, processes)
+        self.saved: tuple[int, int] | None = None  # the position of the last checkpoint in the folder
+        self.stop = StopSignals()
+        height, width = config["input_size"][-2:]
+        parameters = sum(p.numel() for p in model.parameters())
+        self.headline = (
+            f"{settings.model}, {parameters:,} parameters, {model.num_classes} classes, {height}x{width}: "
+            f"{count} images to train on, {image_count(val_data)} to evaluate on\n"
+            f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {share.images} images: "
+            f"{share.world_size} process{'es' * (share.world_size > 1)} x {share.steps} x {share.batch_size}, on "
+            f"{self.device}"
+        )
+
+    @classmethod
+    def from_settings(cls, settings: TrainSettings, processes: Processes | None = None, command: str = "") -> "Trainer":
+        """Return a trainer of the model and the data sets that the settings name; random numbers are seeded.
+
+        Raises:
+            UserError: If a setting cannot be used.
+        """
+        random_seed(settings.seed)
+        train_data = settings.create(settings.train_split, is_training=True, seed=settings.seed)
+        val_data = settings.create(settings.val_split, seed=settings.seed)
+        names = class_names(train_data)
+        if settings.num_classes is None and names:
+            settings = replace(settings, num_classes=len(names))
+        model = create_model(settings, to_train=True, drop_rate=settings.drop, drop_path_rate=settings.drop_path)
+        return cls(settings, model, train_data, val_data, processes, command)
+
+    # A run
+
+    def fit(self, resume: str | Path | None = None, overwrite: bool = False) -> dict[str, Any] | None:
+        """Train on to the end, and return the summary; None if SIGTERM or Ctrl-C asked to stop, after a checkpoint.
+
+        Args:
+            resume: A checkpoint file to resume from; "auto" for the last complete one in the folder, if any.
+            overwrite: Whether a run that is in the folder is removed.
+
+        Raises:
+            UserError: If the folder cannot be used, the run not be resumed so, the data not be read, or the loss is
+                infinite or no number.
+        """
+        settings, on_first = self.settings, self.processes.on_first
+        exported = export_path(settings.model, settings.export, overwrite) if settings.export else None
+        try:
+            checkpoint = on_first(self.folder.prepare, resume, overwrite)
+            self.folder.path.mkdir(parents=True, exist_ok=True)  # on other machines, where it is no shared one
+            if checkpoint:
+                self.load(checkpoint)
+            is_finished = on_first(self._start_folder, checkpoint, overwrite)
+            log_to = dict(tensorboard=settings.log_tensorboard, wandb=settings.log_wandb)
+            self.journal = Journal(self.folder.path, self.recipe, writes=self.processes.is_first, **log_to)
+            _logger.info(self.headline)
+            with self.stop, _tf32(settings.tf32 and self.device.type == "cuda"):
+                while self.state.epoch < settings.epochs:
+                    if not self._run_epoch():
+                        _logger.info(
+                            f"stopped in epoch {self.state.epoch + 1} after update {self.state.update} of "
+                            f"{self.updates_per_epoch}, and saved: the same command with --resume continues"
+                        )
+                        return None
+            return on_first(self._finish, is_finished, exported)
+        finally:
+            self.folder.close()
+
+    def _start_folder(self, checkpoint: Path | None, overwrite: bool) -> bool:
+        """Make the folder this run's; return whether the run was finished before, whose records stay as they are."""
+        if self.state.epoch >= self.settings.epochs and self.summary_file.exists():
+            return True
+        if not checkpoint or not self.folder.contains(checkpoint):
+            if overwrite:
+                self.folder.clear()
+            if checkpoint:
+                self.folder.take_best_of(checkpoint)
+        write_text(self.folder.path / "args.yaml", yaml.safe_dump(asdict(self.settings), sort_keys=False))
+        return False
+
+    def _finish(self, was_finished: bool, exported: Path | None) -> dict[str, Any]:
+        """Write what a finished run has; return the summary."""
+        if not was_finished:
+            self.journal.write(self.state.log)  # again: a kill may have come between the last checkpoint and the log
+            summary = dict(
+                model=self.settings.model,
+                parameters=sum(p.numel() for p in self.learner.model.parameters()),
+                epochs=self.settings.epochs,
+                **summarise(self.state.log, self.state.best),
+                command=self.command,
+                best_checkpoint=str(self.folder.best),
+            )
+            write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+        summary = json.loads(self.summary_file.read_text())
+        _logger.info(
+            f"best top-1 {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}, {summary['seconds']} s"
+        )
+        _logger.info(f"in {self.folder.path}: model_best.pth.tar, last.pth.tar, log.csv, curves.png, summary.json")
+        if exported:
+            card = export_pretrained(exported, summary)
+            _logger.info(f"exported {exported} and its card {card.name}")
+        return summary
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a checkpoint of this moment.
+
+        Random states are not in it: they are functions of the seed and of the position in the run.
+        """
+        return dict(
+            **self.description,
+            version=__version__,
+            options=self.recipe,
+            updates_per_epoch=self.updates_per_epoch,
+            **self.state.state_dict(),
+            **self.learner.state_dict(),
+        )
+
+    def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned."""
+        self.learner.load_state_dict(checkpoint)
+        self.state.load_state_dict(checkpoint)
+        self.learner.start_at(self._updates_done)
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint into the folder, as the last one, and as the best one too.
+
+        Raises:
+            UserError: If it cannot be written; the earlier checkpoints are as they were.
+        """
+        self.saved = self.state.position
+        self.processes.on_first(lambda: self.folder.save(self.state_dict(), best))
+
+    def load(self, path: Path) -> None:
+        """Load a checkpoint to resume from.
+
+        Raises:
+            UserError: If it is damaged, or of a run that this one cannot resume.
+        """
+        checkpoint = load_checkpoint(path)
+        if reason := reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch):
+            raise UserError(f"{path} {reason}")
+        try:
+            self.load_state_dict(checkpoint)
+        except Exception as error:  # whatever a foreign file brings about
+            raise UserError(f"cannot resume from {path}: {first_words(error)}") from error
+        self.saved = self.state.position if self.folder.contains(path) else None
+        if changed := changed_options(checkpoint.get("options", {}), self.recipe):
+            _logger.info(f"note: not the options of before: {', '.join(changed)}")
+        where = f"epoch {self.state.epoch + 1}, update {self.state.update + 1}"
+        if self.state.epoch >= self.settings.epochs:
+            where = "which is finished"
+        elif self.state.update == self.updates_per_epoch:
+            where = f"epoch {self.state.epoch + 1}, which is to be evaluated"
+        _logger.info(f"resuming from {path}, {where}")
+
+    # An epoch
+
+    def _run_epoch(self) -> bool:
+        """Train what is left of the epoch and evaluate; return False if asked to stop, which is saved too."""
+        if self._asked_to_stop():
+            self.save()
+            return False
+        settings, state, title = self.settings, self.state, f"epoch {self.state.epoch + 1}/{self.settings.epochs}"
+        images, interval, is_first = settings.global_batch_size, settings.log_interval, self.processes.is_first
+        progress = Progress(title, state.update, self.updates_per_epoch, images, interval, self.device, is_first)
+        try:
+            with progress:
+                if not self._train(progress):
+                    return False
+            row = dict(epoch=state.epoch + 1, train_loss=state.loss_sum / self.updates_per_epoch)
+            row["train_images_per_second"] = progress.rate(state.update)
+            row |= {f"eval_{key}": value for key, value in self.evaluate().items()}
+        except DivergedError as error:
+            raise UserError(self._diverged(error), shared=True) from error
+        if not math.isfinite(row["eval_loss"]):
+            raise UserError(
+                f"the validation loss became {row['eval_loss']} in epoch {state.epoch + 1}; "
+                f"{self._roll_back(state.update)}",
+                shared=True,
+            )
+        row |= dict(lr=self.learner.lr, bad_images=self.loader.bad_image_count, seconds=progress.seconds)
+        state.end_epoch(row)
+        self.save(best=state.best is row)
+        self.journal.write(state.log)
+        self.journal.report(row)
+        left = timedelta(seconds=round(row["seconds"] * (settings.epochs - state.epoch)))
+        _logger.info(
+            f"epoch {state.epoch}/{settings.epochs}: training loss {row['train_loss']:.4f}, validation loss "
+            f"{row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} % (best {state.best['eval_top1']:.2f} in epoch "
+            f"{state.best['epoch']}), {row['train_images_per_second']:.0f} images/s, {left} left"
+        )
+        return True
+
+    def _train(self, progress: Progress) -> bool:
+        """Train what is left of the epoch; return False if asked to stop, which is saved too."""
+        state, every, total = self.state, self.settings.save_every, self.updates_per_epoch
+        self.losses = Losses(state)
+        self.learner.start_at(self._updates_done)
+        batches = self.loader.epoch(state.epoch, state.update)
+        while state.update < total:
+            self._update(batches, progress)
+            state.update += 1
+            stop = self.losses.read(keep=1)
+            # also before the evaluation, which may take long
+            save = state.update == total or (every and state.update % every == 0)
+            if save or stop:
+                stop = self.losses.read() or stop
+                self.save()
+            if stop:
+                return False
+            progress.advance(state.update, self.losses.mean)
+        return True
+
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress) -> None:
+        """Take one step of the optimiser, on the gradient of ``global_batch_size`` images."""
+        loss = self.learner.update(self._augmented(batches, progress), self._updates_done + 1)
+        result = torch.stack([loss, torch.full_like(loss, self.stop.number is not None)])
+        if self.processes.world_size > 1:
+            torch.distributed.all_reduce(result)
+        self.losses.add(result, self.state.update, self.learner.lr)
+
+    @property
+    def _updates_done(self) -> int:
+        return self.state.epoch * self.updates_per_epoch + self.state.update
+
+    def _augmented(
+        self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an update; what is random about each, in the model too, is seeded by its position."""
+        for step in range(self.loader.share.steps):
+            start = time.perf_counter()
+            images, target = next(batches)
+            progress.waited += time.perf_counter() - start
+            batch = step * self.processes.world_size + self.processes.rank
+            seed_everything(self.settings.seed, 2, self.state.epoch, self.state.update, batch)
+            yield self.augment(images, target)
+
+    def _asked_to_stop(self) -> bool:
+        """Return whether one of the processes was asked to stop."""
+        asked = torch.tensor(float(self.stop.number is not None), device=self.device)
+        if self.processes.world_size > 1:
+            torch.distributed.all_reduce(asked)
+        return asked.item() > 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the figures of the model on the validation images; of the averaged weights, if there are such.
+
+        Raises:
+            UserError: If none of the images can be read.
+        """
+        model, autocast = self.learner.eval_model, self.settings.autocast(self.device)
+        together = dict(distributed=self.processes.world_size > 1, progress=self.processes.is_first)
+        figures = evaluate(model, self.val_loader, self.device, autocast, **together)
+        if not figures["images"]:
+            raise UserError(f"none of the {figures['unread']} images to evaluate on can be read", shared=True)
+        return figures
+
+    # Rollback
+
+    def _diverged(self, error: DivergedError) -> str:
+        """Write the files of a diverged update's images; return the words for the user."""
+        names = self.loader.names(self.state.epoch, error.update)
+        listed = ""
+        if names and self.processes.is_first:
+            path = self.folder.path / "bad_batch.txt"
+            write_text(path, "\n".join(names) + "\n")
+            listed = f"; {path} lists its images: {names[0]} and {len(names) - 1} more"
+        return (
+            f"the loss became {error.loss} in epoch {self.state.epoch + 1}, update {error.update + 1} of "
+            f"{self.updates_per_epoch}, at learning rate {error.lr:.3g}{listed}; {self._roll_back(error.update)}"
+        )
+
+    def _roll_back(self, update: int) -> str:
+        """Let the last checkpoint be one from before the weights that this update began with; return what to do."""
+        hint = "a smaller --lr or --clip-grad 1 may help"
+        is_past = self.saved == (self.state.epoch, update)
+        checkpoint = self.folder.roll_back(is_past) if self.processes.is_first else None
+        if not checkpoint:
+            return f"there is no checkpoint from before; {hint}"
+        return f"--resume continues from {checkpoint}, which is from before; {hint}"
+
+
+def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dict[str, Any]:
+    """Return what a checkpoint says of classes and images: the part of timm's pretrained_cfg that is the run's own."""
+    cfg = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    size = model.img_size if isinstance(model, RaftMLP) else config["input_size"][-2:]
+    cfg |= dict(num_classes=model.num_classes, input_size=(config["input_size"][0], *size))
+    return cfg | dict(label_names=names) if names and len(names) == model.num_classes else cfg
+
+
+@contextmanager
+def _tf32(is_on: bool) -> Iterator[None]:
+    """Let float32 products be TensorFloat-32; on a CPU that would mean something else."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if is_on:
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,70 @@
+"""What a run writes beside its checkpoints: pretrained weights with a card, TensorBoard, Weights & Biases."""
+
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import timm
+import torch
+
+from helpers import TINY, assert_same
+from raftmlp.commands import train
+from raftmlp.weights import load_checkpoint
+
+DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
+
+
+def test_export_writes_pretrained_weights_and_a_card(run_command, monkeypatch):
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", "weights")
+    options = ["--model", "raftmlp_digits", "--dataset", "digits", "--workers", 0, "--batch-size", 256, "--epochs", 1]
+    options += ["--warmup-epochs", 0, "--output", "out", "--device", "cpu"]
+    status, _, err = run_command(train, *options, "--export", "mine")
+    assert status == 0, err
+    card = json.loads(Path("weights/raftmlp_digits.mine.json").read_text())
+    assert card["best_top1"] == json.loads(Path("out/summary.json").read_text())["best_top1"]
+    assert card["options"]["epochs"] == 1 and card["versions"]["torch"] == torch.__version__
+    assert "--export mine" in card["command"] and len(card["sha256"]) == 64 and card["data"] == "digits"
+    model = timm.create_model("raftmlp_digits.mine", pretrained=True)
+    best = load_checkpoint("out/model_best.pth.tar")["state_dict"]
+    assert_same(dict(model.state_dict()), dict(best))
+    assert model.pretrained_cfg["label_names"] == tuple("0123456789")
+    status, _, err = run_command(train, *options, "--export", "mine", "--resume")
+    assert status == 2 and "raftmlp_digits.mine.safetensors exists" in err
+    before = {name: Path("out", name).read_text() for name in ("args.yaml", "summary.json", "log.csv")}
+    status, _, err = run_command(train, *options, "--export", "second", "--resume", "--lr", 0.5)  # of a finished run
+    assert status == 0, err
+    assert json.loads(Path("weights/raftmlp_digits.second.json").read_text())["options"]["lr"] == 0.001
+    assert before == {name: Path("out", name).read_text() for name in before}
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", "/proc/nowhere")
+    status, _, err = run_command(train, *options, "--export", "third", "--resume")
+    assert status == 2 and "cannot export to /proc/nowhere/raftmlp_digits.third.safetensors" in err
+    status, _, err = run_command(train, *options, "--export", "a.b")
+    assert status == 2 and "a tag is made of letters" in err
+
+
+def test_tensorboard_and_wandb_are_written_when_asked(run_command, monkeypatch):
+    class Wandb:
+        rows: ClassVar[list] = []
+
+        @classmethod
+        def init(cls, **kwargs):
+            cls.started = kwargs
+            return cls
+
+        @classmethod
+        def log(cls, row, step):
+            cls.rows.append((step, row))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    options = [*DIGITS, "--epochs", 2, "--output"]
+    status, _, err = run_command(train, *options, "out", "--log-wandb")
+    assert status == 0, err
+    assert [step for step, _ in Wandb.rows] == [1, 2] and Wandb.started["config"]["epochs"] == 2
+    assert Wandb.rows[1][1]["eval/top1"] == load_checkpoint("out/last.pth.tar")["log"][1]["eval_top1"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, _, err = run_command(train, *options, "out2", "--log-wandb")
+    assert status == 2 and "--log-wandb needs Weights & Biases: pip install wandb" in err
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, err = run_command(train, *options, "out2", "--log-tensorboard")
+    assert status == 2 and "--log-tensorboard needs TensorBoard" in err

@@ -1,0 +1,126 @@
+"""The recipes in configs/: each trains, and the release's are what its authors trained with."""
+
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from helpers import ROOT
+from raftmlp.commands import train
+from raftmlp.data.augmentation import BatchAugmentation, MixupThenCutmix, training_transform
+from raftmlp.data.images import data_config
+from raftmlp.train.learner import create_optimisation
+from raftmlp.train.settings import TrainSettings
+from raftmlp.weights import load_checkpoint
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A fake ImageNet: four tiny images of two classes, for training and for evaluation."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.JPEG")
+    return root
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_trains_two_steps(config, run_command, imagenet):
+    options = ["-c", config, "--dataset", "", "--data-dir", imagenet, "--epochs", 1, "--warmup-epochs", 0]
+    options += ["--global-batch-size", 2, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--output", "out"]
+    content = yaml.safe_load(config.read_text())
+    status, out, err = run_command(train, *options)
+    assert status == 0, err
+    assert "1 epochs of 2 updates of 2 images" in out
+    model = content.get("model", "raftmlp_s")
+    assert out.startswith(f"{model}, ")
+    state = load_checkpoint("out/last.pth.tar")
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+    shutil.rmtree("out")  # gigabytes, all in all
+    expected = timm.create_model(model, num_classes=2)
+    assert {k: v.shape for k, v in state["state_dict"].items()} == {
+        k: v.shape for k, v in expected.state_dict().items()
+    }
+
+
+def read_config(name: str) -> TrainSettings:
+    return TrainSettings.select(vars(train.build_parser().parse_args(["-c", name])))
+
+
+def test_the_configs_are_all_there_and_say_how_they_are_run():
+    names = {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in CONFIGS}
+    variants = {name for name in timm.list_models("raftmlp_*") if "cifar" not in name and "digits" not in name}
+    assert names >= {f"imagenet/{name}" for name in variants} and len(variants) == 10
+    assert names >= {f"finetune/{name}" for name in ("cifar10", "cifar100", "flowers102", "cars", "inat18", "inat19")}
+    for config in CONFIGS:
+        text = config.read_text()
+        assert f"tools/train.py -c {config.relative_to(ROOT)}" in text
+        assert "Not run" in text or config.parent.name == "digits"
+
+
+@pytest.mark.parametrize("name", ["imagenet/raftmlp_s", "imagenet/raftmlp_36_r2", "finetune/cars"])
+def test_the_releases_learning_rate(name):
+    settings = read_config(name)
+    updates = 1_281_167 // settings.global_batch_size if "imagenet" in name else 8144 // settings.global_batch_size
+    optimizer, scheduler = create_optimisation(settings, torch.nn.Linear(2, 2), updates)
+    peak, warmup, epochs = {"imagenet/raftmlp_s": (2e-3, 5, 305), "imagenet/raftmlp_36_r2": (1.5e-3, 5, 305)}.get(
+        name, (1e-4, 10, 50)
+    )
+    total = epochs * updates
+    expected = {
+        0: 0.0,
+        warmup * updates // 2: peak * (warmup * updates // 2) / (warmup * updates),
+        warmup * updates: peak,
+        (total + warmup * updates) // 2: (peak + 1e-5) / 2,
+        total: 1e-5,
+    }
+    for update, lr in expected.items():
+        scheduler.step_update(update)
+        tolerance = peak * 2 / total
+        assert all(group["lr"] == pytest.approx(lr, abs=tolerance) for group in optimizer.param_groups), update
+
+
+def test_the_releases_recipe():
+    settings = read_config("imagenet/raftmlp_s")
+    model = timm.create_model("raftmlp_s", drop_path_rate=settings.drop_path)
+    optimizer, _ = create_optimisation(settings, model, 625)
+    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [
+        (len(list(model.parameters())), 0.05)
+    ]
+    assert type(optimizer) is torch.optim.AdamW
+    rates = {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"}
+    assert rates == {0.1}
+    config = data_config(settings, model)
+    assert (config["input_size"], config["interpolation"], config["crop_pct"]) == ((3, 224, 224), "bilinear", 0.875)
+    steps = training_transform(settings, config).transforms
+    names = [type(step).__name__ for step in steps]
+    assert names == [
+        "Resize", "RandomCrop", "RandomHorizontalFlip", "ColorJitter", "RandAugment", "MaybePILToTensor",
+        "RandomErasing",
+    ]  # fmt: skip
+    assert (steps[0].size, steps[1].size, steps[2].p) == (256, (224, 224), 0.5)
+    assert steps[3].brightness == steps[3].contrast == steps[3].saturation == (0.6, 1.4) and steps[3].hue is None
+    assert steps[4].num_layers == 2 and all(operation.prob == 1 for operation in steps[4].ops)
+    assert (steps[6].p, steps[6].scale, steps[6].ratio) == (0.25, (0.02, 1 / 3), (0.3, 1 / 0.3))
+    mix = BatchAugmentation(settings, 256, 1000, settings.smoothing, torch.device("cpu")).mix
+    assert (type(mix), mix.mixup, mix.cutmix, mix.smoothing) == (MixupThenCutmix, 0.8, 0.8, 0.1)
+    assert (settings.epochs, settings.global_batch_size, settings.amp, settings.model_ema, settings.seed) == (
+        305, 2048, False, False, 42,
+    )  # fmt: skip
+    modern = read_config("imagenet/raftmlp_s_modern")
+    optimizer, _ = create_optimisation(modern, model, 625)
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0, 0.05]
+    for group in optimizer.param_groups:
+        assert all((parameter.ndim <= 1) == (group["weight_decay"] == 0) for parameter in group["params"])
+    tuned = read_config("finetune/inat19")
+    assert (tuned.drop_path, tuned.cutout, tuned.weight_decay, tuned.mixup) == (0, 0, 1e-4, 0.8)

@@ -1,0 +1,40 @@
+"""What decides whether a run may be resumed from a checkpoint."""
+
+import pytest
+
+from raftmlp.train.resume import changed_options, reason_not_to_resume
+from raftmlp.train.settings import TrainSettings, make_recipe
+
+RECIPE = make_recipe(TrainSettings(epochs=3, global_batch_size=8))
+CHECKPOINT = dict(optimizer={}, options=RECIPE, epoch=2, update=1, updates_per_epoch=5)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, ""),
+        (dict(options={**RECIPE, "lr": 1, "epochs": 9}), ""),
+        (dict(options={}, update=0), ""),  # of a version that did not say them
+        (dict(options={**RECIPE, "global_batch_size": 4}, update=0), ""),
+        (dict(epoch=3, update=0), ""),
+        (dict(options={**RECIPE, "opt": "sgd"}), "is of a run with --opt sgd, not adamw"),
+        (dict(options={**RECIPE, "model_ema": True}), "is of a run with --model-ema True, not False"),
+        (dict(options={**RECIPE, "global_batch_size": 4}), "middle of an epoch with --global-batch-size 4"),
+        (dict(options={**RECIPE, "seed": 1}), "middle of an epoch with --seed 1"),
+        (dict(updates_per_epoch=6), "middle of an epoch of 6 updates, of which this data makes 5"),
+        (dict(epoch=3), "is of epoch 4, --epochs says 3"),
+    ],
+)
+def test_reason_not_to_resume(changes, reason):
+    given = reason_not_to_resume({**CHECKPOINT, **changes}, RECIPE, updates_per_epoch=5)
+    assert reason in given and bool(reason) == bool(given)
+
+
+def test_weights_alone_cannot_be_resumed_from():
+    assert "holds weights only: --checkpoint" in reason_not_to_resume(dict(state_dict={}), RECIPE, 5)
+
+
+def test_changed_options():
+    before = {**RECIPE, "lr": 0.5, "of_another_version": 1}
+    assert changed_options(before, {**RECIPE, "new_option": 1}) == ["lr 0.5 -> 0.001"]
+    assert changed_options(RECIPE, RECIPE) == []

@@ -1,0 +1,330 @@
+"""The train command as a user runs it: what it writes, how it resumes, and what it says to bad input."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from helpers import ROOT, TINY, fill_disk, make_image_folder
+from raftmlp.commands import train
+from raftmlp.train import TrainSettings
+
+CONFIG = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY]
+DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A training run of two epochs, made by the script in a process of its own."""
+    output = tmp_path_factory.mktemp("runs") / "digits"
+    command = [sys.executable, ROOT / "tools/train.py", *CONFIG, "--epochs", 2, "--warmup-epochs", 1]
+    done = subprocess.run(list(map(str, [*command, "--output", output])), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """A folder of bright and dark images of odd sizes, train/ and val/, one class each."""
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+def test_train_writes_a_run(digits_run):
+    output, done = digits_run
+    assert {path.name for path in output.iterdir()} >= {
+        "args.yaml", "curves.png", "last.pth.tar", "log.csv", "model_best.pth.tar", "summary.json",
+    }  # fmt: skip
+    rows = list(csv.DictReader((output / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["best_top1"] == max(float(row["eval_top1"]) for row in rows)
+    assert f"best top-1 {summary['best_top1']:.2f} %" in done.stdout
+    assert Image.open(output / "curves.png").width > 500
+    assert yaml.safe_load((output / "args.yaml").read_text())["epochs"] == 2
+
+
+def test_resume_and_what_prevents_it(digits_run, run_command):
+    output, _ = digits_run
+    config = [*CONFIG, "--warmup-epochs", "1", "--output", output]
+    before = (output / "last.pth.tar").read_bytes()
+    status, _, err = run_command(train, *config, "--epochs", "3")
+    assert status == 2 and "holds a run: resume it with --resume" in err
+    assert (output / "last.pth.tar").read_bytes() == before
+
+    status, out, _ = run_command(train, *config, "--epochs", "3", "--resume")
+    assert status == 0
+    assert "epoch 3/3" in out and "epoch 2/3" not in out
+    assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["1", "2", "3"]
+
+    status, _, err = run_command(train, *config, "--epochs", "3", "--resume", output / "missing.pth")
+    assert status == 2 and "no checkpoint to resume from" in err
+    (output / "cut.pth").write_bytes(before[:3000])
+    status, _, err = run_command(train, *config, "--epochs", "3", "--resume", output / "cut.pth")
+    assert status == 2 and "cut.pth is damaged" in err
+
+    (output / "empty.pth").write_bytes(b"")
+    status, _, err = run_command(train, *config, "--epochs", "3", "--resume", output / "empty.pth")
+    assert status == 2 and "empty.pth is damaged" in err
+    status, _, err = run_command(train, *config, "--epochs", "3", "--resume", "elsewhere/last.pth.tar")
+    assert status == 2 and "holds a run" in err
+
+    (output / "mine.txt").write_text("keep")
+    status, out, _ = run_command(train, *config, "--epochs", "1", "--warmup-epochs", 0, "--overwrite", "--no-model-ema")
+    assert (output / "mine.txt").read_text() == "keep"
+    assert status == 0
+    assert [row["epoch"] for row in csv.DictReader((output / "log.csv").open())] == ["1"]
+
+
+def test_a_failed_resume_changes_nothing(digits_run, run_command):
+    output, _ = digits_run
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    options = [*TINY, "--dataset", "digits", "--output", output, "--resume", "missing.pth", "--lr", 7]
+    assert run_command(train, *options)[0] == 2
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_resume_into_another_folder_and_from_its_options(digits_run, run_command):
+    output, _ = digits_run
+    status, _, err = run_command(
+        train, "-c", output / "args.yaml", "--epochs", 3, "--resume", output / "last.pth.tar", "--output", "new"
+    )
+    assert status == 0, err
+    assert Path(json.loads(Path("new/summary.json").read_text())["best_checkpoint"]).exists()
+
+
+def test_resume_refuses_another_run(run_command):
+    options = [*DIGITS, "--output", "run", "--epochs", 2]
+    status, _, err = run_command(train, *options)
+    assert status == 0, err
+    for changed, message in [
+        (["--opt", "sgd"], "is of a run with --opt adamw, not sgd"),
+        (["--model-ema"], "is of a run with --model-ema False, not True"),
+        (["--model-kwargs", "depths=(2,1,1,1)"], "is of a run with --model-kwargs"),
+    ]:
+        status, _, err = run_command(train, *options, *changed, "--resume")
+        assert status == 2 and message in err
+    status, out, err = run_command(train, *options, "--resume", "--epochs", 3, "--lr", 0.5)
+    assert status == 0, err
+    assert "note: not the options of before: epochs 2 -> 3, lr 0.001 -> 0.5" in out
+    status, _, err = run_command(train, *options, "--resume", "--epochs", 2)
+    assert status == 2 and "is of epoch 3, --epochs says 2" in err
+    torch.save({"state_dict": {}, "optimizer": {}}, "foreign.pth")
+    status, _, err = run_command(train, *options, "--resume", "foreign.pth", "--output", "new")
+    assert status == 2 and "cannot resume from foreign.pth" in err
+    torch.save({"state_dict": {}}, "weights.pth")
+    status, _, err = run_command(train, *options, "--resume", "weights.pth", "--output", "new")
+    assert status == 2 and "weights.pth holds weights only: --checkpoint starts a new run" in err
+
+
+def test_a_full_disk_leaves_the_checkpoint_of_before(run_command, monkeypatch):
+    options = [*DIGITS, "--output", "run"]
+    assert run_command(train, *options, "--epochs", 1)[0] == 0
+    before = Path("run/last.pth.tar").read_bytes()
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        status, _, err = run_command(train, *options, "--epochs", 2, "--resume")
+    assert status == 2
+    assert "cannot save a checkpoint into run" in err and "No space left on device" in err and "Traceback" not in err
+    assert Path("run/last.pth.tar").read_bytes() == before
+    status, _, err = run_command(train, *options, "--epochs", 2, "--resume")
+    assert status == 0, err
+
+
+# What else a run does
+
+
+def test_train_on_a_folder_of_images(image_folder, run_command):
+    options = [*TINY, "--data-dir", image_folder, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0]
+    status, out, err = run_command(
+        train, *options, "--img-size", 40, 48, "--aa", "rand-m5", "--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.25,
+        "--drop-path", 0.1, "--clip-grad", 1, "--grad-checkpointing", "--amp", "--lr", 1e-3,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "2 classes, 40x48: 24 images to train on, 12 to evaluate on" in out
+
+    # another task's classifier stays behind, and that is said
+    finetune = ["--model", "raftmlp_digits", "--pretrained", "--data-dir", image_folder, "--workers", 0]
+    status, out, err = run_command(
+        train, *finetune, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned"
+    )
+    assert status == 0, err
+    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    options = ["--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", image_folder, "--workers", 0]
+    status, out, err = run_command(
+        train, *options, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned2"
+    )
+    assert status == 0, err
+    assert "its classifier is missing or another task's" in out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run_command):
+    options = [*CONFIG, "--warmup-epochs", 0, "--epochs", 3, "--lr", "1e30", "--output", "out"]
+    status, _, err = run_command(train, *options)
+    assert status == 2
+    assert "the loss became" in err and "at learning rate" in err
+    assert not Path("out/summary.json").exists()
+
+
+# Configs and options
+
+
+def test_the_command_line_wins_over_the_config(tmp_path):
+    (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\nmodel_kwargs: {depths: [1, 1]}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nlr: 0.25\nscale: [0.5, 1]\nmodel_ema: true\n")
+    parse = train.build_parser().parse_args
+    args = parse(["-c", str(tmp_path / "run.yaml"), "--scale", "0.7", "0.9"])
+    assert (args.epochs, args.lr, args.scale, args.model_ema) == (7, 0.25, [0.7, 0.9], True)
+    assert args.model_kwargs == {"depths": [1, 1]}
+    assert parse(["-c", str(tmp_path / "run.yaml"), "--no-model-ema"]).model_ema is False
+    (tmp_path / "resume.yaml").write_text("resume: true\n")
+    assert train.build_parser().parse_args(["-c", str(tmp_path / "resume.yaml")]).resume == "auto"
+
+
+def test_help_tells_every_option(run_command):
+    status, out, _ = run_command(train, "--help")
+    assert status == 0
+    assert {field.name for field in fields(TrainSettings)} <= {a.dest for a in train.build_parser()._actions}
+    for action in train.build_parser()._actions:
+        assert action.help
+        assert not action.option_strings or action.option_strings[-1] in out
+
+
+# Bad input: one line, exit status 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "raftmpl_s"], "unknown model 'raftmpl_s'; did you mean raftmlp_s"),
+        (["--data-dir", "missing"], "no data at missing"),
+        ([], "--data-dir"),
+        (["--dataset", "digit"], "unknown data set 'digit'"),
+        (["--dataset", "digits", "--val-split", "x"], "no split 'x'"),
+        (["--dataset", "digits", "--checkpoint", "missing.pth"], "no checkpoint at missing.pth"),
+        (["--dataset", "digits", "--checkpoint", "cut.pth"], "cut.pth is damaged"),
+        (["--dataset", "digits", "--checkpoint", "foreign.pth"], "foreign.pth does not fit this RaftMLP: stages.0"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size=3"], "raft_size 3 must be a positive divisor"),
+        (["--dataset", "digits", "--model-kwargs", "raft_sise=2"], "raft_sise"),
+        (["--dataset", "digits", "--checkpoint", "."], ". is a folder: name a checkpoint file in it"),
+        (["--data-dir", "splits"], "no split 'validation' in splits: it has train"),
+        (["--data-dir", "tars"], "no data set '' with split"),
+        (["--dataset", "digits", "--pretrained"], "no pretrained weights raftmlp_s.TAG.safetensors"),
+        (["--dataset", "digits", "--img-size", "0"], "must be a whole number of 1 or more, not '0'"),
+        (["--dataset", "digits", "--img-size", "1", "2", "3"], "--img-size takes"),
+        (
+            ["--dataset", "digits", "--model-kwargs", "num_classes=7"],
+            "the data has 10 classes, the model 7",
+        ),
+        (["--dataset", "digits", "--crop-pct", "3"], "must be a number from 0.01 to 1, not '3'"),
+        (["--dataset", "digits", "--interpolation", "cubic"], "invalid choice: 'cubic'"),
+        (["--dataset", "digits", "--device", "gpu"], "no device 'gpu'"),
+        (["--dataset", "digits", "--batch-size", "many"], "must be a whole number of 1 or more, not 'many'"),
+        (
+            ["--dataset", "digits", "--batchsize", "3"],
+            "unrecognized arguments: --batchsize 3; did you mean --batch-size",
+        ),
+        (["-c", "missing.yaml"], "cannot read the config missing.yaml"),
+        (["-c", "unknown.yaml"], "unknown.yaml: unknown key 'batchsize'; did you mean batch_size"),
+        (["-c", "broken.yaml"], "broken.yaml is no YAML file"),
+        (["-c", "list.yaml"], "list.yaml must be a mapping"),
+        (["-c", "wrong.yaml"], "wrong.yaml: batch_size: must be a whole number of 1 or more, not 'big'"),
+        (["-c", "flag.yaml"], "flag.yaml: amp must be true or false, not 'perhaps'"),
+        (["-c", "base.yaml"], "cannot read the config nowhere.yaml"),
+        (["-c", "count.yaml"], "count.yaml: scale takes 2 values"),
+        (["-c", "number.yaml"], "number.yaml must be a mapping"),
+        (["-c", "circle.yaml"], "circle.yaml is its own base"),
+        (["-c", "badbase.yaml"], "badbase.yaml: base must be the name of a file"),
+        (["-c", "null.yaml"], "null.yaml: batch_size has no value"),
+        (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
+        (["--dataset", "torch/cifar10"], "torch/cifar10"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
+    ],
+)
+def test_bad_input(run_command, options, message):
+    Path("cut.pth").write_bytes(b"PK\x03\x04 cut")
+    torch.save({"conv.weight": torch.zeros(3)}, "foreign.pth")
+    for name, text in {
+        "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
+        "count": "scale: [1]", "base": "base: nowhere.yaml", "number": "1: 2", "circle": "base: circle.yaml",
+        "badbase": "base: [a]", "null": "batch_size:",
+    }.items():  # fmt: skip
+        Path(f"{name}.yaml").write_text(text)
+    Path("splits/train/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("splits/train/a/1.png")
+    Path("tars").mkdir()
+    for name in ("train", "val"):
+        Path(f"tars/{name}.tar").write_text("no tar")
+    before = sorted(Path().iterdir())
+    status, out, err = run_command(train, *options)
+    assert status == 2
+    assert message in err
+    assert "raftmlp train: error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not out
+    assert sorted(Path().iterdir()) == before
+
+
+def test_train_only_bad_input(run_command):
+    digits = ["--dataset", "digits", "--model", "raftmlp_digits", "--workers", 0]
+    for options, message in [
+        (["--batch-size", 5000], "1437 images make no update of 5000"),
+        (["--opt", "adamx"], "adamx"),
+        (["--sched", "cosin"], "invalid choice: 'cosin'"),
+        (["--warmup-epochs", "300"], "--warmup-epochs 300 must be less than --epochs 300"),
+        (["--opt", "adamww"], "unknown optimiser 'adamww'; did you mean adamw"),
+        (["--global-batch-size", "0"], "must be a whole number of 1 or more"),
+        (["--mixup-then-cutmix", "--mixup", "1"], "needs --mixup and --cutmix above 0"),
+        (["--mean", "0.5", "0.5"], "--mean takes 1 or 3 numbers"),
+        (["--mean", "nan"], "must be a number of 0 or more, not 'nan'"),
+        (["--lr", "inf"], "must be a number of 0 or more, not 'inf'"),
+        (["--seed", "5000000000"], "must be a whole number from 0 to 4294967295"),
+        (["--device", "meta"], "no device 'meta' here"),
+        (["--pretrained", "--checkpoint", "x"], "--checkpoint and --pretrained exclude each other"),
+        (["--scale", "1", "0.5"], "--scale takes the smaller number first"),
+        (["--in-chans", "2"], "images have 1 or 3 channels"),
+        (["--aa", "random"], "--aa 'random'"),
+        (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),
+        (["--mixup", "0.8", "--batch-size", "7"], "must be even: 7 images"),
+        (["--lr", "-1"], "must be a number of 0 or more, not '-1'"),
+        (["--epochs", "1.5"], "must be a whole number of 1 or more, not '1.5'"),
+    ]:
+        status, _, err = run_command(train, *digits, *options)
+        assert status == 2, err
+        assert message in err
+        assert not Path("runs").exists()
+    Path("file").write_text("")
+    status, _, err = run_command(train, *digits, "--output", "file/run")
+    assert status == 2 and "cannot write into file/run" in err
+
+
+def test_folders_that_would_spoil_the_figure(image_folder, run_command, tmp_path):
+    options = [*TINY, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
+    status, _, err = run_command(train, *options, "--data-dir", image_folder / "train")
+    assert status == 2 and "overlap" in err
+    for split, names in (("train", "abc"), ("val", "bc")):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "1.png")
+    status, _, err = run_command(train, *options, "--data-dir", tmp_path / "data")
+    assert status == 2 and "classes to train on are not the" in err
+
+
+@pytest.mark.parametrize(
+    "program", [["tools/train.py"], ["-m", "raftmlp.commands.train"], ["-m", "raftmlp", "train"]], ids=" ".join
+)
+def test_every_way_to_start_it_shows_an_error_in_one_line(program):
+    command = [sys.executable, *program, "--dataset", "digits", "--model", "raftmlp_x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "train" in line and "error: " in line and "unknown model 'raftmlp_x'" in line

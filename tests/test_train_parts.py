@@ -1,0 +1,85 @@
+"""The small parts of a run: its state, its losses, requests to stop, lines of progress."""
+
+import logging
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from raftmlp.train.progress import Progress
+from raftmlp.train.signals import StopSignals
+from raftmlp.train.state import DivergedError, Losses, RunState
+
+ROWS = [dict(eval_top1=top1, eval_loss=loss) for top1, loss in ((50.0, 1.0), (60.0, 0.9), (60.0, 0.8), (60.0, 0.85))]
+
+
+def test_the_best_epoch_and_the_state_of_a_run():
+    state = RunState(update=4, loss_sum=2.0)
+    for row in ROWS:
+        state.end_epoch(row)
+    assert state.best is ROWS[2] and state.position == (4, 0) and state.loss_sum == 0
+    other = RunState()
+    other.load_state_dict({**state.state_dict(), "state_dict": {}})
+    assert other == state
+
+
+def test_losses_are_read_late_and_a_bad_one_is_found():
+    state = RunState(update=2)
+    losses = Losses(state)
+    losses.add(torch.tensor([0.5, 0.0]), update=0, lr=0.1)
+    losses.add(torch.tensor([1.5, 2.0]), update=1, lr=0.1)
+    assert losses.read(keep=1) is False and state.loss_sum == 0.5 and losses.mean == 0.5
+    assert losses.read() is True and state.loss_sum == 2.0 and losses.mean == 1.0
+    losses.add(torch.tensor([float("nan"), 0.0]), update=2, lr=0.3)
+    with pytest.raises(DivergedError) as error:
+        losses.read()
+    assert (error.value.update, error.value.lr) == (2, 0.3)
+
+
+def test_requests_to_stop():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # at once: it came from the launcher too
+        assert stop.number == signal.SIGINT
+        stop._time -= 10
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with stop:
+        assert stop.number is None
+
+
+def test_another_thread_leaves_the_handlers_alone():
+    before, during = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with StopSignals():
+            during.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert during == [before]
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_lines_of_progress(show, caplog):
+    caplog.set_level(logging.INFO, logger="raftmlp")
+    caplog.handler.setLevel(logging.INFO)
+    logging.getLogger("raftmlp").addHandler(caplog.handler)
+    try:
+        with Progress("epoch 1/2", 4, 8, images=16, interval=2, device=torch.device("cpu"), show=show) as progress:
+            for update in range(5, 9):
+                progress.advance(update, loss=0.25)
+    finally:
+        logging.getLogger("raftmlp").removeHandler(caplog.handler)
+    lines = [line for line in caplog.messages if line.startswith("epoch 1/2, update ")]
+    assert {line.split(":")[0] for line in lines} == (
+        {"epoch 1/2, update 6/8", "epoch 1/2, update 8/8"} if show else set()
+    )
+    assert all("loss 0.250" in line and "left of the epoch" in line for line in lines)

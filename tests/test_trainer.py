@@ -1,0 +1,330 @@
+"""Runs: from Python, stopped, killed and resumed to the same bits, by several processes, diverged and rolled back."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.utils.data import Subset
+
+from helpers import ROOT, TINY, assert_same, make_image_folder
+from raftmlp.commands import train
+from raftmlp.data import Digits
+from raftmlp.errors import UserError
+from raftmlp.train import Trainer, TrainSettings
+from raftmlp.weights import load_checkpoint
+
+DIGITS = [*TINY, "--dataset", "digits"]
+# every source of randomness at once
+RANDOM = [
+    "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.5", "--drop-path", "0.2", "--drop", "0.1", "--aa", "rand-m5-n2",
+    "--cutout", "0.5", "--model-ema", "--model-ema-decay", "0.9",
+]  # fmt: skip
+SHORT = [*DIGITS, *RANDOM, "--batch-size", "256", "--warmup-epochs", "1"]  # 5 updates an epoch
+
+# A process that has imported all and computed nothing: every line of options it reads becomes a run in a fork of it.
+NURSERY = """
+import os, shlex, sys
+from raftmlp.commands import console, train
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.stdin.close()
+        sys.argv = ["raftmlp train", *shlex.split(line)]
+        console.run(train.main)
+    print("process", child, flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("status", status, flush=True)
+"""
+
+
+class Nursery:
+    """Runs of the train command in processes of their own, without the seconds that imports take."""
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], env=environment, **pipes)
+
+    def start(self, *options) -> int:
+        """Start a run; return its process."""
+        self.process.stdin.write(" ".join(map(str, options)) + "\n")
+        self.process.stdin.flush()
+        self.status = self.pid = None
+        self.lines: list[str] = []
+        self._read(lambda: self.pid is not None)
+        return self.pid
+
+    def wait_for(self, words: str, times: int = 1) -> bool:
+        """Wait until so many lines have these words; return False if the run has ended without them."""
+        return self._read(lambda: sum(words in line for line in self.lines) >= times)
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for the end of the run; return its exit status and its output."""
+        self._read(lambda: False)
+        return self.status, "".join(self.lines)
+
+    def run(self, *options) -> tuple[int, str]:
+        self.start(*options)
+        return self.wait()
+
+    def _read(self, is_enough) -> bool:
+        while not is_enough():
+            if self.status is not None:
+                return False
+            line = self.process.stdout.readline()
+            assert line, "".join(self.lines)
+            word, _, number = line.strip().partition(" ")
+            if word in ("process", "status") and number.lstrip("-").isdigit():
+                setattr(self, {"process": "pid"}.get(word, word), int(number))
+            else:
+                self.lines.append(line)
+        return True
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.process.stdin.close()
+    nursery.process.wait()
+
+
+def outcome(folder) -> dict:
+    """Return what must not depend on how a run came to its end: all but times."""
+    state = load_checkpoint(Path(folder) / "last.pth.tar")
+    best = load_checkpoint(Path(folder) / "model_best.pth.tar")["state_dict_ema"]
+    log = [{key: row[key] for key in ("epoch", "train_loss", "eval_loss", "eval_top1", "lr")} for row in state["log"]]
+    kept = {key: state[key] for key in ("state_dict", "state_dict_ema", "optimizer", "epoch", "update")}
+    return dict(**kept, log=log, best=best)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(nursery, tmp_path_factory):
+    """The end of a run of six epochs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    status, output = nursery.run(*SHORT, "--epochs", 6, "--output", folder)
+    assert status == 0, output
+    return outcome(folder)
+
+
+# From Python
+
+
+class StoppingDigits(Digits):
+    """Digits of which one asks this process to stop when it is loaded for the first time."""
+
+    stop_at: int | None = None
+
+    def __getitem__(self, index):
+        if index == self.stop_at:
+            StoppingDigits.stop_at = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def make_trainer(folder, train_data, **settings):
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_digits", embed_dims=(8,) * 4, depths=(1,) * 4, drop_path_rate=0.2)
+    small = dict(epochs=3, warmup_epochs=1, batch_size=48, workers=0, device="cpu", output=str(folder))
+    settings = TrainSettings(**{**small, "mixup": 0.8, "aa": "rand-m5-n2", "model_ema": True, **settings})
+    return Trainer(settings, model, train_data, Subset(Digits("validation"), range(40)))
+
+
+def test_a_trainer_trains_stops_and_resumes(tmp_path):
+    data = Subset(StoppingDigits("train"), range(192))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    whole = make_trainer(tmp_path / "whole", data)
+    summary = whole.fit()
+    assert (summary["model"], summary["epochs"], len(whole.state.log)) == ("raftmlp_digits", 3, 3)
+    assert summary["best"]["eval_top1"] == whole.state.best["eval_top1"] == max(r["eval_top1"] for r in whole.state.log)
+
+    StoppingDigits.stop_at = int(whole.loader.batches.images_of(0, 0)[0])
+    parts = make_trainer(tmp_path / "parts", data)
+    assert parts.fit() is None
+    assert parts.stop.number == signal.SIGTERM and parts.state.position == (0, 2)  # of (3, 4)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    with pytest.raises(UserError, match="holds a run"):
+        make_trainer(tmp_path / "parts", data).fit()
+    resumed = make_trainer(tmp_path / "parts", data)
+    assert resumed.fit(resume="auto")["epochs"] == 3
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    parts.fit(resume="auto")  # the one that was stopped has the last state too
+    assert_same(parts.state_dict()["state_dict"], whole.state_dict()["state_dict"])
+
+
+def test_a_trainers_state(tmp_path):
+    data = Subset(Digits("train"), range(96))
+    one, other = (make_trainer(tmp_path / name, data, epochs=2) for name in ("one", "other"))
+    one.fit()
+    state = one.state_dict()
+    assert state["options"]["epochs"] == 2 and state["options"]["num_classes"] == 10
+    assert not {"output", "workers", "device"} & state["options"].keys()
+    other.load_state_dict(state)
+    assert_same(other.state_dict(), state)
+    assert {key: other.evaluate()[key] for key in ("loss", "top1")} == {
+        key: one.state.log[-1][f"eval_{key}"] for key in ("loss", "top1")
+    }
+
+
+# Exact resume
+
+
+def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_path):
+    options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run", "--resume", "auto"]
+    moments = random.Random(0)
+    in_the_middle = 0
+    for number in range(10):
+        # two workers now and then: the numbers do not depend on them; a save after every update: kills fall into saves
+        workers = 2 * (number % 3 == 2)
+        child = nursery.start(*options, "--save-every", 1, "--log-interval", 1, "--workers", workers)
+        if number % 5 == 4:
+            time.sleep(moments.uniform(0.2, 1.8))  # mostly before it trains
+        else:
+            nursery.wait_for(", update ", times=moments.randint(1, 2))
+            time.sleep(moments.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        status, output = nursery.wait()
+        in_the_middle += status == -signal.SIGKILL and ", update " in output
+    assert in_the_middle > 5
+    status, output = nursery.run(*options)
+    assert status == 0, output
+    assert_same(outcome(tmp_path / "run"), uninterrupted)
+    rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "curves.png"}
+    assert not list((tmp_path / "run").glob(".*.tar"))  # left by kills in saves
+
+
+def test_sigterm_saves_and_names_the_way_to_resume(nursery, uninterrupted, tmp_path):
+    options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        child = nursery.start(*options, "--workers", 2, "--log-interval", 1, "--resume")
+        assert nursery.wait_for("update 3/5")
+        os.kill(child, number)
+        exit_status, output = nursery.wait()
+        assert exit_status == status, output
+        assert "stopped in epoch " in output and "--resume" in output.splitlines()[-1]
+    assert load_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] < 6
+    assert not (tmp_path / "run/summary.json").exists()
+    status, output = nursery.run(*options, "--resume")
+    assert status == 0, output
+    assert_same(outcome(tmp_path / "run"), uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(nursery, uninterrupted, tmp_path):
+    options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
+    status, output = nursery.run(*options, "--epochs", 6, "--resume")
+    assert status == 0, output
+    assert "no checkpoint in" in output and "starting at the beginning" in output
+    last = tmp_path / "run/last.pth.tar"
+    last.write_bytes(last.read_bytes()[:-1000])
+    status, output = nursery.run(*options, "--resume")
+    assert status == 0, output
+    assert "last.pth.tar is damaged" in output and "previous.pth.tar takes its place" in output
+    assert "epoch 6/6" in output and "epoch 5/6" not in output
+    assert_same(outcome(tmp_path / "run"), uninterrupted)
+
+    status, output = nursery.run(*options, "--resume")  # of a finished run: nothing is trained, nothing is lost
+    assert status == 0 and "epoch 6/6" not in output and "best top-1" in output
+    assert_same(outcome(tmp_path / "run"), uninterrupted)
+
+    last.write_bytes(b"")
+    (tmp_path / "run/previous.pth.tar").write_bytes(b"")
+    status, output = nursery.run(*options, "--resume")
+    assert status == 2 and "no checkpoint is complete" in output
+
+
+def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run_command):
+    child = nursery.start(*SHORT, "--epochs", 50, "--output", tmp_path / "run", "--log-interval", 1)
+    assert nursery.wait_for("update 1/5")
+    status, _, err = run_command(train, *SHORT, "--epochs", 50, "--output", tmp_path / "run", "--resume")
+    os.kill(child, signal.SIGKILL)
+    nursery.wait()
+    assert status == 2 and "another run is writing into" in err
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def one_process(nursery, tmp_path_factory):
+    """The options of a run, and its end in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    options = [*DIGITS, *RANDOM, "--batch-size", 64, "--global-batch-size", 256, "--epochs", 2, "--warmup-epochs", 1]
+    status, output = nursery.run(*options, "--output", folder)
+    assert status == 0, output
+    assert "2 epochs of 5 updates of 256 images: 1 process x 4 x 64" in output
+    return options, outcome(folder)
+
+
+@pytest.mark.parametrize("program", [[ROOT / "tools/train.py"], ["-m", "raftmlp.commands.train"]], ids=["script", "-m"])
+def test_two_processes_train_as_one_does(program, one_process, tmp_path):
+    options, one = one_process
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+    command = [*torchrun, *program, *options, "--output", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 epochs of 5 updates of 256 images: 2 processes x 2 x 64") == 1
+    two = outcome(tmp_path / "two")
+    for key in ("state_dict", "state_dict_ema"):
+        for name, weight in one[key].items():
+            torch.testing.assert_close(two[key][name], weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
+    for before, after in zip(one["log"], two["log"]):
+        assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-5)
+        assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+        assert after["eval_top1"] == before["eval_top1"]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Losses that are no number
+
+
+@pytest.fixture
+def image_options(tmp_path):
+    """Options of training on a folder of 16 images."""
+    images = make_image_folder(tmp_path / "images", train=8, val=3, suffix=".jpg")
+    return [*TINY, "--data-dir", images, "--batch-size", 4, "--warmup-epochs", 0, "--smoothing", 0]
+
+
+def test_a_loss_that_is_no_number_names_its_images(run_command, image_options):
+    status, _, err = run_command(train, *image_options, "--lr", "1e30", "--epochs", 9, "--output", "out")
+    assert status == 2 and "Traceback" not in err
+    assert "the loss became" in err and "at learning rate 9.9" in err and "out/bad_batch.txt lists its images" in err
+    names = Path("out/bad_batch.txt").read_text().splitlines()
+    assert len(names) == 4 and all(Path(name).is_file() for name in names)
+    assert "there is no checkpoint from before" in err
+    assert not Path("out/summary.json").exists() and not Path("out/last.pth.tar").exists()
+
+
+def test_weights_that_diverged_are_not_resumed_from(run_command, image_options):
+    options = [*image_options, "--sched", "constant", "--output", "out", "--epochs", 3]
+    status, _, err = run_command(train, *options, "--epochs", 1)
+    assert status == 0, err
+    status, _, err = run_command(train, *options, "--resume", "--lr", "1e30", "--save-every", 1)
+    assert status == 2 and "the loss became nan in epoch 2, update 2 of 4" in err
+    assert "--resume continues from out/previous.pth.tar" in err
+    assert Path("out/diverged.pth.tar").exists() and not Path("out/last.pth.tar").exists()
+    status, out, err = run_command(train, *options, "--resume")
+    assert status == 0, err
+    assert "resuming from out/previous.pth.tar, epoch 2, update 1" in out
+
+    # in a single update an epoch only the evaluation shows it
+    options = [*image_options, "--batch-size", 16, "--lr", "1e30", "--epochs", 1, "--output", "single"]
+    status, _, err = run_command(train, *options)
+    assert status == 2 and "the validation loss became nan in epoch 1; there is no checkpoint from before" in err
+    assert not Path("single/last.pth.tar").exists() and not Path("single/model_best.pth.tar").exists()

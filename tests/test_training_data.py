@@ -1,0 +1,148 @@
+"""Batches to train on: their order and sizes, their random numbers, images that cannot be read, streams."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import TINY, assert_same, make_image_folder
+from raftmlp.commands import train
+from raftmlp.data import Digits
+from raftmlp.data.augmentation import AugmentationSettings, training_transform
+from raftmlp.data.training import Batches, Share, TrainingImages, share_batches
+from raftmlp.errors import UserError
+from raftmlp.weights import load_checkpoint
+
+
+@pytest.mark.parametrize(
+    "batch_size, total, world_size, expected",
+    [
+        (128, None, 2, (128, 1)),
+        (256, 2048, 8, (256, 1)),
+        (128, 2048, 8, (128, 2)),
+        (100, 2048, 8, (64, 4)),
+        (10**11, None, 1, (10**11, 1)),
+    ],
+)
+def test_the_global_batch_is_kept(batch_size, total, world_size, expected):
+    share = share_batches(batch_size, total, world_size=world_size)
+    assert (share.batch_size, share.steps) == expected
+    assert share.images == (total or batch_size * world_size) == math.prod(expected) * world_size
+
+
+def test_a_global_batch_that_cannot_be_shared():
+    with pytest.raises(UserError, match="--global-batch-size 2048 cannot be shared among 3 processes"):
+        share_batches(128, 2048, world_size=3)
+
+
+def test_batches_are_the_same_for_any_number_of_processes():
+    alone = Batches(50, Share(batch_size=4, steps=4), seed=3)
+    alone.start_at(epoch=2, update=1)
+    together = [Batches(50, Share(4, 2, rank, 2), seed=3) for rank in range(2)]
+    for batches in together:
+        batches.start_at(epoch=2, update=1)
+    mixed = [batch for pair in zip(*together) for batch in pair]
+    assert mixed == list(alone) and len(alone) == 8
+    assert [index for batch in mixed[:4] for _, index in batch] == list(alone.images_of(2, 1))
+    alone.start_at(epoch=3, update=0)
+    seen = [index for batch in alone for _, index in batch]
+    assert len(set(seen)) == len(seen) == 48
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
+    settings = AugmentationSettings(aa="rand-m9-n2", cutout=0.5, affine=(10, 0.1, 0.1))
+    config = dict(input_size=(3, 32, 32), interpolation="bilinear", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
+    transform = training_transform(settings, config)
+    images, reseeded = (TrainingImages(Digits("train"), transform, 3, seed, Path("bad"), 1) for seed in (0, 1))
+    first, _ = images[(0, 5)]
+    others = [images[(1, 5)][0], images[(0, 6)][0], reseeded[(0, 5)][0]]
+    assert torch.equal(images[(0, 5)][0], first)
+    assert not any(torch.equal(first, image) for image in others)
+
+
+# Through the command
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder of bright and dark images, train/ and val/, in the working folder."""
+    return make_image_folder(tmp_path / "images", train=8, val=3, suffix=".jpg")
+
+
+def folder_options(images, *more) -> list:
+    return [*TINY, "--data-dir", images, "--batch-size", 4, "--warmup-epochs", 0, *more]
+
+
+def test_corrupt_images_are_named_and_counted(run_command, image_folder):
+    whole = (image_folder / "train/bright/3.jpg").read_bytes()
+    (image_folder / "train/bright/3.jpg").write_bytes(whole[: len(whole) // 2])
+    (image_folder / "train/dark/0.jpg").write_bytes(b"")
+    (image_folder / "val/dark/1.jpg").write_text("no image")
+    options = folder_options(image_folder, "--workers", 2, "--epochs", 2, "--output", "out")
+    status, out, err = run_command(train, *options)
+    assert status == 0, err
+    assert out.count("cannot read") == 2
+    assert "train/bright/3.jpg: image file is truncated" in out and "train/dark/0.jpg: cannot identify" in out
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["bad_images"] == 2
+    assert (summary["last"]["eval_images"], summary["last"]["eval_unread"]) == (5, 1)
+    assert {line.split("\t")[0] for line in Path("out/bad_images.txt").read_text().splitlines()} == {
+        str(image_folder / "train/bright/3.jpg"), str(image_folder / "train/dark/0.jpg"),
+    }  # fmt: skip
+
+    status, _, err = run_command(train, *options, "--overwrite", "--max-bad-images", 1)
+    assert status == 2
+    assert "2 images could not be read, more than --max-bad-images 1" in err and "out/bad_images.txt names them" in err
+    for path in (image_folder / "train").rglob("*.jpg"):
+        path.write_bytes(b"")
+    status, _, err = run_command(train, *options, "--overwrite", "--max-bad-images", 3)
+    assert status == 2
+    assert "--max-bad-images 3" in err and "Traceback" not in err
+
+
+def test_an_evaluation_without_a_readable_image_ends_the_run(run_command, image_folder):
+    for path in (image_folder / "val").rglob("*.jpg"):
+        path.write_text("no image")
+    status, _, err = run_command(train, *folder_options(image_folder, "--epochs", 1, "--output", "out"))
+    assert status == 2 and "none of the 6 images to evaluate on can be read" in err
+    assert not Path("out/model_best.pth.tar").exists()
+
+
+def test_training_on_tars_and_gray_images(run_command, image_folder):
+    import tarfile
+
+    for split in ("train", "val"):
+        with tarfile.open(f"{split}.tar", "w") as tar:
+            tar.add(image_folder / split, arcname=".")
+    options = [*folder_options(".", "--epochs", 1, "--in-chans", 1), "--mean", 0.5, "--std", 0.25, "--output", "out"]
+    status, out, err = run_command(train, *options)
+    assert status == 0, err
+    assert "2 classes, 32x32: 16 images to train on, 6 to evaluate on" in out
+    state = load_checkpoint("out/last.pth.tar")
+    assert state["state_dict"]["stages.0.embed.convs.0.weight"].shape[1] == 1
+    assert state["pretrained_cfg"]["label_names"] == ["bright", "dark"]
+    assert state["pretrained_cfg"]["mean"] == (0.5,)
+
+
+def test_training_on_webdataset_shards(run_command, image_folder):
+    import webdataset
+
+    for split in ("train", "val"):
+        with webdataset.TarWriter(f"set-{split}-0.tar") as shard:
+            for number, path in enumerate(sorted((image_folder / split).rglob("*.jpg"))):
+                label = int(path.parent.name == "dark")
+                shard.write({"__key__": f"{number:03}", "jpg": path.read_bytes(), "cls": label})
+    splits = ["--train-split", "set-train-0.tar|16", "--val-split", "set-val-0.tar|6", "--num-classes", 2]
+    options = folder_options(".", "--dataset", "wds/", *splits, "--epochs", 2, "--drop-path", 0.2)
+    options += ["--sched", "constant", "--output"]
+    status, out, err = run_command(train, *options, "one")
+    assert status == 0, err
+    assert "16 images to train on, 6 to evaluate on" in out
+    status, _, err = run_command(train, *options, "two", "--epochs", 1)
+    assert status == 0, err
+    status, _, err = run_command(train, *options, "two", "--resume")
+    assert status == 0, err
+    one, two = (load_checkpoint(f"{name}/last.pth.tar")["state_dict"] for name in ("one", "two"))
+    assert_same(one, two)
