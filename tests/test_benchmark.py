@@ -3,10 +3,9 @@
 import csv
 import json
 
+import benchmark
 import pytest
 import torch
-
-import benchmark
 
 
 def test_rows_ratios_and_files(run_tool, tmp_path):

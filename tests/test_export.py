@@ -5,6 +5,9 @@ import json
 from functools import partial
 from pathlib import Path
 
+import export
+import formats
+import hub
 import onnx
 import onnxruntime
 import pytest
@@ -12,9 +15,6 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
-import export
-import formats
-import hub
 from raftmlp import RaftMLP
 from raftmlp.checkpoint import load_state_dict, save_state_dict
 from raftmlp.data import Digits

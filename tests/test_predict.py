@@ -5,17 +5,17 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import cli
+import loaders
 import numpy as np
+import predict
+import predict_onnx
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
 
-import cli
-import loaders
-import predict
-import predict_onnx
 from raftmlp.data import Digits
 
 DIGITS = ["--model", "raftmlp_digits", "--pretrained"]

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export
 import numpy as np
 import onnx
+import predict
+import predict_onnx
 import pytest
 from PIL import Image
 from timm.data import create_transform
 
-import export
-import predict
-import predict_onnx
 from raftmlp.data import Digits
 
 DIGITS = ["--model", "raftmlp_digits", "--pretrained"]

@@ -6,18 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import timm
-import torch
-from PIL import Image
-from test_golden import release_weights
-
 import convert_checkpoint
+import numpy as np
 import predict
+import pytest
+import torch
 import validate
+from PIL import Image
+
 from raftmlp.commands import train
-from raftmlp.checkpoint import load_state_dict, read_metadata
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--workers", "0", "--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]

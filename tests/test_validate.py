@@ -5,19 +5,19 @@ import json
 import pkgutil
 from pathlib import Path
 
+import cli
+import loaders
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from test_golden import release_weights
-
-import cli
-import loaders
 import validate
 from imagenet import RealLabels, names_for_people
-from raftmlp.data import Digits, create_dataset
+from PIL import Image
 from reports import Confusion, Gallery
+from test_golden import release_weights
+
+from raftmlp.data import Digits, create_dataset
 
 DIGITS = ["--model", "raftmlp_digits", "--pretrained", "--dataset", "digits"]
 TINY = ["--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.workers import kill_workers
 from ..errors import UserError
-from ..train.processes import is_first_process
+from ..processes import is_first_process
 
 __all__ = ["command_line", "run", "say", "show_error"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import shared_errors
 from ..files import write_text
-from ..train.processes import end_processes, is_first_process
+from ..processes import end_processes, is_first_process
 from .console import run, say
 from .mm_options import add_checkpoint_options, add_run_options, check_packages
 from .options import PICTURES, Parser, find_config, option_type, output_file, output_folder

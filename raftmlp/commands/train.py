@@ -12,7 +12,7 @@ with --resume, and ends with the same numbers.
 
 import signal
 
-from ..train.processes import end_processes, start_processes
+from ..processes import end_processes, start_processes
 from ..train.settings import TrainSettings
 from ..train.signals import StopSignals
 from ..train.trainer import Trainer

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, shared_errors
-from ..train.processes import end_processes, is_first_process
+from ..processes import end_processes, is_first_process
 from .console import run, say
 from .mm_options import add_run_options, check_packages
 from .options import Parser, find_config

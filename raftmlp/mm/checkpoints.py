@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingFileError, UserError, first_words
 from ..files import write_bytes
-from ..train.processes import is_first_process
+from ..processes import is_first_process
 from ..weights import describe_differences, first_readable, load_checkpoint, shapes, summary
 from .stand_ins import STAND_INS, LogHistory
 

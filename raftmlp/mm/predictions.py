@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, first_words
 from ..files import save_figure
-from ..train.processes import is_first_process
+from ..processes import is_first_process
 from .checkpoints import load_weights
 from .configs import drop_pretrained
 

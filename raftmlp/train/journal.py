@@ -17,7 +17,8 @@ import torch
 from .. import __version__
 from ..errors import MissingPackageError, UserError
 from ..files import save_figure, write_text
-from ..weights import checkpoint_folders, load_checkpoint, save_state_dict, unwrap
+from ..pretrained import checkpoint_folders
+from ..weights import load_checkpoint, save_state_dict, unwrap
 
 __all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summarise"]
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import UserError, first_words
-from .processes import Processes
+from ..processes import Processes
 from .settings import DistillationSettings, OptimisationSettings, TrainSettings
 
 __all__ = ["Learner", "create_optimisation", "create_task"]

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import MissingFileError, UserError, first_words
 from ..files import new_file
-from ..weights import load_checkpoint
+from ..weights import first_readable
 
 __all__ = ["RunFolder"]
 
@@ -136,24 +136,15 @@ class RunFolder:
         Raises:
             UserError: If there are checkpoints, and all are damaged.
         """
-        damaged = []
-        for path in (self.last, self.previous):
-            if not path.exists():
-                continue
-            try:
-                load_checkpoint(path)
-            except UserError as error:
-                damaged.append(str(error))
-                continue
-            if damaged:
-                renamed = self.path / "damaged.pth.tar"
-                os.replace(self.last, renamed)
-                _logger.info(f"{damaged[0]}; it is {renamed.name} now, {path.name} takes its place")
-            return path
-        if damaged:
+        path, damaged = first_readable(path for path in (self.last, self.previous) if path.exists())
+        if damaged and path is None:
             hint = f"; --resume {self.best} starts from the best one" if self.best.exists() else ""
             raise UserError(f"no checkpoint is complete: {'; '.join(damaged)}{hint}")
-        return None
+        if damaged:
+            renamed = self.path / "damaged.pth.tar"
+            os.replace(self.last, renamed)
+            _logger.info(f"{damaged[0]}; it is {renamed.name} now, {path.name} takes its place")
+        return path
 
 
 def _link(source: Path, target: Path) -> None:

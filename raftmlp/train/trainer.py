@@ -27,11 +27,11 @@ from ..device import find_device
 from ..errors import UserError, first_words
 from ..evaluate.evaluation import evaluate
 from ..files import write_text
+from ..processes import Processes
 from ..raftmlp import RaftMLP
 from ..weights import load_checkpoint
 from .journal import Journal, export_path, export_pretrained, summarise
 from .learner import Learner
-from .processes import Processes
 from .progress import Progress
 from .resume import changed_options, reason_not_to_resume
 from .run_folder import RunFolder

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
-from ..device import find_device
-from ..errors import UserError, first_words
+from .device import find_device
+from .errors import UserError, first_words
 
 __all__ = ["Processes", "end_processes", "is_first_process", "start_processes"]
 
