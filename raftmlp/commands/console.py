@@ -5,7 +5,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from timm.utils.distributed import world_info_from_env
@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from ..data.workers import kill_workers
 from ..errors import UserError
+from ..evaluate.evaluation import PreparedModel
 from ..train.processes import is_first_process
 
-__all__ = ["command_line", "run", "say", "show_error"]
+__all__ = ["command_line", "note_random_weights", "run", "say", "show_error"]
 
 # errors of a disk, which a user can repair
 DISK_ERRORS = (
@@ -66,6 +67,13 @@ def say(*words: object) -> None:
             print(*words, flush=True)
     except BrokenPipeError:  # the reader ("| head") has closed: the work goes on in silence
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def note_random_weights(prepared: Iterable[PreparedModel]) -> None:
+    """Print which models have random weights, if any has."""
+    names = ", ".join(dict.fromkeys(model.name for model in prepared if model.weights == "random"))
+    if names:
+        print(f"note: without --pretrained or --checkpoint, the weights of {names} are random", file=sys.stderr)
 
 
 def show_error(error: Exception) -> int:
