@@ -16,9 +16,7 @@ from PIL import Image
 from test_golden import release_weights
 
 import convert_checkpoint
-import predict
 import train
-import validate
 from raftmlp.checkpoint import load_state_dict, read_metadata
 
 ROOT = Path(__file__).parent.parent
@@ -69,26 +67,6 @@ def test_train_writes_a_run(digits_run):
     assert yaml.safe_load((output / "args.yaml").read_text())["epochs"] == 2
 
 
-def test_validate_gives_the_runs_figure(digits_run, run_tool):
-    output, _ = digits_run
-    options = [*TINY, "--checkpoint", output / "model_best.pth.tar", "--dataset", "digits"]
-    status, out, _ = run_tool(validate, *options, "--results-file", "a/result.json", "--picture", "b/picture.png")
-    assert status == 0
-    (result,) = json.loads(Path("a/result.json").read_text())["rows"]
-    best = json.loads((output / "summary.json").read_text())["best_top1"]
-    assert result["top1"] == pytest.approx(best)
-    assert f"top-1 {best:.2f} %" in out
-    assert Image.open("b/picture.png").width > 500
-
-
-def test_gallery_shows_the_wrong_ones_first():
-    gallery = validate.Gallery((0.5,), (0.5,), ["a", "b"], limit=3)
-    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.4, 0.6]])
-    gallery.add(torch.zeros(5, 1, 2, 2), torch.tensor([0, 0, 1, 1, 1]), probabilities)
-    assert [(truth, guess) for _, truth, guess, _ in gallery.wrong] == [(0, 1), (1, 0)]
-    assert [(truth, guess) for _, truth, guess, _ in gallery.right] == [(0, 0), (1, 1), (1, 1)]
-
-
 def test_resume_goes_on(digits_run, run_tool):
     output, _ = digits_run
     config = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY, "--warmup-epochs", "1", "--output", output]
@@ -129,14 +107,8 @@ def test_train_on_a_folder_of_images(image_folder, run_tool):
     )  # fmt: skip
     assert status == 0, err
     assert "2 classes, 40x48: 24 images to train on, 12 to evaluate on" in out
-    status, out, err = run_tool(
-        validate, *TINY, "img_size=(40,48)", "--checkpoint", "runs/train/last.pth.tar",
-        "--data-dir", image_folder, "--img-size", 40, 48, "--amp",
-    )  # fmt: skip
-    assert status == 0, err
-    assert "over 12 images" in out
 
-    # another task's classifier stays behind, and that is said; evaluation wants the whole model
+    # another task's classifier stays behind, and that is said
     finetune = ["--model", "raftmlp_digits", "--pretrained", "--data-dir", image_folder, "--workers", 0]
     status, out, err = run_tool(
         train, *finetune, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned"
@@ -149,16 +121,6 @@ def test_train_on_a_folder_of_images(image_folder, run_tool):
     )
     assert status == 0, err
     assert "its classifier is missing or another task's" in out
-    status, _, err = run_tool(validate, *options)
-    assert status == 2 and "classes that the model was not trained on: ['bright', 'dark']" in err
-
-
-def test_other_models_of_timm(run_tool):
-    status, out, err = run_tool(
-        validate, "--model", "resnet10t", "--dataset", "digits", "--img-size", 32, "--workers", 0, "--batch-size", 360
-    )
-    assert status == 0, err
-    assert "resnet10t: top-1" in out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run_tool):
@@ -184,7 +146,7 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     assert train.build_parser().parse_args(["-c", str(tmp_path / "resume.yaml")]).resume == "auto"
 
 
-@pytest.mark.parametrize("tool", [train, validate, predict, convert_checkpoint])
+@pytest.mark.parametrize("tool", [train, convert_checkpoint])
 def test_help_tells_every_option(tool, run_tool):
     status, out, _ = run_tool(tool, "--help")
     assert status == 0
@@ -243,10 +205,8 @@ def test_help_tells_every_option(tool, run_tool):
         (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
     ],
 )
-@pytest.mark.parametrize("tool", [train, validate], ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", [train], ids=lambda tool: tool.__name__)
 def test_bad_input(run_tool, tool, options, message):
-    if "count.yaml" in options and tool is validate:
-        options, message = ["-c", "base.yaml"], "cannot read the config"
     Path("cut.pth").write_bytes(b"PK\x03\x04 cut")
     torch.save({"conv.weight": torch.zeros(3)}, "foreign.pth")
     for name, text in {
@@ -303,21 +263,6 @@ def test_train_only_bad_input(run_tool):
     assert status == 2 and "cannot write into file/run" in err
 
 
-def test_validate_checks_what_it_shall_write_before_the_work(run_tool):
-    Path("file").write_text("")
-    for options, message in [
-        (["--picture", "picture"], "picture must be named .png"),
-        (["--results-file", "file/result.json"], "cannot write file/result.json"),
-        (["--results-file", "result.txt"], "result.txt must be named .json"),
-    ]:
-        status, out, err = run_tool(
-            validate, "--model", "raftmlp_digits", "--pretrained", "--dataset", "digits", *options
-        )
-        assert status == 2
-        assert message in err and "Traceback" not in err
-        assert not out
-
-
 def test_folders_that_would_spoil_the_figure(image_folder, run_tool, tmp_path):
     options = [*TINY, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
     status, _, err = run_tool(train, *options, "--data-dir", image_folder / "train")
@@ -345,15 +290,6 @@ def test_resume_into_another_folder_and_from_its_options(digits_run, run_tool):
     )
     assert status == 0, err
     assert Path(json.loads(Path("new/summary.json").read_text())["best_checkpoint"]).exists()
-
-
-def test_no_traceback_from_a_process():
-    command = [sys.executable, ROOT / "tools/validate.py", "--model", "raftmlp_x", "--dataset", "digits"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "validate.py: error: unknown model 'raftmlp_x'; did you mean raftmlp_s or raftmlp_m or raftmlp_l?"
-    ]
 
 
 def test_import_needs_torch_and_timm_alone_and_is_silent():
