@@ -281,12 +281,9 @@ def test_hub_folder_of_other_weights(run):
     assert torch.equal(again(images), model.eval()(images))
 
 
-@pytest.mark.parametrize(
-    "card", ["{", "[]", '{"options": [1]}', '{"best_top1": "x"}', '{"versions": ["a"]}', '{"command": 3}']
-)
-def test_a_damaged_card(run, small, card):
+def test_a_damaged_card(run, small):
     save_state_dict(small[0].state_dict(), Path("w.safetensors"))
-    Path("w.json").write_text(card)
+    Path("w.json").write_text("{")
     kwargs = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in SMALL.items())]
     options = ["--model", "raftmlp_digits", "--checkpoint", "w.safetensors", *kwargs]
     status, _, err = run(*options, "--format", "hf", "--out", "folder")
@@ -381,11 +378,10 @@ def test_no_compiler(run, monkeypatch):
     assert status == 2 and "--format aoti needs a C++ compiler" in err
 
 
-@pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[:, :9]])
-def test_a_file_that_differs_is_not_written(run, monkeypatch, wrong):
+def test_a_file_that_differs_is_not_written(run, monkeypatch):
     def run_wrong(path):
         model, metadata = formats.run_torchscript(path)
-        return lambda images: [wrong(y) for y in model(images)], metadata
+        return lambda images: [1.001 * y for y in model(images)], metadata
 
     broken = replace(formats.FORMATS["torchscript"], run=run_wrong)
     monkeypatch.setitem(formats.FORMATS, "torchscript", broken)

@@ -143,13 +143,9 @@ class PreparedModel:
 def prepare_model(
     settings: ModelSettings, images: ImageSettings, model: nn.Module | None = None, classes: int | None = None
 ) -> PreparedModel:
-    """Return a model and how images are prepared for it.
+    """Return a model, made of the settings unless it is given, with how images are prepared for it.
 
-    Args:
-        settings: Which model, its weights and the image size.
-        images: How images are prepared, where it is not as the model's own.
-        model: The model, if it is made already.
-        classes: Number of classes if nothing else says it.
+    ``classes`` is its number of classes if nothing else says it.
     """
     model = create_model(settings, classes=classes).eval() if model is None else model
     return PreparedModel(settings.name(model), settings.weights, model, data_config(images, model, settings.size))

@@ -100,10 +100,7 @@ def draw_confusion(path: Path, title: str, confusion: Confusion) -> None:
 def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
     """Write a picture of top-1 over the image size, one line a model.
 
-    Args:
-        path: The file.
-        rows: Results of ``evaluate_prepared``; each model has ``sizes`` of them in a row.
-        sizes: Number of image sizes.
+    ``rows`` are results of ``evaluate_prepared``, for each model as many in succession as there are sizes.
     """
     from matplotlib.figure import Figure
 

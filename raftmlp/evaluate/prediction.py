@@ -65,16 +65,10 @@ def class_probabilities(
 def predict(
     loader: DataLoader, classify: Callable[[Tensor], Tensor], names: Sequence[str], topk: int
 ) -> Iterator[tuple[dict, Tensor]]:
-    """Yield for each file its result, and its image (C, H, W) as the model sees it.
+    """Yield for each of the loader's ``ImageFiles`` its result, and its image (C, H, W) as the model sees it.
 
-    Args:
-        loader: Batches of ``ImageFiles``.
-        classify: Makes probabilities (B, num_classes) of images (B, C, H, W).
-        names: A name for every class.
-        topk: Classes an image.
-
-    Yields:
-        ``file``, and ``predictions`` (``class``, ``name`` and ``probability`` of each) or ``error``.
+    A result has ``file``, and ``predictions`` (``class``, ``name`` and ``probability`` of each) or ``error``.
+    ``classify`` makes probabilities (B, num_classes) of images (B, C, H, W).
     """
     hide_bar = None if len(loader) > 1 else True  # None: a bar where there is a terminal
     for images, files, errors in tqdm(loader, desc="predicting", unit="batch", leave=False, disable=hide_bar):
@@ -125,13 +119,13 @@ def occlusion_map(
 def draw_predictions(
     path: Path, title: str, shown: Sequence[tuple[dict, Tensor]], maps: Sequence[Tensor], config: dict
 ) -> None:
-    """Write a picture: the images as the model sees them beside bars of their classes.
+    """Write a picture: images as the model sees them, beside bars of their classes.
 
     Args:
         path: The file.
         title: The title above.
-        shown: Results with their images (C, H, W), as ``predict`` yields them, none with an error.
-        maps: For each image the output of ``occlusion_map``, drawn in red; or none.
+        shown: What ``predict`` yielded for them, none with an error.
+        maps: An ``occlusion_map`` of each image, drawn in red; or none.
         config: How the images were prepared.
     """
     from matplotlib.colors import ListedColormap

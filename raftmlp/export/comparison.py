@@ -95,7 +95,7 @@ def compare(
         reference: The module in PyTorch, float32.
         run: The file in its runtime.
         runtime: The runtime's name.
-        make_images: Makes a number of images of a height and width, see ``image_source``.
+        make_images: See ``image_source``.
         samples: Numbers of images with their heights and widths.
         limit: The largest difference that is allowed; None allows any that is finite.
 

@@ -41,12 +41,8 @@ def training_record(path: Path) -> dict:
 
     A run's record is in its checkpoint and in summary.json beside it; that of NAME.safetensors is NAME.json.
 
-    Args:
-        path: The checkpoint file.
-
-    Returns:
-        Those keys that are known, none for a file of other origin: options, data, command, versions, commit, best,
-        best_top1, best_epoch, epochs.
+    It has those keys that are known, none for a file of other origin: options, data, command, versions, commit, best,
+    best_top1, best_epoch, epochs.
 
     Raises:
         UserError: If the JSON file is damaged.
@@ -77,12 +73,7 @@ def training_record(path: Path) -> dict:
 def model_card(model: nn.Module, name: str, config: dict, record: dict, measured: dict | None) -> ModelCard:
     """Return the README.md of a model.
 
-    Args:
-        model: The model.
-        name: Its architecture's name.
-        config: How images are prepared.
-        record: What ``training_record`` returned.
-        measured: Figures of ``evaluate`` at the export, and ``data``, the images' name; or None.
+    ``measured`` are figures of ``evaluate`` at the export, and ``data``, the name of the images.
     """
     header = ModelCardData(
         library_name="timm",
