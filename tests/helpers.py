@@ -1,7 +1,9 @@
 """What several test files need: a tiny model's options, small data, the golden weights."""
 
+import importlib.util
 import json
 import os
+import pkgutil
 import tempfile
 from pathlib import Path
 
@@ -15,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "data"
 CATALOGUE = json.loads((GOLDEN / "catalogue.json").read_text())
 VARIANTS = [name for name in CATALOGUE if name != "tiny_training"]
+REAL_LABELS = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
 TINY_MODEL = ["--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]
+DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
 TINY = ["--workers", "0", "--device", "cpu", *TINY_MODEL]
 
 
@@ -77,3 +81,29 @@ def assert_same(one, other, path=""):
             assert_same(a, b, f"{path}/{i}")
     else:
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, path
+
+
+class NamedImages(torch.utils.data.Dataset):
+    """50,000 images of one pixel under the names of ImageNet's validation images, in a random order."""
+
+    classes = tuple(map(str, range(1000)))
+
+    def __init__(self):
+        self.order = np.random.default_rng(0).permutation(50000)
+
+    def __len__(self):
+        return 50000
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (1, 1), (i // 256, i % 256, 0)), int(i % 1000)
+
+    def filename(self, i, basename=False, absolute=False):
+        return f"somewhere/ILSVRC2012_val_{self.order[i] + 1:08d}.JPEG"
+
+
+def load_script(name):
+    """Return the module of a script in tools/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

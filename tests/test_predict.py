@@ -1,30 +1,25 @@
-"""The script that classifies images: its table, its JSON, its picture, and what it says to bad input."""
+"""raftmlp predict: its table, its JSON, its picture, and its messages for bad input."""
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
-import cli
-import loaders
 import numpy as np
-import predict
-import predict_onnx
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
 
+from helpers import DIGITS
+from raftmlp.commands import predict
 from raftmlp.data import Digits
-
-DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
 
 
 @pytest.fixture
-def run(run_tool):
-    """Run predict.py; see ``run_tool``."""
-    return partial(run_tool, predict)
+def run(run_command):
+    """Run the command; see ``run_command``."""
+    return partial(run_command, predict)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def results(path="out.json"):
 # Predictions
 
 
-def test_digits_are_told_apart(run, digits):
+def test_digits_are_recognised(run, digits):
     status, out, err = run(digits, *DIGITS, "--topk", 3, "--batch-size", 16, "--results-file", "out.json")
     assert status == 0, err
     written = results()
@@ -84,19 +79,9 @@ def test_probabilities_are_those_of_a_direct_call(run, digits, channels):
         x = transform(Image.open(entry["file"]).convert("L" if channels == 1 else "RGB"))
         with torch.no_grad():
             expected = model(x[None])[0].softmax(0)
-        found = {p["class"]: p["probability"] for p in entry["predictions"]}
-        assert len(found) == 10
-        assert [found[i] for i in range(10)] == pytest.approx(expected.tolist(), abs=1e-6)
-
-
-def test_images_are_prepared_as_in_evaluation(digits):
-    args = predict.build_parser().parse_args([*DIGITS, "--workers", "0", "--batch-size", "8", "--img-size", "24", "40"])
-    settings = loaders.image_settings(args, cli.create_model(args))
-    files = predict_onnx.find_images([str(digits)])[:8]
-    dataset = [(Image.open(file), 0) for file in files]
-    evaluated, _ = next(iter(loaders.evaluation_loader(args, dataset, settings, torch.device("cpu"))))
-    seen = torch.stack([image for image, _, _ in map(predict.ImageFiles(files, settings).__getitem__, range(8))])
-    torch.testing.assert_close(seen, evaluated, rtol=0, atol=1e-6)
+        predicted = {p["class"]: p["probability"] for p in entry["predictions"]}
+        assert len(predicted) == 10
+        assert [predicted[i] for i in range(10)] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_precision_and_layout_options(run, digits):
@@ -117,7 +102,7 @@ def test_imagenet_names_and_random_weights(run):
     Image.new("RGB", (60, 80), "green").save("green.png")
     status, out, err = run("green.png", "--topk", 1000, "--results-file", "out.json")
     assert status == 0
-    assert "the weights are random" in err
+    assert "the weights of raftmlp_s are random" in err
     assert "great white shark, white shark" in out
     written = results()
     assert (written["model"], written["weights"]) == ("raftmlp_s", "random")
@@ -150,28 +135,10 @@ def test_names_of_a_checkpoint_and_of_a_file(run, digits):
     assert (status, out) == (2, "") and "names.txt has 9 lines, the model 10 classes" in err
 
 
-# Finding images
+# Images that cannot be read
 
 
-def test_find_images(run, digits):
-    shutil.copytree(digits / "7", "photos/deep/[er]")
-    for name in ("photos/10.png", "photos/9.JPG", "photos/.hidden.png", "photos/notes.txt", "photos/x.png/keep"):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("")
-    deep = sorted(Path("photos/deep/[er]").iterdir(), key=lambda path: int(path.stem))
-    top = [Path("photos/9.JPG"), Path("photos/10.png")]
-    assert predict_onnx.find_images(["photos"]) == [*top, *deep]
-    assert predict_onnx.find_images(["photos/*"]) == top
-    assert predict_onnx.find_images(["photos/**/[0-9]*.png"]) == [top[1], *deep]
-    assert predict_onnx.find_images(["photos/deep/[er]"]) == deep
-    assert predict_onnx.find_images(["photos/notes.txt", "photos/10.png", "./photos", "photos/*"])[:3] == [
-        Path("photos/notes.txt"),
-        top[1],
-        top[0],
-    ]
-
-
-def test_unreadable_images_are_passed_over(run, digits):
+def test_unreadable_images_are_left_out(run, digits):
     whole = sorted((digits / "3").iterdir())[:2]
     Path("1.png").write_bytes(whole[0].read_bytes()[:90])
     Path("2.png").write_text("no image")
@@ -180,7 +147,7 @@ def test_unreadable_images_are_passed_over(run, digits):
     status, out, err = run(*files, *options, "--batch-size", 2, "--workers", 1)
     assert status == 2
     assert "cannot read 1.png: " in err and "cannot read 2.png: " in err
-    assert err.splitlines()[-1] == "predict.py: error: 2 of 4 images could not be read"
+    assert err.splitlines()[-1] == "raftmlp predict: error: 2 of 4 images could not be read"
     assert "Traceback" not in err
     assert [line.split()[0] for line in out.splitlines()[:2]] == [str(file) for file in whole]
     entries = results()["images"]
@@ -219,51 +186,6 @@ def test_picture_of_many_images_shows_the_first(run, digits):
     assert 1000 < image.width < 1500 and 1200 < image.height < 2500
 
 
-def test_the_picture_is_red_where_the_heat_is(run):
-    image = torch.zeros(3, 32, 48)
-    image[:, :, :24] = -1  # the left half is black, the right half grey
-    shown = [(dict(file="x", predictions=[{"class": 0, "name": "a", "probability": 1.0}]), image)]
-    heat = torch.zeros(8, 8)
-    heat[7, 7] = 0.5  # the lower right corner
-    grey, black, red = {}, {}, {}
-    for name, heats in (("plain.png", []), ("heat.png", [heat])):
-        predict.draw(Path(name), "", shown, heats, dict(mean=(0.5,) * 3, std=(0.5,) * 3))
-        pixels = np.asarray(Image.open(name).convert("RGB"), dtype=int)
-        grey[name] = np.argwhere((abs(pixels - 127.5) < 1).all(2))
-        black[name] = np.argwhere((pixels == 0).all(2))
-        red[name] = np.argwhere(pixels[..., 0] - pixels[..., 1] > 100)
-    assert len(red["plain.png"]) == 0 and len(red["heat.png"]) > 100
-    assert (red["heat.png"].min(0) > np.median(grey["heat.png"], 0)).all()
-    assert len(grey["heat.png"]) > 0.8 * len(grey["plain.png"]) > 3000
-    assert len(black["heat.png"]) > 0.8 * len(black["plain.png"]) > 3000
-
-
-@pytest.mark.parametrize("size", [(64, 64), (40, 90), (5, 3)])
-def test_occlusion_peaks_where_the_object_is(size):
-    height, width = size
-    rows, columns = slice(height // 2, height // 2 + max(1, height // 8)), slice(0, max(1, width // 8))
-
-    def classify(images):
-        assert len(images) <= 7
-        share = images[:, 0, rows, columns].mean((1, 2))
-        return torch.stack([1 - share, share], 1)
-
-    image = torch.zeros(3, height, width)
-    image[:, rows, columns] = 0.75
-    before = image.clone()
-    heat = predict.occlusion_map(image, 1, classify, batch_size=7)
-    assert heat.shape == (8, 8)
-    assert torch.equal(image, before)
-    peak = heat == heat.max()
-    y, x = ((peak * torch.arange(8.0)[:, None]).sum() / peak.sum(), (peak * torch.arange(8.0)).sum() / peak.sum())
-    assert abs((y + 0.5) / 8 * height - (rows.start + rows.stop) / 2) <= max(1, height / 8)
-    assert abs((x + 0.5) / 8 * width - (columns.start + columns.stop) / 2) <= max(1, width / 8)
-    torch.testing.assert_close(predict.occlusion_map(image, 0, classify, batch_size=7), -heat)
-    if height == 64:  # the object is one cell: all squares over it cover it whole, none elsewhere touches it
-        assert heat[4, 0] == 0.75
-        assert (heat[:3] == 0).all() and (heat[6:] == 0).all() and (heat[:, 2:] == 0).all()
-
-
 # Options and bad input
 
 
@@ -274,7 +196,7 @@ def test_options_of_a_file(run, digits):
     assert len(out.splitlines()) == len(list((digits / "3").iterdir()))
 
 
-def test_help_tells_every_option(run):
+def test_help_shows_every_option(run):
     status, out, _ = run("--help")
     assert status == 0
     for action in predict.build_parser()._actions:
@@ -315,12 +237,6 @@ def test_bad_input(run, options, message):
     before = sorted(Path().iterdir())
     status, out, err = run(*options, *([] if "--model" in options else ["--model", "raftmlp_digits"]))
     assert (status, out) == (2, "")
-    assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("predict.py: error: ")
+    assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("raftmlp predict: error: ")
     assert "Traceback" not in err
     assert sorted(Path().iterdir()) == before
-
-
-def test_synsets_that_a_checkpoint_tells_are_shown_in_english():
-    model = timm.create_model("raftmlp_digits", num_classes=2)
-    model.pretrained_cfg["label_names"] = ("n01440764", "n01443537")
-    assert predict.class_names(model, None) == ["tench", "goldfish"]

@@ -1,4 +1,4 @@
-"""tools/predict_onnx.py: timm's preparation of images to the last digits, predict.py's answers, all without torch."""
+"""tools/predict_onnx.py: timm's preparation of images to the last digits, the answers of predict, all without torch."""
 
 import importlib.metadata
 import json
@@ -8,18 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import export
 import numpy as np
 import onnx
-import predict
-import predict_onnx
 import pytest
 from PIL import Image
 from timm.data import create_transform
 
+from helpers import DIGITS, load_script
+from raftmlp.commands import export, predict
 from raftmlp.data import Digits
 
-DIGITS = ["--model", "raftmlp_digits", "--pretrained"]
+predict_onnx = load_script("predict_onnx")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def files(tmp_path_factory):
         ("batch", ["--batch", "8"]),
         ("free", ["--dynamic-size", "--img-size", "64"]),
     ):
-        before, sys.argv = sys.argv, ["export.py", *common, str(folder / f"{name}.onnx"), *options]
+        before, sys.argv = sys.argv, ["raftmlp export", *common, str(folder / f"{name}.onnx"), *options]
         try:
             export.main()
         finally:
@@ -86,9 +85,9 @@ def test_images_are_prepared_as_timm_does(crop_mode, interpolation, input_size):
         for height, width in ((8, 8), (32, 32), (61, 83), (200, 31), (40, 71), (1, 9)):
             image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
             truth = expected(image.convert("L" if channels == 1 else "RGB")).numpy()
-            found = prepare(image)
-            assert found.dtype == np.float32 and found.shape == truth.shape == input_size
-            assert np.abs(found - truth).max() <= 1e-6
+            pixels = prepare(image)
+            assert pixels.dtype == np.float32 and pixels.shape == truth.shape == input_size
+            assert np.abs(pixels - truth).max() <= 1e-6
 
 
 @pytest.mark.parametrize("wrong", [dict(crop_mode="left"), dict(input_size=(4, 32, 32))])
@@ -103,9 +102,9 @@ def test_unknown_preparation(wrong):
 # Predictions
 
 
-def assert_same_entries(found, expected):
-    assert [entry["file"] for entry in found] == [entry["file"] for entry in expected]
-    for a, b in zip(found, expected):
+def assert_same_entries(actual, expected):
+    assert [entry["file"] for entry in actual] == [entry["file"] for entry in expected]
+    for a, b in zip(actual, expected):
         assert [p["class"] for p in a["predictions"]] == [p["class"] for p in b["predictions"]]
         assert [p["name"] for p in a["predictions"]] == [p["name"] for p in b["predictions"]]
         probabilities = [[p["probability"] for p in entry["predictions"]] for entry in (a, b)]
@@ -113,13 +112,15 @@ def assert_same_entries(found, expected):
 
 
 @pytest.mark.parametrize("name, options", [("digits", ["-b", "6"]), ("batch", []), ("free", ["--img-size", "64"])])
-def test_answers_are_those_of_predict(run, run_tool, files, name, options):
+def test_answers_are_those_of_predict(run, run_command, files, name, options):
     status, printed, err = run(
         files / f"{name}.onnx", files / "images", "--topk", 3, "--results-file", "a.json", *options
     )
     assert status == 0, err
     size = ["--img-size", "64"] if name == "free" else []
-    status, theirs, err = run_tool(predict, files / "images", *DIGITS, "--topk", 3, "--results-file", "b.json", *size)
+    status, theirs, err = run_command(
+        predict, files / "images", *DIGITS, "--topk", 3, "--results-file", "b.json", *size
+    )
     assert status == 0, err
     ours, expected = (json.loads(Path(f"{name}.json").read_text()) for name in "ab")
     assert_same_entries(ours["images"], expected["images"])
@@ -166,12 +167,12 @@ def test_images_that_cannot_be_read(run, files):
     [
         (["nowhere.onnx", "IMAGE"], "no ONNX file at nowhere.onnx"),
         (["broken.onnx", "IMAGE"], "broken.onnx is damaged or is no ONNX file"),
-        (["strange", "IMAGE"], "does not tell how images are prepared"),
+        (["strange", "IMAGE"], "do not describe how images are prepared"),
         (["maps", "IMAGE"], "maps.onnx gives feature maps"),
         (["digits"], "name an image, a folder of images or a pattern"),
         (["digits", "nowhere.png"], "no images at 'nowhere.png'"),
         (["digits", "IMAGE", "--img-size", "40"], "is made for images of 32x32 pixels, not 40x40"),
-        (["free", "IMAGE", "--img-size", "20", "50"], "takes images from 33 pixels on, not 20x50"),
+        (["free", "IMAGE", "--img-size", "20", "50"], "takes images of 33 pixels or more, not 20x50"),
         (["digits", "IMAGE", "--img-size", "1", "2", "3"], "--img-size takes one number of pixels"),
         (["digits", "IMAGE", "--results-file", "digits.onnx"], "--results-file digits.onnx must be named .json"),
         (["digits", "IMAGE", "--topk", "0"], "must be a whole number of 1 or more, not '0'"),
@@ -193,26 +194,26 @@ def test_bad_input(run, files, options, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(settings=[]), "does not tell"),
-        (dict(settings={"input_size": 3}), "does not tell"),
-        (dict(crop_pct=0), "does not tell"),
-        (dict(interpolation="random"), "does not tell"),
-        (dict(mean=[0.5, 0.5]), "does not tell"),
+        (dict(settings=[]), "do not describe"),
+        (dict(settings={"input_size": 3}), "do not describe"),
+        (dict(crop_pct=0), "do not describe"),
+        (dict(interpolation="random"), "do not describe"),
+        (dict(mean=[0.5, 0.5]), "do not describe"),
         (dict(input_size=[3, 40, 40]), "is made for images of 32x32 pixels, not 40x40"),
         (dict(input_size=[1, 32, 32], mean=[0.5], std=[0.5]), "cannot take 1 images"),
-        (dict(class_names=None), "does not tell"),
+        (dict(class_names=None), "do not describe"),
         (dict(class_names=["a", "b"]), "names 2 classes and gives a shape of (10,)"),
     ],
 )
 def test_damaged_metadata(run, files, change, message):
     model = onnx.load(files / "digits.onnx")
-    told = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     del model.metadata_props[:]
-    if change.keys() & told.keys():
-        told.update(change)
+    if change.keys() & metadata.keys():
+        metadata.update(change)
     else:
-        told["settings"].update(change)
-    for key, value in told.items():
+        metadata["settings"].update(change)
+    for key, value in metadata.items():
         model.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(model, "changed.onnx")
     status, _, err = run("changed.onnx", files / "images" / "1.png")

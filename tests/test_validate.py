@@ -1,34 +1,32 @@
-"""tools/validate.py: its figures against ones computed here in the plainest way, its tables, files and errors."""
+"""raftmlp validate: its figures against ones computed here in the plainest way, its tables, files and errors."""
 
 import csv
 import json
-import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
-import cli
-import loaders
 import numpy as np
 import pytest
 import timm
 import torch
-import validate
-from imagenet import RealLabels, names_for_people
 from PIL import Image
-from reports import Confusion, Gallery
-from test_golden import release_weights
 
+from helpers import DIGITS, REAL_LABELS, ROOT, TINY_MODEL, NamedImages, make_image_folder, release_weights
+from raftmlp.commands import validate
 from raftmlp.data import Digits, create_dataset
+from raftmlp.data.images import DataSettings
+from raftmlp.evaluate import evaluation
 
-DIGITS = ["--model", "raftmlp_digits", "--pretrained", "--dataset", "digits"]
-TINY = ["--model", "raftmlp_digits", "--model-kwargs", "embed_dims=(8,8,8,8)", "depths=(1,1,1,1)"]
+DIGITS = [*DIGITS, "--dataset", "digits"]
 SYNSETS = ["n01443537", "n01440764", "n02012849", "n03126707"]  # goldfish, tench, and the two cranes
 MEAN, STD = 0.5, 0.5  # of raftmlp_digits
 
 
 @pytest.fixture
-def run(run_tool):
-    """Run validate.py; see ``run_tool``."""
-    return lambda *args: run_tool(validate, *args, "--workers", 0, "--device", "cpu")
+def run(run_command):
+    """Run the command; see ``run_command``."""
+    return lambda *args: run_command(validate, *args, "--workers", 0, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -181,23 +179,6 @@ def test_predictions_confusion_and_worst_classes(run, shipped):
     assert Image.open("c.png").width > 500 and Image.open("g.png").width > 500
 
 
-def test_a_confusion_of_some_classes_of_many():
-    confusion = Confusion(np.array([7, 7, 7, 900, 900]), np.array([7, 3, 3, 900, 900]), None)
-    assert confusion.classes.tolist() == [3, 7, 900]
-    assert confusion.counts.tolist() == [[0, 0, 0], [2, 1, 0], [0, 0, 2]]
-    seven, last = confusion.worst()  # no image is of class 3
-    assert (seven["class"], seven["images"], seven["taken_for"]) == (7, 3, {"class": 3, "name": "3", "images": 2})
-    assert (last["accuracy"], last["taken_for"]) == (100, None)
-
-
-@pytest.mark.parametrize("classes", [2, 60, 1000])
-def test_confusions_are_drawn_for_few_and_many_classes(classes, tmp_path):
-    targets = np.arange(classes).repeat(2)
-    names = [f"${i} %^$" for i in range(classes)]  # no formulas
-    Confusion(targets, targets[::-1].copy(), names).draw(tmp_path / "c.png", "title")
-    assert Image.open(tmp_path / "c.png").width > 500
-
-
 # Side by side
 
 
@@ -230,7 +211,7 @@ def test_compare(run, shipped):
 def test_every_model_has_its_own_settings_and_size(run):
     image_folder(Path("images"), "ab")
     status, out, err = run(
-        *TINY, "--data-dir", "images", "--compare", "test_vit", "resnet10t", "--results-file", "r.json"
+        *TINY_MODEL, "--data-dir", "images", "--compare", "test_vit", "resnet10t", "--results-file", "r.json"
     )
     assert status == 0, err
     rows = read_rows()
@@ -240,23 +221,25 @@ def test_every_model_has_its_own_settings_and_size(run):
     for row in rows:
         config = timm.get_pretrained_cfg(row["model"])
         assert (row["crop_pct"], row["interpolation"]) == (config.crop_pct, config.interpolation)
-    assert "the weights of raftmlp_digits, test_vit, resnet10t are random" in err
+    assert all(f"the weights of {name} are random" in err for name in ("raftmlp_digits", "test_vit", "resnet10t"))
     # a model whose size is fixed is built for every size; --model-kwargs are not for it
-    status, out, err = run(*TINY, "--data-dir", "images", "--compare", "vit_tiny_patch16_224", "--sizes", 32, "48x64")
+    status, out, err = run(
+        *TINY_MODEL, "--data-dir", "images", "--compare", "vit_tiny_patch16_224", "--sizes", 32, "48x64"
+    )
     assert status == 0, err
     assert [line.split()[3] for line in out.splitlines()[1:]] == ["32", "48x64"] * 2
 
 
 def test_channels_last_and_compile(run, monkeypatch):
     seen, compiled = [], []
-    create = cli.create_model
+    create = evaluation.create_model
 
     def create_model(*args, **kwargs):
         model = create(*args, **kwargs)
         model.register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last)))
         return model
 
-    monkeypatch.setattr(cli, "create_model", create_model)
+    monkeypatch.setattr(evaluation, "create_model", create_model)
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     options = [*DIGITS, "--batch-size", 180, "--results-file", "r.json"]
     status, _, err = run(*options, "--channels-last", "--compile", "--mirror")
@@ -303,12 +286,6 @@ def test_images_that_cannot_be_read_do_not_count(run):
     assert status == 2 and "none of the 8 images can be read" in err
 
 
-def test_gallery_leaves_out_what_could_not_be_read():
-    gallery = Gallery((0.5,), (0.5,), None)
-    gallery.add(torch.zeros(2, 1, 2, 2), torch.tensor([loaders.UNREAD, 1]), torch.eye(2))
-    assert len(gallery.right) == 1 and not gallery.wrong
-
-
 # ImageNet
 
 
@@ -335,7 +312,7 @@ def test_a_part_of_imagenet(run):
     names = ["tench", "goldfish", "crane (n02012849)", "crane (n03126707)"]
     assert [row["class_name"] for row in rows] == [names[label] for label in labels]
 
-    # nothing tells the number of classes: not the folder's 4, though a model of another data set's 4 takes these
+    # nothing says the number of classes: not the folder's 4, though a model of another data set's 4 takes these
     status, out, err = run(*options)
     assert status == 0 and "chooses among these" in out
     status, out, err = run(*options, "--num-classes", 4)
@@ -347,15 +324,9 @@ def test_a_part_of_imagenet(run):
     assert "the data has classes that the model was not trained on: ['n00000001']; it knows ['n01440764'" in err
 
 
-def test_names_for_people():
-    assert names_for_people(["n01440764", "n99999999"]) == ["tench", "n99999999"]
-    assert names_for_people(["0", "1"]) == ["0", "1"]
-    assert names_for_people(None) is None
-
-
 def test_numbered_folders_as_of_imagenet_v2(run):
     image_folder(Path("images"), map(str, range(12)), images=1)
-    status, _, err = run(*TINY, "--data-dir", "images", "--predictions", "p.csv")
+    status, _, err = run(*TINY_MODEL, "--data-dir", "images", "--predictions", "p.csv")
     assert status == 0, err
     rows = read_csv("p.csv")
     assert [(row["class"], Path(row["file"]).parent.name) for row in rows] == [(str(i), str(i)) for i in range(12)]
@@ -379,70 +350,26 @@ def test_release_checkpoint(run):
     assert_figures(read_rows()[0], figures_of(probabilities, labels))
 
 
-REAL = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
-
-
-class NamedImages(torch.utils.data.Dataset):
-    """50,000 images of one pixel under the names of ImageNet's validation images, in an order of our own."""
-
-    classes = tuple(map(str, range(1000)))
-
-    def __init__(self):
-        self.order = np.random.default_rng(0).permutation(50000)
-
-    def __len__(self):
-        return 50000
-
-    def __getitem__(self, i):
-        return Image.new("RGB", (1, 1), (i // 256, i % 256, 0)), int(i % 1000)
-
-    def filename(self, i, basename=False, absolute=False):
-        return f"somewhere/ILSVRC2012_val_{self.order[i] + 1:08d}.JPEG"
-
-
-def test_real_labels_count_as_the_paper_says():
-    images = NamedImages()
-    real = RealLabels(images)
-    generator = torch.Generator().manual_seed(0)
-    right = {1: [], 5: []}
-    for start in range(0, 50000, 5000):
-        logits = torch.rand(5000, 1000, generator=generator)
-        numbers = images.order[start : start + 5000]
-        for logit, number in zip(logits[::2], numbers[::2]):  # every other one is sure of a label
-            if REAL[number]:
-                logit[REAL[number][-1]] = 2
-        target = torch.zeros(5000, dtype=torch.long)
-        target[7] = loaders.UNREAD
-        for i, (logit, number) in enumerate(zip(logits, numbers)):
-            if REAL[number] and i != 7:
-                best = logit.topk(5).indices.tolist()
-                right[1].append(best[0] in REAL[number])
-                right[5].append(any(c in REAL[number] for c in best))
-        real.add(torch.zeros(5000, 1, 1, 1), target, logits)
-    assert real.figures() == pytest.approx(dict(real_top1=100 * np.mean(right[1]), real_top5=100 * np.mean(right[5])))
-    assert 50 < real.figures()["real_top1"] < 51
-
-
 def test_real_labels(run, monkeypatch):
     class Constant(torch.nn.Module):
-        """Says class 65 of every image; the label of 50 images of ImageNet's, and of some more by ReaL."""
+        """Gives class 65 of every image; the label of 50 images of ImageNet's, and of some more by ReaL."""
 
         num_classes, pretrained_cfg, in_chans = 1000, dict(input_size=(3, 1, 1), crop_pct=1.0), 3
 
         def forward(self, x):
             return torch.eye(1000)[65].expand(len(x), 1000)
 
-    monkeypatch.setattr(loaders, "create_data", lambda *_: NamedImages())
-    monkeypatch.setattr(cli, "create_model", lambda *_, **__: Constant())
+    monkeypatch.setattr(DataSettings, "create", lambda *_: NamedImages())
+    monkeypatch.setattr(evaluation, "create_model", lambda *_, **__: Constant())
     monkeypatch.setattr(
-        loaders,
+        evaluation,
         "evaluation_loader",
-        lambda args, dataset, *_: ((torch.zeros(1000, 3, 1, 1), torch.arange(1000)) for _ in range(50)),
+        lambda *_: ((torch.zeros(1000, 3, 1, 1), torch.arange(1000)) for _ in range(50)),
     )
     status, out, err = run("--model", "raftmlp_s", "--pretrained", "--real-labels", "--results-file", "r.json")
     assert status == 0, err
     row = read_rows()[0]
-    labelled = [labels for labels in REAL if labels]
+    labelled = [labels for labels in REAL_LABELS if labels]
     expected = 100 * sum(65 in labels for labels in labelled) / len(labelled)
     assert (row["top1"], row["real_top1"]) == (pytest.approx(0.1), pytest.approx(expected))
     assert f"ReaL top-1 {expected:.2f} %" in out
@@ -451,7 +378,7 @@ def test_real_labels(run, monkeypatch):
     monkeypatch.delattr(NamedImages, "classes")
     status, out, err = run("--model", "raftmlp_s", "--pretrained", "--real-labels")
     assert (status, out) == (2, "")
-    assert "--real-labels takes models of ImageNet-1k, raftmlp_s tells 2000 classes apart" in err
+    assert "--real-labels takes models of ImageNet-1k, raftmlp_s has 2000 classes" in err
 
 
 # Bad input: one line, exit status 2
@@ -460,9 +387,9 @@ def test_real_labels(run, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--sizes", "224", "big"], "must be N or HxW pixels, not 'big'"),
-        (["--sizes", "0"], "must be N or HxW pixels, not '0'"),
-        (["--sizes", "32x"], "must be N or HxW pixels, not '32x'"),
+        (["--sizes", "224", "big"], "'big' must be a number of pixels or HEIGHTxWIDTH"),
+        (["--sizes", "0"], "'0' must be a number of pixels or HEIGHTxWIDTH"),
+        (["--sizes", "32x"], "'32x' must be a number of pixels or HEIGHTxWIDTH"),
         (["--sizes", "32", "--img-size", "32"], "--sizes and --img-size exclude each other"),
         (["--size-plot", "p.png"], "--size-plot needs --sizes with two sizes or more"),
         (["--size-plot", "p.png", "--sizes", "32"], "--size-plot needs --sizes with two sizes or more"),
@@ -483,46 +410,39 @@ def test_real_labels(run, monkeypatch):
     ],
 )
 def test_bad_input(run, monkeypatch, options, message):
-    monkeypatch.setattr(validate, "evaluate", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("the work began"))
     Path("file").write_text("")
     status, out, err = run(*DIGITS, *options)
     assert (status, out) == (2, "")
-    assert message in err and err.startswith("validate.py: error: ") and len(err.splitlines()) == 1
+    assert message in err and err.startswith("raftmlp validate: error: ") and len(err.splitlines()) == 1
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 def test_a_size_that_a_model_cannot_take(run, monkeypatch):
-    monkeypatch.setattr(validate, "evaluate", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("the work began"))
     status, out, err = run("--model", "test_vit", "--dataset", "digits", "--sizes", 32, 8)
     assert (status, out) == (2, "")
     assert err == (
-        "validate.py: error: test_vit takes no images of 8 pixels: "
+        "raftmlp validate: error: test_vit takes no images of 8 pixels: "
         "Input height (8) should be divisible by patch size (16).\n"
     )
-
-
-def test_classes_beyond_the_models():
-    batch = torch.zeros(2, 3, 4, 4), torch.tensor([1, 3])
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
-    with pytest.raises(cli.UserError, match="the data has a class 3, the model tells 3 apart"):
-        validate.evaluate(model, [batch], torch.device("cpu"))
 
 
 def test_too_large_a_batch(run, monkeypatch):
     def evaluate(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
 
-    monkeypatch.setattr(validate, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     status, _, err = run(*DIGITS, "--batch-size", 77)
     assert status == 2
-    assert err.splitlines() == ["validate.py: error: raftmlp_digits: --batch-size 77 is too much for the memory"]
+    assert err.splitlines() == ["raftmlp validate: error: raftmlp_digits: --batch-size 77 is too much for the memory"]
 
 
 # Classes by name
 
 
 def test_classes_are_found_by_their_names(run, tmp_path):
-    """A checkpoint that tells its classes' names is evaluated on a part of them, whatever their numbers there."""
+    """A checkpoint with the names of its classes is evaluated on a part of them, whatever their numbers there."""
     model = timm.create_model("raftmlp_digits", pretrained=True)
     digits = Digits("validation")
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -531,10 +451,8 @@ def test_classes_are_found_by_their_names(run, tmp_path):
         if target in (3, 7, 8):
             (tmp_path / "val" / words[target]).mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / "val" / words[target] / f"{i}.png")
-    told = dict(
-        num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, label_names=words
-    )
-    torch.save(dict(arch="raftmlp_digits", pretrained_cfg=told, state_dict=model.state_dict()), "named.pth")
+    cfg = dict(num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, label_names=words)
+    torch.save(dict(arch="raftmlp_digits", pretrained_cfg=cfg, state_dict=model.state_dict()), "named.pth")
     options = ["--checkpoint", "named.pth", "--data-dir", tmp_path, "--workers", 0]
     status, out, err = run(*options)
     assert status == 0, err
@@ -548,4 +466,151 @@ def test_classes_are_found_by_their_names(run, tmp_path):
 def test_pretrained_weights_are_not_evaluated_with_a_random_classifier(run):
     options = ["--model", "raftmlp_digits", "--pretrained", "--dataset", "digits", "--num-classes", 12]
     status, _, err = run(*options)
-    assert status == 2 and "tell 10 classes apart, not 12" in err
+    assert status == 2 and "are for 10 classes, not 12" in err
+
+
+# A training run's checkpoint
+
+
+def test_a_training_checkpoint(run):
+    """The weights with moving averages are taken, model and preparation are the checkpoint's."""
+    kwargs = dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))
+    torch.manual_seed(0)
+    model, averaged = (timm.create_model("raftmlp_digits", **kwargs).eval() for _ in range(2))
+    cfg = {**model.pretrained_cfg, "num_classes": 10, "input_size": (3, 32, 32)}
+    content = dict(arch="raftmlp_digits", model_kwargs=kwargs, pretrained_cfg=cfg, epoch=1)
+    torch.save(dict(content, state_dict=model.state_dict(), state_dict_ema=averaged.state_dict()), "best.pth.tar")
+    options = ["--checkpoint", "best.pth.tar", "--dataset", "digits"]
+    status, out, err = run(*options, "--results-file", "a/result.json", "--picture", "b/picture.png")
+    assert status == 0, err
+    (row,) = read_rows("a/result.json")
+    images, labels = digits_at((32, 32))
+    with torch.no_grad():
+        expected = figures_of(averaged(images).softmax(1), labels)
+        assert expected != figures_of(model(images).softmax(1), labels)
+    assert_figures(row, expected)
+    assert f"top-1 {expected['top1']:.2f} %" in out
+    assert Image.open("b/picture.png").width > 500
+
+
+def test_a_folder_at_another_size_with_amp(run, tmp_path):
+    folder = make_image_folder(tmp_path / "images")
+    options = [*TINY_MODEL, "img_size=(40,48)", "--data-dir", folder, "--img-size", 40, 48, "--amp"]
+    status, out, err = run(*options, "--results-file", "r.json")
+    assert status == 0, err
+    assert "over 12 images" in out and read_rows()[0]["img_size"] == [40, 48]
+    assert json.loads(Path("r.json").read_text())["run"]["precision"] == "bfloat16"
+    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    status, _, err = run("--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", folder)
+    assert status == 2 and "classes that the model was not trained on: ['bright', 'dark']" in err
+
+
+def test_other_models_of_timm(run):
+    status, out, err = run("--model", "resnet10t", "--dataset", "digits", "--img-size", 32, "--batch-size", 360)
+    assert status == 0, err
+    assert "resnet10t: top-1" in out
+
+
+# Options and bad input
+
+
+def test_help_shows_every_option(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for action in validate.build_parser()._actions:
+        assert action.help
+        assert not action.option_strings or action.option_strings[-1] in out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "raftmpl_s"], "unknown model 'raftmpl_s'; did you mean raftmlp_s"),
+        (["--data-dir", "missing"], "no data at missing"),
+        ([], "--data-dir"),
+        (["--dataset", "digit"], "unknown data set 'digit'"),
+        (["--dataset", "digits", "--val-split", "x"], "no split 'x'"),
+        (["--dataset", "digits", "--checkpoint", "missing.pth"], "no checkpoint at missing.pth"),
+        (["--dataset", "digits", "--checkpoint", "cut.pth"], "cut.pth is damaged"),
+        (["--dataset", "digits", "--checkpoint", "foreign.pth"], "foreign.pth does not fit this RaftMLP: stages.0"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size=3"], "raft_size 3 must be a positive divisor"),
+        (["--dataset", "digits", "--model-kwargs", "raft_sise=2"], "raft_sise"),
+        (["--dataset", "digits", "--checkpoint", "."], ". is a folder: name a checkpoint file in it"),
+        (["--data-dir", "splits"], "no split 'validation' in splits: it has train"),
+        (["--data-dir", "tars"], "no data set '' with split"),
+        (["--dataset", "digits", "--pretrained"], "no pretrained weights raftmlp_s.TAG.safetensors"),
+        (["--dataset", "digits", "--img-size", "0"], "must be a whole number of 1 or more, not '0'"),
+        (["--dataset", "digits", "--img-size", "1", "2", "3"], "--img-size takes"),
+        (
+            ["--dataset", "digits", "--model-kwargs", "num_classes=7"],
+            "the data has 10 classes, the model 7",
+        ),
+        (["--dataset", "digits", "--crop-pct", "3"], "must be a number from 0.01 to 1, not '3'"),
+        (["--dataset", "digits", "--interpolation", "cubic"], "invalid choice: 'cubic'"),
+        (["--dataset", "digits", "--device", "gpu"], "no device 'gpu'"),
+        (["--dataset", "digits", "--batch-size", "many"], "must be a whole number of 1 or more, not 'many'"),
+        (
+            ["--dataset", "digits", "--batchsize", "3"],
+            "unrecognized arguments: --batchsize 3; did you mean --batch-size",
+        ),
+        (["-c", "missing.yaml"], "cannot read the config missing.yaml"),
+        (["-c", "unknown.yaml"], "unknown.yaml: unknown key 'batchsize'; did you mean batch_size"),
+        (["-c", "broken.yaml"], "broken.yaml is no YAML file"),
+        (["-c", "list.yaml"], "list.yaml must be a mapping"),
+        (["-c", "wrong.yaml"], "wrong.yaml: batch_size: must be a whole number of 1 or more, not 'big'"),
+        (["-c", "flag.yaml"], "flag.yaml: amp must be true or false, not 'perhaps'"),
+        (["-c", "base.yaml"], "cannot read the config"),
+        (["-c", "number.yaml"], "number.yaml must be a mapping"),
+        (["-c", "circle.yaml"], "circle.yaml is its own base"),
+        (["-c", "badbase.yaml"], "badbase.yaml: base must be the name of a file"),
+        (["-c", "null.yaml"], "null.yaml: batch_size has no value"),
+        (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
+        (["--dataset", "torch/cifar10"], "torch/cifar10"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
+    ],
+)
+def test_bad_input_for_any_command_of_models_and_data(run_command, options, message):
+    Path("cut.pth").write_bytes(b"PK\x03\x04 cut")
+    torch.save({"conv.weight": torch.zeros(3)}, "foreign.pth")
+    for name, text in {
+        "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
+        "count": "scale: [1]", "base": "base: nowhere.yaml", "number": "1: 2", "circle": "base: circle.yaml",
+        "badbase": "base: [a]", "null": "batch_size:",
+    }.items():  # fmt: skip
+        Path(f"{name}.yaml").write_text(text)
+    Path("splits/train/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("splits/train/a/1.png")
+    Path("tars").mkdir()
+    for name in ("train", "val"):
+        Path(f"tars/{name}.tar").write_text("no tar")
+    before = sorted(Path().iterdir())
+    status, out, err = run_command(validate, *options)
+    assert status == 2
+    assert message in err
+    assert "raftmlp validate: error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not out
+    assert sorted(Path().iterdir()) == before
+
+
+def test_files_to_write_are_checked_before_the_work(run):
+    Path("file").write_text("")
+    for options, message in [
+        (["--picture", "picture"], "picture must be named .png"),
+        (["--results-file", "file/result.json"], "cannot write file/result.json"),
+        (["--results-file", "result.txt"], "result.txt must be named .json"),
+    ]:
+        status, out, err = run(*DIGITS, *options)
+        assert status == 2
+        assert message in err and "Traceback" not in err
+        assert not out
+
+
+def test_the_script_in_a_process_of_its_own():
+    command = [sys.executable, ROOT / "tools/validate.py", "--model", "raftmlp_x", "--dataset", "digits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "validate.py: error: argument --model: unknown model 'raftmlp_x'; did you mean raftmlp_s or "
+    )

@@ -3,9 +3,9 @@
 
     python tools/predict_onnx.py raftmlp_s.onnx photo.jpg photos/ --topk 3 --results-file predictions.json
 
-It needs onnxruntime, numpy and Pillow, nothing else, and no other file of this repository: copy it to where the ONNX
-file goes. Images are prepared as the file tells. An image that cannot be read is named and passed over; the exit status
-is then 2.
+It needs onnxruntime, numpy and Pillow, nothing else, and no other file of this repository: it can be copied beside the
+ONNX file. Images are prepared as the file's metadata describe. Images that cannot be read are named and left out; the
+exit status is then 2.
 """
 
 import argparse
@@ -36,20 +36,20 @@ def find_images(names: list[str]) -> list[Path]:
     files: dict[Path, None] = {}
     for name in names:
         if os.path.isfile(name):
-            found = [name]
+            matches = [name]
         else:
             pattern = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
-            found = sorted(glob.glob(pattern, recursive=True), key=_natural)
-            found = [file for file in found if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
-        if not found:
+            matches = sorted(glob.glob(pattern, recursive=True), key=_natural_order)
+            matches = [file for file in matches if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
+        if not matches:
             raise ValueError(
                 f"no images at {name!r}: it must be an image, or a folder or a pattern of files {' '.join(SUFFIXES)}"
             )
-        files.update(dict.fromkeys(map(Path, found)))
+        files.update(dict.fromkeys(map(Path, matches)))
     return list(files)
 
 
-def _natural(name: str) -> list:
+def _natural_order(name: str) -> list:
     """Return a key that sorts 9.png before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
@@ -127,14 +127,14 @@ class Preparation:
 
 
 class Classifier:
-    """An ONNX file of tools/export.py, which tells itself how images are prepared and what its classes are called.
+    """An ONNX file of the export command, whose metadata describe how images are prepared and name the classes.
 
     Args:
         path: The file.
         img_size: Height and width of the images, for a file whose sizes are free; None takes the file's.
 
     Raises:
-        ValueError: If the file is missing, damaged or no classifier of tools/export.py, or takes no such size.
+        ValueError: If the file is missing, damaged or no classifier of the export command, or takes no such size.
     """
 
     def __init__(self, path: str, img_size: tuple[int, int] | None = None):
@@ -150,19 +150,19 @@ class Classifier:
             self.session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
         except Exception as error:  # ONNX Runtime has no common kind of error
             raise ValueError(f"{path} is damaged or is no ONNX file: {_first_words(error)}") from error
-        told = self.session.get_modelmeta().custom_metadata_map
-        if "maps" in told:
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if "maps" in metadata:
             raise ValueError(f"{path} gives feature maps: tools/export.py makes a classifier without --features")
         try:
-            self.told = {key: json.loads(value) for key, value in told.items()}
-            self.names, settings = [str(name) for name in self.told["class_names"]], dict(self.told["settings"])
+            self.metadata = {key: json.loads(value) for key, value in metadata.items()}
+            self.names, settings = [str(name) for name in self.metadata["class_names"]], dict(self.metadata["settings"])
             if img_size:
                 settings["input_size"] = (settings["input_size"][0], *img_size)
             self.settings, self.prepare = settings, Preparation(**settings)
-            least = tuple(self.told.get("least_size", (1, 1)))
+            least = tuple(self.metadata.get("least_size", (1, 1)))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} does not tell how images are prepared and what its classes are called, as the classifiers of "
+                f"the metadata of {path} do not describe how images are prepared and name the classes, as those of "
                 f"tools/export.py do: {_first_words(error)}"
             ) from error
         self._check_size(path, least)
@@ -178,7 +178,7 @@ class Classifier:
                     f"tools/export.py makes one for any size with --dynamic-size"
                 )
             if side < smallest:
-                raise ValueError(f"{path} takes images from {smallest} pixels on, not {size[0]}x{size[1]}")
+                raise ValueError(f"{path} takes images of {smallest} pixels or more, not {size[0]}x{size[1]}")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return the probabilities (B, classes) of prepared images (B, C, H, W).
@@ -205,7 +205,7 @@ class Classifier:
 
 
 def predict(classifier: Classifier, files: list[Path], batch_size: int, topk: int) -> Iterator[dict]:
-    """Yield for each file its entry in the JSON: its classes, the most probable first, or why it has none."""
+    """Yield for each file its result in the JSON: its classes, the most probable first, or why it has none."""
     batch_size = classifier.batch or batch_size
     for start in range(0, len(files), batch_size):
         prepared = []
@@ -217,15 +217,15 @@ def predict(classifier: Classifier, files: list[Path], batch_size: int, topk: in
             except Exception as error:  # Pillow raises anything on bytes that are no image
                 prepared.append((dict(file=name, error=_first_words(error)), None))
         readable = [pixels for _, pixels in prepared if pixels is not None]
-        found = iter(classifier(np.stack(readable)) if readable else ())
-        for entry, pixels in prepared:
+        outputs = iter(classifier(np.stack(readable)) if readable else ())
+        for result, pixels in prepared:
             if pixels is not None:
-                probabilities = next(found)
+                probabilities = next(outputs)
                 best = np.argsort(-probabilities, kind="stable")[:topk].tolist()
-                entry["predictions"] = [
+                result["predictions"] = [
                     {"class": i, "name": classifier.names[i], "probability": float(probabilities[i])} for i in best
                 ]
-            yield entry
+            yield result
 
 
 def _first_words(error: Exception) -> str:
@@ -240,7 +240,7 @@ def _positive(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says what is wrong in one line."""
+    """An ArgumentParser that reports errors in one line."""
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists the options)")
@@ -275,18 +275,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    beside = path.with_name(f".tmp.{path.name}")
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is complete or absent."""
+    temporary = path.with_name(f".tmp.{path.name}")
     try:
-        beside.write_text(text)
-        beside.replace(path)
+        temporary.write_text(text)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:
-    if hasattr(sys.stdout, "reconfigure"):  # a class's name may have letters that the terminal has not
+    if hasattr(sys.stdout, "reconfigure"):  # a class's name may have letters that the terminal cannot show
         sys.stdout.reconfigure(errors="replace")
     args = build_parser().parse_args()
     if args.img_size and len(args.img_size) > 2:
@@ -296,24 +296,24 @@ def main() -> None:
     if args.results_file and os.path.isdir(args.results_file):
         raise ValueError(f"--results-file {args.results_file} is a folder")
     if args.results_file and not os.access(os.path.dirname(args.results_file) or ".", os.W_OK):
-        raise ValueError(f"cannot write {args.results_file}: its folder is missing or not yours to write into")
+        raise ValueError(f"cannot write {args.results_file}: its folder is missing or not writable")
     files = find_images(args.images)
     classifier = Classifier(args.model, args.img_size and (args.img_size[0], args.img_size[-1]))
-    entries, width = [], max(len(str(file)) for file in files)
-    for entry in predict(classifier, files, args.batch_size, args.topk):
-        entries.append(entry)
-        if "error" in entry:
-            print(f"cannot read {entry['file']}: {entry['error']}", file=sys.stderr)
-        for i, prediction in enumerate(entry.get("predictions", ())):
-            file = "" if i else entry["file"]
+    results, width = [], max(len(str(file)) for file in files)
+    for result in predict(classifier, files, args.batch_size, args.topk):
+        results.append(result)
+        if "error" in result:
+            print(f"cannot read {result['file']}: {result['error']}", file=sys.stderr)
+        for i, prediction in enumerate(result.get("predictions", ())):
+            file = "" if i else result["file"]
             print(f"{file:<{width}}  {100 * prediction['probability']:9.2f} %  {prediction['name']}")
     if args.results_file:
-        results = dict(
-            model=classifier.told.get("model"), weights=args.model, settings=classifier.settings, images=entries
+        content = dict(
+            model=classifier.metadata.get("model"), weights=args.model, settings=classifier.settings, images=results
         )
-        write_whole(Path(args.results_file), json.dumps(results, indent=2) + "\n")
+        write_text(Path(args.results_file), json.dumps(content, indent=2) + "\n")
         print(f"predictions: {args.results_file}")
-    if unread := sum("error" in entry for entry in entries):
+    if unread := sum("error" in result for result in results):
         raise ValueError(f"{unread} of {len(files)} images could not be read")
 
 
@@ -323,7 +323,7 @@ def run() -> int:
         main()
     except SystemExit as end:  # argparse's
         return end.code
-    except BrokenPipeError:  # whoever read ("| head") has enough
+    except BrokenPipeError:  # the reader ("| head") has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

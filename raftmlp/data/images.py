@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -25,6 +27,7 @@ __all__ = [
     "evaluation_loader",
     "file_name",
     "image_count",
+    "open_image",
     "read_image",
 ]
 
@@ -162,10 +165,19 @@ def read_image(dataset: Dataset, index: int, channels: int) -> tuple[Image.Image
     reader = getattr(dataset, "reader", None)
     if reader is None:
         image, target = dataset[index][:2]
-    else:  # not through timm's ImageDataset, which takes another image in place of a damaged one
-        file, target = reader[index][:2]
-        image = Image.open(file)
-    return image.convert(pil_mode(channels)), int(target)
+        return image.convert(pil_mode(channels)), int(target)
+    file, target = reader[index][:2]  # not through timm's ImageDataset, which takes another image for a damaged one
+    return open_image(file, channels), int(target)
+
+
+def open_image(file: str | Path | BinaryIO, channels: int) -> Image.Image:
+    """Return the image in a file, decoded, with 1 or 3 channels.
+
+    Raises:
+        Exception: Of any kind, as PIL does on bytes that are no image.
+    """
+    with Image.open(file) as image:
+        return image.convert(pil_mode(channels))
 
 
 def pil_mode(channels: int) -> str:

@@ -1,18 +1,29 @@
-"""The accuracy of a classifier over a data set."""
+"""The accuracy of classifiers over a data set: figures of a loader, and rows of results, a model at an image size."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..data.images import UNREADABLE
-from ..errors import UserError
+from ..create import ModelSettings, create_model
+from ..data import class_names
+from ..data.images import UNREADABLE, ImageSettings, data_config, evaluation_loader, file_name
+from ..device import DeviceSettings
+from ..errors import UserError, first_words
+from ..sizes import size_name
+from .labels import RealLabels, matching_outputs
 
-__all__ = ["ClassifierView", "evaluate"]
+_logger = logging.getLogger(__name__)
+
+__all__ = ["ClassifierView", "PreparedModel", "evaluate", "evaluate_prepared", "prepare_model", "run_once"]
 
 
 @torch.inference_mode()
@@ -93,3 +104,118 @@ class ClassifierView(nn.Module):
     def _logits(self, images: Tensor) -> Tensor:
         logits = self.model(images.contiguous(memory_format=self.memory_format)).float()
         return logits if self.outputs is None else logits[:, self.outputs]
+
+
+# Models at an image size
+
+
+@dataclass
+class PreparedModel:
+    """A model ready for images of one size.
+
+    Attributes:
+        name: The model's name.
+        weights: Where its weights come from: a file, "pretrained" or "random".
+        model: The model, in eval mode, on the CPU.
+        config: How images are prepared for it, see ``data_config``.
+        outputs: The model's outputs that count, None for all.
+        real_labels: Counts against the labels of ImageNet-ReaL, if that is asked for.
+    """
+
+    name: str
+    weights: str
+    model: nn.Module
+    config: dict
+    outputs: list[int] | None = None
+    real_labels: RealLabels | None = None
+
+    def match(self, dataset: Dataset, with_real_labels: bool = False) -> None:
+        """Find the outputs for the classes of the data.
+
+        Raises:
+            UserError: If the model does not know these classes, or the labels of ImageNet-ReaL are not for it.
+        """
+        self.outputs = matching_outputs(class_names(dataset), self.model)
+        if with_real_labels:
+            self.real_labels = RealLabels(dataset)
+            count = len(self.outputs or range(self.model.num_classes))
+            if count != 1000:
+                raise UserError(f"--real-labels takes models of ImageNet-1k, {self.name} has {count} classes")
+
+
+def prepare_model(
+    settings: ModelSettings, images: ImageSettings, model: nn.Module | None = None, classes: int | None = None
+) -> PreparedModel:
+    """Return a model, made of the settings unless it is given, with how images are prepared for it.
+
+    ``classes`` is its number of classes if nothing else says it. That a new model has random weights is logged.
+    """
+    if model is None:
+        model = create_model(settings, classes=classes).eval()
+        if settings.weights == "random":
+            _logger.warning(
+                f"note: without --pretrained or --checkpoint, the weights of {settings.name(model)} are random"
+            )
+    return PreparedModel(settings.name(model), settings.weights, model, data_config(images, model, settings.size))
+
+
+@torch.inference_mode()
+def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> Any:
+    """Return what a model gives for one black image of shape input_size (C, H, W).
+
+    Raises:
+        UserError: If it takes no such image.
+    """
+    try:
+        return model(torch.zeros(1, *input_size))
+    except Exception as error:  # models raise anything on sizes that they cannot take
+        size = size_name(input_size[1:])
+        raise UserError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
+
+
+def evaluate_prepared(
+    prepared: PreparedModel,
+    dataset: Dataset,
+    device: torch.device,
+    settings: DeviceSettings,
+    batch_size: int,
+    workers: int = 0,
+    mirror: bool = False,
+    collectors: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Return a row of results: what the model is, how images are prepared, and the figures of ``evaluate``.
+
+    ``collectors`` are objects whose ``add`` takes every batch's images, classes and logits.
+
+    Raises:
+        UserError: If a batch is too large for the memory, or no image can be read.
+    """
+    collectors = [*collectors, prepared.real_labels] if prepared.real_labels else collectors
+    model = prepared.model.to(device, memory_format=settings.memory_format)
+    if settings.compile:
+        torch.compiler.reset()  # every size is compiled for itself
+        model = torch.compile(model)
+    classifier = ClassifierView(model, prepared.outputs, mirror, settings.memory_format).to(device)
+    loader = evaluation_loader(dataset, prepared.config, device, batch_size, workers)
+
+    def on_batch(*batch: Tensor) -> None:
+        for collector in collectors:
+            collector.add(*batch)
+
+    try:
+        figures = evaluate(classifier, loader, device, settings.autocast(device), on_batch)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{prepared.name}: --batch-size {batch_size} is too much for the memory") from error
+    prepared.model.to("cpu")
+    if not figures["images"]:
+        raise UserError(f"none of the {figures['unread']} images can be read: {file_name(dataset, 0)} ...")
+    return dict(
+        model=prepared.name,
+        weights=prepared.weights,
+        parameters=sum(p.numel() for p in prepared.model.parameters()),
+        img_size=prepared.config["input_size"][-2:],
+        crop_pct=prepared.config["crop_pct"],
+        interpolation=prepared.config["interpolation"],
+        **figures,
+        **(prepared.real_labels.figures() if prepared.real_labels else {}),
+    )

@@ -1,0 +1,163 @@
+"""Compare how fast models are, in turns: A B A B, so that other work on the machine affects all of them alike.
+
+    raftmlp benchmark raftmlp_s reference:raftmlp_s convnext_nano --output runs/benchmark
+    raftmlp benchmark raftmlp_s --modes eager compile --tasks inference training --sizes 224 800x1333 -b 4
+
+Ratios are to the first model in the first mode. reference:NAME is one of ours computed with the sequence of operations
+of the authors' release. Times are medians over the rounds; ratios are medians of the ratios within a round. Every round
+also times a large matrix product and a large copy: "arithmetic" and "traffic" are the shares of a model's time that its
+arithmetic, and the operands and results of its matrix products and convolutions, would take at that pace.
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+from dataclasses import asdict, fields
+from itertools import product
+from pathlib import Path
+
+import timm
+import torch
+
+from ..create import known_model
+from ..device import find_device
+from ..errors import UserError
+from ..evaluate.plots import draw_cost, draw_speed
+from ..evaluate.speed import MODES, REFERENCE, TASKS, Result, SpeedSettings, measure
+from ..files import write_text
+from ..settings import Number
+from ..sizes import parse_size, size_name
+from .console import command_line, run, say
+from .options import Parser, option_type, output_folder
+
+COLUMNS = ("model", "mode", "ms", "spread", "images/s", "ratio", "(range)", "GMACs", "arithmetic", "traffic", "MiB")
+
+
+def build_parser() -> Parser:
+    parser = Parser("%(prog)s MODEL ... [OPTION ...]", description=__doc__)
+    group = parser.group("what is compared")
+    group.add_argument(
+        "models",
+        nargs="+",
+        type=option_type(model_name),
+        metavar="MODEL",
+        help=f"models of timm's list, or {REFERENCE}NAME",
+    )
+    for name, choices in (("mode", MODES), ("task", TASKS)):
+        group.add_argument(
+            f"--{name}s",
+            nargs="+",
+            choices=choices,
+            default=[choices[0]],
+            metavar=name.upper(),
+            help=f"of {', '.join(choices)} (default: {choices[0]})",
+        )
+    group.add_argument(
+        "--sizes",
+        nargs="+",
+        type=option_type(parse_size),
+        default=[(224, 224)],
+        metavar="SIZE",
+        help="image sizes, as 224 or 800x1333 (default: 224)",
+    )
+    parser.add_settings(SpeedSettings)
+    group = parser.group("how")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    group.add_argument(
+        "--threads", type=option_type(Number(int, 1)), metavar="N", help="threads on a CPU (default: PyTorch's)"
+    )
+    parser.group("output").add_argument(
+        "--output",
+        type=option_type(output_folder),
+        metavar="DIR",
+        help="write results.json and results.csv there, speed.png of several models, sizes.png of several sizes",
+    )
+    return parser
+
+
+def model_name(text: str) -> str:
+    """Return the name of a model of timm's list, or reference:NAME for one of ours.
+
+    Raises:
+        UserError: If there is none.
+    """
+    known_model(text.removeprefix(REFERENCE), "raftmlp*" if text.startswith(REFERENCE) else "")
+    return text
+
+
+def table(results: list[Result]) -> str:
+    """Return the results of a task and a size as a table."""
+    lines = [COLUMNS]
+    for r in results:
+        if r.failure:
+            lines.append((r.model, r.mode, f"did not run: {r.failure}"))
+            continue
+        ratio = (f"{r.ratio:.2f}", f"({r.ratio_low:.2f}-{r.ratio_high:.2f})")
+        shares = (f"{r.arithmetic_share:.0%}", f"{r.traffic_share:.0%}")
+        speed = (f"{r.milliseconds:.1f}", f"{r.spread:.0%}", f"{r.images_per_second:.1f}")
+        lines.append((r.model, r.mode, *speed, *ratio, f"{r.gmacs:.3f}", *shares, f"{r.memory_mib:.0f}"))
+    widths = [max(len(line[i]) for line in lines if len(line) > 3 or i < 2) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines
+    )
+
+
+def conditions(settings: SpeedSettings, device: torch.device) -> dict:
+    """Return what the results depend on beside the models."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return dict(
+        device=f"{device.type}: {name}",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        precision=settings.precision,
+        channels_last=settings.channels_last,
+        compile_mode=settings.compile_mode,
+        rounds=settings.rounds,
+        command=command_line(),
+    )
+
+
+def write(folder: Path, results: list[Result], about: dict) -> None:
+    """Write results.json, results.csv and the pictures that the rows allow."""
+    rows = [{k: None if v != v else v for k, v in asdict(result).items()} for result in results]  # no NaN in JSON
+    write_text(folder / "results.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "results.csv", text.getvalue())
+    if len({r.model for r in results}) > 1:
+        draw_speed(folder / "speed.png", results)
+    if len({r.size for r in results}) > 1:
+        draw_cost(folder / "sizes.png", results)
+
+
+def main() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which measures memory, prints lines of its own
+    args = build_parser().parse_args()
+    device, settings = find_device(args.device), SpeedSettings.select(vars(args))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    about, results = conditions(settings, device), []
+    say(
+        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {settings.precision}, batches of "
+        f"{settings.batch_size}"
+    )
+    for task, size in product(args.tasks, args.sizes):
+        say(f"\n{task} at {size_name(size)}: ratios to {args.models[0]} {args.modes[0]}")
+        measured = measure(args.models, args.modes, task, size, settings, device)
+        results += measured
+        say(table(measured))
+        if args.output:
+            write(args.output, results, about)
+    if args.output:
+        say(f"\nresults and pictures: {args.output}")
+    if all(result.failure for result in results):
+        raise UserError("none of the models ran")
+
+
+if __name__ == "__main__":
+    run(main)

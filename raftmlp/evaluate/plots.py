@@ -1,0 +1,163 @@
+"""Pictures of results: images with their predictions, a confusion matrix, accuracy and speed over the image size."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images import UNREADABLE
+from ..files import save_figure
+from ..sizes import parse_size, size_name
+from .labels import class_name
+from .results import Confusion
+from .speed import Result
+
+__all__ = ["Gallery", "draw_accuracy", "draw_confusion", "draw_cost", "draw_speed"]
+
+
+class Gallery:
+    """Collects images with their predictions, wrong ones first, and draws them.
+
+    Args:
+        mean: Mean that the images were normalised with, a number a channel.
+        std: Standard deviation likewise.
+        names: Names of the classes.
+        limit: Images in the picture.
+    """
+
+    def __init__(self, mean: Iterable[float], std: Iterable[float], names: list[str] | None, limit: int = 40):
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self.names, self.limit = names, limit
+        self.right: list[tuple] = []
+        self.wrong: list[tuple] = []
+
+    def add(self, images: Tensor, target: Tensor, logits: Tensor) -> None:
+        """Keep images of a batch."""
+        highest, predicted = logits.softmax(1).max(1)
+        rows = zip(images, target.tolist(), predicted.tolist(), highest.tolist())
+        for image, label, prediction, probability in rows:
+            kept = self.right if label == prediction else self.wrong
+            if label != UNREADABLE and len(kept) < self.limit:
+                pixels = (image.cpu() * self.std + self.mean).clamp(0, 1).permute(1, 2, 0).numpy()
+                kept.append((pixels, label, prediction, probability))
+
+    def draw(self, path: Path, title: str) -> None:
+        """Write the picture."""
+        from matplotlib.figure import Figure  # draws into files, no screen needed
+
+        shown = (self.wrong + self.right)[: self.limit]
+        columns = 8
+        rows = max(1, -(-len(shown) // columns))
+        figure = Figure(figsize=(columns * 1.25, rows * 1.45 + 0.5), layout="tight")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (pixels, label, prediction, probability) in zip(axes.flat, shown):
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+            text, colour, weight = f"{self._short_name(prediction)}  {probability:.0%}", "tab:green", "normal"
+            if prediction != label:
+                text, colour, weight = f"{text}\nis {self._short_name(label)}", "tab:red", "bold"
+            axis.set_title(text, fontsize=8, color=colour, weight=weight, parse_math=False)
+        figure.suptitle(title, fontsize=10)
+        save_figure(figure, path)
+
+    def _short_name(self, index: int) -> str:
+        name = class_name(self.names, index)
+        return name if len(name) <= 14 else f"{name[:13]}…"
+
+
+def draw_confusion(path: Path, title: str, confusion: Confusion) -> None:
+    """Write a confusion matrix as a picture, each row as shares of its class's images."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    classes, counts, count = confusion.classes, confusion.counts, len(confusion.classes)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    side = np.clip(2 + 0.45 * count, 4, 11)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    # a root, and a step from white to blue, make rare confusions visible, single images among 1000 classes too
+    colours = ListedColormap(colormaps["Blues"](np.linspace(0.3, 1, 256)))
+    image = axis.imshow(np.ma.masked_equal(shares, 0), cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    figure.colorbar(image, ax=axis, format=PercentFormatter(1), shrink=0.8, label="share of the class's images")
+    axis.set(xlabel="predicted", ylabel="class", title=title)
+    ticks = range(0, count, 1 if count <= 50 else count // 10)
+    labels = [class_name(confusion.names if count <= 50 else None, classes[i]) for i in ticks]
+    axis.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 3 else 0, parse_math=False)
+    axis.set_yticks(ticks, labels, parse_math=False)
+    if count <= 20:
+        for i, j in zip(*counts.nonzero()):
+            colour = "white" if shares[i, j] > 0.25 else "black"
+            axis.text(j, i, counts[i, j], ha="center", va="center", fontsize=8, color=colour)
+    save_figure(figure, path)
+
+
+def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
+    """Write a picture of top-1 over the image size, one line a model.
+
+    ``rows`` are results of ``evaluate_prepared``, for each model as many in succession as there are sizes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    sides = [math.sqrt(math.prod(row["img_size"])) for row in rows]
+    for start in range(0, len(rows), sizes):
+        points = sorted((sides[i], rows[i]["top1"]) for i in range(start, start + sizes))
+        axis.plot(*zip(*points), marker="o", label=rows[start]["model"])
+    labels = [size_name(row["img_size"]) for row in rows[:sizes]]
+    axis.set_xticks(sides[:sizes], labels, rotation=45 if sizes > 8 else 0)
+    axis.set(xlabel="image size (pixels)", ylabel="top-1 (%)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, path)
+
+
+# Speed
+
+
+def draw_speed(path: Path, results: Sequence[Result]) -> None:
+    """Write a picture of images/s over GMACs, one panel a task, at the first size."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(r.task for r in results))
+    figure = Figure(figsize=(6 * len(tasks), 4.5), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        shown = [r for r in results if r.task == task and r.size == results[0].size and not r.failure]
+        for i, r in enumerate(shown):
+            marker = "o" if "raftmlp" in r.model else "s"
+            axis.scatter(r.gmacs, r.images_per_second, color=f"C{i}", marker=marker, label=_label(r))
+        axis.set(xlabel="GMACs an image", ylabel="images a second", title=f"{task} at {results[0].size}")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_cost(path: Path, results: Sequence[Result]) -> None:
+    """Write a picture of time and memory over the image size, one line a model, mode and task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    lines: dict[str, list[tuple]] = {}
+    for r in results:
+        if not r.failure:
+            point = (math.prod(parse_size(r.size)) / 1e6, r.milliseconds / r.batch_size, r.memory_mib / r.batch_size)
+            lines.setdefault(f"{_label(r)}, {r.task}", []).append(point)
+    for axis, column, name in zip(figure.subplots(1, 2), (1, 2), ("milliseconds an image", "MiB an image at the peak")):
+        for label, points in lines.items():
+            points = sorted(points)
+            axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=label)
+        axis.set(xlabel="megapixels", ylabel=name, xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _label(result: Result) -> str:
+    return result.model if result.mode == "eager" else f"{result.model}, {result.mode}"

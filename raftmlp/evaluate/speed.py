@@ -1,0 +1,281 @@
+"""The speed of models: time, arithmetic and memory of an iteration, measured in turns.
+
+The models take turns (A B A B) within every round, so that other work on the machine affects all of them alike. Every
+round also times a large matrix product and a large copy: at that pace, the arithmetic of a model, and the operands and
+results of its matrix products and convolutions, would take a share of its time.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median, quantiles
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from tqdm import tqdm
+
+from ..errors import first_words
+from ..reference import Reference
+from ..settings import Number, Settings, option
+from ..sizes import size_name
+
+__all__ = ["MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "iterations_in", "measure"]
+
+REFERENCE = "reference:"
+MODES = ("eager", "compile")
+TASKS = ("inference", "training")
+PRECISIONS = ("float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16")  # timm's names
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(kw_only=True)
+class SpeedSettings(Settings):
+    """How speed is measured."""
+
+    title = "how"
+    batch_size: int = option(16, "images a batch", type=Number(int, 1), short="-b", metavar="N")
+    precision: str = option("float32", "of the weights, or of autocast", choices=PRECISIONS)
+    channels_last: bool = option(False, "channels-last memory layout", action="store_true")
+    rounds: int = option(7, "rounds, after one of warm-up", type=Number(int, 1), metavar="N")
+    min_time: float = option(0.5, "seconds a turn lasts at least", type=Number(float, 0), metavar="S")
+    compile_mode: str = option("default", "of torch.compile", choices=COMPILE_MODES)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers in products."""
+        return getattr(torch, self.precision.removeprefix("amp_"))
+
+
+@dataclass
+class Result:
+    """What was measured of a model in a mode, at a task and a size.
+
+    Times are milliseconds an iteration, of one batch; spread is the interquartile range over the median. A ratio is
+    this row's speed over that of the first. Memory is the peak of an iteration beside weights and images. The shares
+    are what the arithmetic, and the traffic of the products, would take of the time at the device's pace.
+    """
+
+    model: str
+    mode: str
+    task: str
+    size: str
+    batch_size: int
+    milliseconds: float = float("nan")
+    spread: float = float("nan")
+    images_per_second: float = float("nan")
+    ratio: float = float("nan")
+    ratio_low: float = float("nan")
+    ratio_high: float = float("nan")
+    gmacs: float = float("nan")
+    parameters: int = 0
+    memory_mib: float = float("nan")
+    arithmetic_share: float = float("nan")
+    traffic_share: float = float("nan")
+    failure: str = ""
+
+
+# Time
+
+
+def clock(run: Callable[[], object], iterations: int, device: torch.device) -> float:
+    """Return the seconds of a call, the mean of so many in a row."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(iterations):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / iterations
+
+
+def iterations_in(seconds: float, run: Callable[[], object], device: torch.device) -> int:
+    """Return how many calls last so long, at least one."""
+    return max(1, round(seconds / max(clock(run, 1, device), 1e-9)))
+
+
+class DevicePace:
+    """A large matrix product and a large copy, which show how fast the device is at the time.
+
+    Args:
+        dtype: Type of the numbers.
+        device: The device.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.device, self.side = device, 8192 if device.type == "cuda" else 1536
+        self.a, self.b = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
+        self.source = torch.zeros(2**26, dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
+
+    def measure(self) -> tuple[float, float]:
+        """Return multiplications a second, and bytes a second read or written."""
+        product_time = min(clock(lambda: torch.mm(self.a, self.b), 1, self.device) for _ in range(3))
+        copy_time = min(clock(lambda: self.target.copy_(self.source), 1, self.device) for _ in range(3))
+        return self.side**3 / product_time, 2 * self.source.numel() / copy_time
+
+
+# A model
+
+
+class Meter:
+    """Runs a model on one batch of noise, forward or forward and backward.
+
+    Args:
+        name: A model of timm's list, or reference:NAME.
+        mode: One of MODES.
+        task: "inference" or "training": forward, cross entropy and backward, without an optimiser.
+        size: Height and width of the images.
+        settings: Batch size, precision, layout.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self, name: str, mode: str, task: str, size: tuple[int, int], settings: SpeedSettings, device: torch.device
+    ):
+        dtype, is_amp = settings.dtype, settings.precision.startswith("amp_")
+        self.autocast = torch.autocast(device.type, dtype, enabled=is_amp)
+        self.device, self.training = device, task == "training"
+        torch.manual_seed(0)
+        timm_name = name.removeprefix(REFERENCE)
+        is_fixed = timm.models.get_pretrained_cfg_value(timm_name, "fixed_input_size")
+        model = timm.create_model(timm_name, **(dict(img_size=size) if is_fixed else {}))
+        self.parameters = sum(p.numel() for p in model.parameters())
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        dtype = torch.float32 if is_amp else dtype
+        model = model.to(device, dtype, memory_format=layout).train(self.training)
+        self.images = torch.randn(settings.batch_size, 3, *size).to(device, dtype, memory_format=layout)
+        self.classes = torch.randint(model.num_classes, (settings.batch_size,), device=device)
+        self.plain = Reference(model) if name.startswith(REFERENCE) else model
+        self.model = torch.compile(self.plain, mode=settings.compile_mode) if mode == "compile" else self.plain
+
+    def __call__(self) -> None:
+        """Run one iteration."""
+        with self.autocast:
+            if not self.training:
+                with torch.inference_mode():
+                    self.model(self.images)
+                return
+            loss = nn.functional.cross_entropy(self.model(self.images).float(), self.classes)
+        loss.backward()
+        for parameter in self.plain.parameters():
+            parameter.grad = None
+
+    def work(self) -> tuple[int, int]:
+        """Return the multiplications of an iteration, and the bytes that its products read and write.
+
+        Those of the backward pass are counted as twice the forward pass's.
+        """
+        with torch.no_grad(), self.autocast, FlopCounterMode(display=False) as counter, _ProductTraffic() as traffic:
+            self.plain(self.images)
+        passes = 3 if self.training else 1
+        return passes * counter.get_total_flops() // 2, passes * traffic.bytes
+
+    def memory(self) -> int:
+        """Return the bytes that an iteration takes at its peak, beside what was there before."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        with tempfile.TemporaryDirectory() as folder:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+                self()
+            path = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        held = peak = 0
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+            held += event["args"]["Bytes"]
+            peak = max(peak, held)
+        return peak
+
+
+class _ProductTraffic(TorchDispatchMode):
+    """Counts the bytes of the operands and results of matrix products and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket not in flop_registry:
+            with self:
+                out = func.decompose(*args, **kwargs)  # of Linear and the like
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+# Rows
+
+
+def measure(
+    models: Sequence[str],
+    modes: Sequence[str],
+    task: str,
+    size: tuple[int, int],
+    settings: SpeedSettings,
+    device: torch.device,
+) -> list[Result]:
+    """Return the results of all models in all modes at a task and a size, see ``Meter``; ratios are to the first."""
+    torch.compiler.reset()  # here, not for every row: it discards what the rows before compiled
+    bar = tqdm(desc=f"{task} at {size_name(size)}", unit="turn", disable=None, leave=False)
+    meters, results = [], []
+    for name, mode in product(models, modes):
+        result = Result(name, mode, task, size_name(size), settings.batch_size)
+        results.append(result)
+        bar.set_postfix_str(f"prepares {name} {mode}")
+        try:
+            meter = Meter(name, mode, task, size, settings, device)
+            work = meter.work()
+            meter()
+            meter()
+            result.memory_mib = meter.memory() / 2**20
+            result.gmacs, result.parameters = work[0] / settings.batch_size / 1e9, meter.parameters
+            meters.append((meter, result, work, iterations_in(settings.min_time, meter, device)))
+        except Exception as error:  # a model of timm's list may refuse a size, a compiler raises anything
+            result.failure = first_words(error)
+
+    seconds, paces = [[] for _ in meters], []
+    pace = DevicePace(settings.dtype, device)
+    for _ in range(settings.rounds):
+        paces.append(pace.measure())
+        for (meter, result, _, iterations), times in zip(meters, seconds):
+            bar.set_postfix_str(f"{result.model} {result.mode}")
+            times.append(clock(meter, iterations, device))
+            bar.update()
+    bar.close()
+    for (_, result, work, _), times in zip(meters, seconds):
+        _summarise(result, times, work, [median(values) for values in zip(*paces)])
+        if not results[0].failure:
+            ratios = [first / other for first, other in zip(seconds[0], times)]
+            result.ratio, result.ratio_low, result.ratio_high = median(ratios), min(ratios), max(ratios)
+    return results
+
+
+def _summarise(result: Result, times: list[float], work: Sequence[float], pace: Sequence[float]) -> None:
+    """Set a result's figures of the seconds of an iteration in each round.
+
+    ``work`` are its multiplications and the bytes that its products move, ``pace`` what the device does in a second.
+    """
+    seconds = median(times)
+    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0, 0, 0)
+    result.milliseconds, result.images_per_second = 1000 * seconds, result.batch_size / seconds
+    result.spread = (high - low) / seconds
+    result.arithmetic_share, result.traffic_share = (amount / rate / seconds for amount, rate in zip(work, pace))

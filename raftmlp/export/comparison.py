@@ -1,0 +1,207 @@
+"""A file in its runtime beside the model in PyTorch: outputs, speed and accuracy."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..data.images import UNREADABLE, evaluation_loader, image_count
+from ..errors import UserError, first_words
+from ..evaluate.evaluation import ClassifierView, PreparedModel, evaluate
+from ..evaluate.speed import clock, iterations_in
+from ..files import new_file
+from ..sizes import size_name
+from .formats import Format, Graph, Runtime, as_list
+
+__all__ = [
+    "RuntimeModule", "accuracy", "calibration_batches", "compare", "image_source", "sample_sizes", "write_verified",
+]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
+LIMIT = 1e-4  # of the largest value: what a file in float32 may differ from PyTorch
+CALIBRATION_IMAGES = 256
+CPU = torch.device("cpu")
+
+
+# Images
+
+
+def sample_sizes(graph: Graph) -> list[tuple[int, tuple[int, int]]]:
+    """Return three kinds of images to compare with, as their number and their height and width."""
+    height, width = graph.size
+    sizes = [graph.size] * 3
+    if graph.settings.dynamic_size:  # beside the first: a rectangle, and odd numbers
+        odd = height * 3 // 4 | 1, width + 1 | 1
+        sizes = [graph.size, (height, width * 3 // 2), tuple(map(max, odd, graph.least_size))]
+    return [(graph.settings.batch or number, size) for number, size in zip((1, 3, 16), sizes)]
+
+
+def image_source(config: dict, dataset: Dataset | None, workers: int = 0) -> Callable[[int, tuple[int, int]], Tensor]:
+    """Return a function that makes a number of images of a height and width: the data's if there are, else noise."""
+    channels = config["input_size"][0]
+
+    def make_images(number: int, size: tuple[int, int]) -> Tensor:
+        if dataset is None:
+            return torch.randn(number, channels, *size)
+        resized = {**config, "input_size": (channels, *size)}
+        images, _ = next(iter(evaluation_loader(dataset, resized, CPU, number, workers)))
+        return images.repeat(-(-number // len(images)), 1, 1, 1)[:number]
+
+    return make_images
+
+
+def calibration_batches(dataset: Dataset, config: dict, batch_size: int, workers: int = 0) -> list[Tensor]:
+    """Return batches of up to 256 images, taken evenly from the whole data set; only whole and readable batches count.
+
+    Raises:
+        UserError: If there is no such batch.
+    """
+    step = max(1, -(-image_count(dataset) // CALIBRATION_IMAGES))
+    batches, images = [], 0
+    for pixels, target in evaluation_loader(dataset, config, CPU, batch_size, workers, 0, step):
+        if (target != UNREADABLE).all() and len(pixels) == batch_size:
+            batches.append(pixels)
+            images += len(pixels)
+        if images >= CALIBRATION_IMAGES:
+            break
+    if not batches:
+        raise UserError(f"--quantize static needs {batch_size} readable images or more in the calibration split")
+    return batches
+
+
+# Outputs and speed
+
+
+@torch.inference_mode()
+def compare(
+    reference: nn.Module,
+    run: Runtime,
+    runtime: str,
+    make_images: Callable[[int, tuple[int, int]], Tensor],
+    samples: list[tuple[int, tuple[int, int]]],
+    limit: float | None,
+) -> list[dict]:
+    """Return a row for each sample: the largest difference as a share of the largest value, and both's milliseconds.
+
+    Args:
+        reference: The module in PyTorch, float32.
+        run: The file in its runtime.
+        runtime: The runtime's name.
+        make_images: See ``image_source``.
+        samples: Numbers of images with their heights and widths.
+        limit: The largest difference that is allowed; None allows any that is finite.
+
+    Raises:
+        UserError: If the file does not run or differs more.
+    """
+    rows = []
+    _logger.info(f"{'images':>15}  largest difference  {'PyTorch':>10}  {runtime:>14}")
+    for number, size in samples:
+        images = make_images(number, size)
+        sample = f"{number} x {size_name(size)}"
+        try:
+            expected = as_list(reference(images))
+        except Exception as error:  # models raise anything on sizes that they cannot take
+            raise UserError(f"the model takes no {sample} images: {first_words(error)}") from error
+        try:
+            outputs = run(images)
+        except Exception as error:  # runtimes raise anything
+            raise UserError(f"{runtime} cannot run the file with {sample} images: {first_words(error)}") from error
+        if [y.shape for y in outputs] != [y.shape for y in expected]:
+            raise UserError(f"{runtime} gives shapes {[list(y.shape) for y in outputs]}: the file is not written")
+        difference = max(map(relative_difference, outputs, expected))
+        pytorch_ms, runtime_ms = milliseconds_in_turns(partial(reference, images), partial(run, images))
+        _logger.info(
+            f"{sample:>15}  {difference:18.1e}  {pytorch_ms:7.2f} ms  {runtime_ms:11.2f} ms  "
+            f"{pytorch_ms / runtime_ms:.2f} times as fast"
+        )
+        if not difference <= (limit or sys.float_info.max):  # refuses NaN too
+            raise UserError(
+                f"{runtime} differs from PyTorch by {difference:.2g} of the largest value, allowed is "
+                f"{limit or 'a finite number'}: the file is not written"
+            )
+        rows.append(dict(images=sample, difference=difference, pytorch_ms=pytorch_ms, runtime_ms=runtime_ms))
+    return rows
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest value; 0 if there is none."""
+    if torch.equal(actual, expected):
+        return 0.0
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def milliseconds_in_turns(*functions: Callable[[], object], rounds: int = 3, seconds: float = 0.05) -> list[float]:
+    """Return the median milliseconds of a call of each function; they take turns, each for so many seconds."""
+
+    def turn(function: Callable[[], object], calls: int) -> float:
+        time.sleep(0.02)  # the other function's threads wait in a busy loop for a while
+        function()
+        return clock(function, calls, CPU)
+
+    for function in functions:
+        function()
+    counts = [iterations_in(seconds, function, CPU) for function in functions]
+    times = [list(map(turn, functions, counts)) for _ in range(rounds)]
+    return [1000 * median(values) for values in zip(*times)]
+
+
+def write_verified(
+    path: Path,
+    content: bytes,
+    file_format: Format,
+    graph: Graph,
+    reference: nn.Module,
+    make_images: Callable[[int, tuple[int, int]], Tensor],
+) -> tuple[Runtime, list[dict]]:
+    """Write a file, made of the graph, if its runtime gives PyTorch's numbers; return it and the rows of ``compare``.
+
+    Raises:
+        UserError: If the file does not load or run, lacks metadata, or differs.
+    """
+    runtime = file_format.runtime
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+        try:
+            run, metadata = file_format.run(temporary)
+        except Exception as error:  # runtimes raise anything
+            raise UserError(f"{runtime} cannot load the file: {first_words(error)}") from error
+        if missing := graph.metadata.keys() - metadata.keys():
+            raise UserError(f"{runtime} does not find {sorted(missing)} in the file: it is not written")
+        limit = LIMIT if graph.settings.precision == "float32" else None
+        return run, compare(reference, run, runtime, make_images, sample_sizes(graph), limit)
+
+
+# Accuracy
+
+
+class RuntimeModule(nn.Module):
+    """A file in its runtime as a module of logits; smaller batches are filled up to the one that the file takes.
+
+    Args:
+        run: The file in its runtime.
+        batch: Images at a time, None for any.
+    """
+
+    def __init__(self, run: Runtime, batch: int | None):
+        super().__init__()
+        self.run, self.batch = run, batch
+
+    def forward(self, images: Tensor) -> Tensor:
+        missing = (self.batch or len(images)) - len(images)
+        padded = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
+        return self.run(padded)[0][: len(images)]
+
+
+def accuracy(module: nn.Module, prepared: PreparedModel, dataset: Dataset, batch_size: int, workers: int = 0) -> dict:
+    """Return the figures of ``evaluate`` of a module with the outputs of a prepared model."""
+    loader = evaluation_loader(dataset, prepared.config, CPU, batch_size, workers)
+    return evaluate(ClassifierView(module, prepared.outputs), loader, CPU)

@@ -1,0 +1,466 @@
+"""The files of other runtimes: what each holds, how it is written, and how it is run.
+
+``FORMATS`` is the table. A writer takes a ``Graph`` and returns the bytes of a file; a runner takes a file and returns
+a function of images, and the metadata in the file.
+"""
+
+import copy
+import importlib.util
+import io
+import json
+import logging
+import re
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import MissingPackageError, UserError, first_words
+from ..evaluate.evaluation import PreparedModel, run_once
+from ..evaluate.labels import model_class_names
+from ..settings import Number, Settings, option
+from ..sizes import size_name
+
+__all__ = ["FORMATS", "ExportSettings", "FeatureMaps", "Format", "Graph", "Logits", "build_graph", "quantize_onnx"]
+
+Runtime = Callable[[Tensor], list[Tensor]]
+OPSET = 18
+
+
+def parse_batch(text: str) -> int | None:
+    """Return a number of images, or None for "dynamic".
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"must be a whole number of 1 or more, or 'dynamic', not {text!r}")
+    return int(text)
+
+
+@dataclass(kw_only=True)
+class ExportSettings(Settings):
+    """What to write."""
+
+    title = "file"
+    format: str = option("onnx", "what to write", choices=("onnx", "pt2", "aoti", "torchscript", "hf"))
+    batch: int | None = option(
+        None, "images at a time: a number, or 'dynamic' (default: dynamic)", type=parse_batch, metavar="N"
+    )
+    dynamic_size: bool = option(
+        False,
+        "leave height and width free too (slower); the last map must have more than one position",
+        action="store_true",
+    )
+    features: bool = option(False, "give the feature maps instead of logits", action="store_true")
+    half: str | None = option(
+        None,
+        "weights and products in half precision; inputs and outputs stay float32",
+        choices=("float16", "bfloat16"),
+        nargs="?",
+        const="float16",
+    )
+    quantize: str | None = option(
+        None,
+        "ONNX: 8-bit weights; the scales of activations are computed at each run, or (static) taken from data",
+        choices=("dynamic", "static"),
+    )
+    simplify: bool = option(False, "ONNX: simplify the graph with onnxslim", action="store_true")
+    opset: int | None = option(
+        None, f"ONNX: version of the operators (default: {OPSET})", type=Number(int, 18, 23), metavar="N"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        excluded = ("quantize", "simplify", "opset") if self.format != "onnx" else ()
+        if self.format == "hf":
+            excluded += ("batch", "features", "dynamic_size")
+        for name in excluded:
+            if getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} does not go with --format {self.format}")
+        if self.quantize and (self.half or self.features):
+            raise UserError("--quantize goes with logits in float32: leave --half and --features out")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, before they are quantised."""
+        return getattr(torch, self.half or "float32")
+
+    @property
+    def precision(self) -> str:
+        """Type of weights and products in words."""
+        return f"int8, {self.quantize}" if self.quantize else self.half or "float32"
+
+
+class Logits(nn.Module):
+    """A model as a file holds it: images (B, C, H, W) in float32, logits in float32, any type between.
+
+    Args:
+        model: The model.
+        dtype: The type of its weights.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.dtype)).float()
+
+
+class FeatureMaps(Logits):
+    """The same for the model's feature maps, (B, channels, H / stride, W / stride) each, from fine to coarse."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = self.model.forward_intermediates(images.to(self.dtype), intermediates_only=True)
+        return tuple(y.float() for y in maps)
+
+
+@dataclass
+class Graph:
+    """What a file shall hold.
+
+    Attributes:
+        module: ``Logits`` or ``FeatureMaps``, in eval mode, on the CPU.
+        channels: Channels of the images.
+        size: Height and width of the images; if they are free, those to compare at first.
+        settings: What to write.
+        reduction: Pixels of the image for a position of the last map.
+        outputs: Names of the outputs.
+        metadata: JSON texts by name, which the file carries.
+        least_size: The smallest height and width that the graph takes; ``exported`` sets it.
+    """
+
+    module: Logits
+    channels: int
+    size: tuple[int, int]
+    settings: ExportSettings
+    reduction: int
+    outputs: list[str]
+    metadata: dict[str, str]
+    least_size: tuple[int, int] = (1, 1)
+
+    def example(self) -> Tensor:
+        """Return images to trace the module with: free axes have lengths that no other axis has."""
+        height, width = self.size
+        if self.settings.dynamic_size:  # equal lengths would be taken for one
+            height, width = (max(side, 2 * self.reduction) + more for side, more in zip(self.size, (3, 38)))
+        return torch.randn(self.settings.batch or 2, self.channels, height, width)
+
+
+def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
+    """Return what a file shall hold, of a copy of the model.
+
+    Raises:
+        UserError: If the model has no feature maps, or takes no images of its size.
+    """
+    model, config = prepared.model, prepared.config
+    if settings.features and not hasattr(model, "forward_intermediates"):
+        raise UserError(f"--features: {prepared.name} has no feature maps in timm")
+    kind = FeatureMaps if settings.features else Logits
+    module = kind(copy.deepcopy(model).to(settings.dtype), settings.dtype).eval()
+    outputs = run_once(module, prepared.name, config["input_size"])
+    weights = Path(prepared.weights).name
+    metadata = dict(model=prepared.name, weights=weights, settings=config, precision=settings.precision)
+    stages, names = getattr(model, "feature_info", None) or [dict(reduction=32)], ["logits"]
+    if settings.features:
+        names = [f"map_{i}" for i in range(len(outputs))]
+        strides = [stage["reduction"] for stage in stages] if len(stages) == len(outputs) else [None] * len(outputs)
+        maps = zip(names, outputs, strides)
+        metadata["maps"] = [dict(name=name, channels=y.shape[1], stride=stride) for name, y, stride in maps]
+    elif model.num_classes:
+        metadata["class_names"] = model_class_names(model)
+    metadata.update(raftmlp=__version__, torch=torch.__version__)
+    return Graph(
+        module=module,
+        channels=config["input_size"][0],
+        size=tuple(config["input_size"][1:]),
+        settings=settings,
+        reduction=max(stage["reduction"] for stage in stages),
+        outputs=names,
+        metadata={key: json.dumps(value) for key, value in metadata.items()},
+    )
+
+
+@contextmanager
+def exporter_errors(product: str) -> Iterator[None]:
+    """Silence an exporter's warnings and logs, and turn its errors, which are of any kind, into a user error.
+
+    Args:
+        product: What is made, for the message.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    except OSError:  # of the disk: its message needs no more words
+        raise
+    except Exception as error:
+        raise UserError(f"{product} cannot be made of this model: {first_words(error)}") from error
+    finally:
+        logging.disable(before)
+
+
+def exported(graph: Graph) -> torch.export.ExportedProgram:
+    """Return the program of torch.export, its free axes free; sets the graph's ``least_size``.
+
+    Raises:
+        UserError: If the model cannot be exported, or not with these axes free.
+    """
+    images, is_dynamic = graph.example(), graph.settings.dynamic_size
+    free = {}
+    if graph.settings.batch is None:
+        free[0] = torch.export.Dim.AUTO
+    if is_dynamic:
+        free[2] = free[3] = torch.export.Dim.AUTO
+    with exporter_errors("a program of torch.export"):
+        program = torch.export.export(graph.module, (images,), dynamic_shapes=(free,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # would show the paths of this machine's source
+    shape = image_shape(program)
+    for axis, name in ((0, "--batch dynamic"), (2, "--dynamic-size"), (3, "--dynamic-size")):
+        if axis in free and isinstance(shape[axis], int):
+            raise UserError(f"{name}: torch.export cannot leave axis {axis} of this model's images free")
+    if is_dynamic:
+        graph.least_size = tuple(int(program.range_constraints[side.node.expr].lower) for side in shape[2:])
+        graph.metadata["least_size"] = json.dumps(graph.least_size)
+        if any(side < least for side, least in zip(graph.size, graph.least_size)):
+            raise UserError(
+                f"--dynamic-size: the graph takes images of {size_name(graph.least_size)} pixels or more, whose last "
+                f"map has more than one position; {size_name(graph.size)} is less (--img-size names another size)"
+            )
+    return program
+
+
+def image_shape(program: torch.export.ExportedProgram) -> torch.Size:
+    """Return the shape of a program's images, with symbols for free axes."""
+    (name,) = program.graph_signature.user_inputs
+    return next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+
+
+def need(package: str, purpose: str) -> None:
+    """Refuse if an optional package is not installed.
+
+    Raises:
+        MissingPackageError: If it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(f"{purpose} needs the package {package}: pip install 'raftmlp[export]'")
+
+
+# ONNX
+
+
+def write_onnx(graph: Graph) -> bytes:
+    """Return an ONNX model of standard operators; it runs in ONNX Runtime, and is made for TensorRT too."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package, "--format onnx")
+    if graph.settings.simplify:
+        need("onnxslim", "--simplify")
+    if graph.module.dtype == torch.bfloat16:
+        raise UserError("--format onnx --half bfloat16: ONNX Runtime has no bfloat16 convolution; float16 works")
+    program = exported(graph)
+    names = dict(zip(map(str, image_shape(program)), ("batch", "channels", "height", "width")))
+    with exporter_errors("an ONNX model"):
+        model = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=["images"],
+            output_names=graph.outputs,
+            opset_version=graph.settings.opset or OPSET,
+            external_data=False,
+            verbose=False,
+        ).model_proto
+        if graph.settings.simplify:
+            import onnxslim
+
+            model = onnxslim.slim(model)
+    _clean(model, names)
+    if domains := {node.domain for node in model.graph.node} - {""}:
+        raise UserError(f"an ONNX model of standard operators cannot be made of this model: it needs {domains}")
+    for name, value in graph.metadata.items():
+        model.metadata_props.add(key=name, value=value)
+    return model.SerializeToString()
+
+
+def _clean(model, names: dict[str, str]) -> None:
+    """Name the free axes of an ONNX model, in place of s77, and remove the exporter's notes on the source."""
+    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    for value in values:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_param = re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), axis.dim_param)
+    for part in (*values, *model.graph.node, *model.graph.initializer, model.graph):
+        del part.metadata_props[:]
+
+
+def run_onnx(path: Path) -> tuple[Runtime, dict[str, str]]:
+    """Return a function that runs an ONNX file in ONNX Runtime on the CPU, and the file's metadata."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+
+    return run, session.get_modelmeta().custom_metadata_map
+
+
+def quantize_onnx(content: bytes, kind: str, batches: list[Tensor]) -> bytes:
+    """Return an ONNX model whose products have 8-bit weights, made by ONNX Runtime's own quantiser.
+
+    Args:
+        content: The ONNX model.
+        kind: "dynamic": the scales of activations are computed at each run; "static": taken from the batches.
+        batches: Images (B, C, H, W) for "static".
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Batches(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(batches)
+
+        def get_next(self):
+            images = next(self.batches, None)
+            return None if images is None else {"images": images.numpy()}
+
+    with tempfile.TemporaryDirectory() as folder, exporter_errors("a quantised ONNX model"):
+        plain, prepared, quantised = (str(Path(folder, name)) for name in ("plain", "prepared", "quantised"))
+        Path(plain).write_bytes(content)
+        quant_pre_process(plain, prepared)
+        weights = quantization.QuantType.QInt8
+        if kind == "dynamic":
+            quantization.quantize_dynamic(
+                prepared, quantised, ["MatMul", "Gemm"], per_channel=True, weight_type=weights
+            )
+        else:
+            quantization.quantize_static(
+                prepared,
+                quantised,
+                Batches(),
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                weight_type=weights,
+                activation_type=weights,
+            )
+        model, metadata = onnx.load(quantised), onnx.load_from_string(content).metadata_props
+        del model.metadata_props[:]
+        model.metadata_props.extend(metadata)
+        used = {node.domain for node in model.graph.node}
+        opsets = [opset for opset in model.opset_import if opset.domain in used]
+        del model.opset_import[:]
+        model.opset_import.extend(opsets)
+        return model.SerializeToString()
+
+
+# torch.export and AOTInductor
+
+
+def write_pt2(graph: Graph) -> bytes:
+    """Return a program of torch.export."""
+    program, file = exported(graph), io.BytesIO()
+    with exporter_errors("a program of torch.export"):
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(graph.metadata)})
+    return file.getvalue()
+
+
+def run_pt2(path: Path) -> tuple[Runtime, dict[str, str]]:
+    """Return a function that runs a program of torch.export, and the file's metadata."""
+    extra = {"metadata.json": ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = torch.export.load(path, extra_files=extra).module()
+    return (lambda images: as_list(run(images))), json.loads(extra["metadata.json"])
+
+
+def write_aoti(graph: Graph) -> bytes:
+    """Return a package of AOTInductor: machine code for this kind of processor, and the weights."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise UserError("--format aoti needs a C++ compiler, g++ or clang++: there is none on the PATH")
+    program = exported(graph)
+    with tempfile.TemporaryDirectory() as folder, exporter_errors("a package of AOTInductor"):
+        path = Path(folder, "model.pt2")
+        configs = {"freezing": True, "aot_inductor.metadata": graph.metadata}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        return path.read_bytes()
+
+
+def run_aoti(path: Path) -> tuple[Runtime, dict[str, str]]:
+    """Return a function that runs a package of AOTInductor, and the file's metadata."""
+    model = torch._inductor.aoti_load_package(str(path))
+    return (lambda images: as_list(model(images))), model.get_metadata()
+
+
+# TorchScript
+
+
+def write_torchscript(graph: Graph) -> bytes:
+    """Return a TorchScript module."""
+    if graph.settings.batch is not None:
+        raise UserError(f"--format torchscript --batch {graph.settings.batch}: a TorchScript module takes any batch")
+    file = io.BytesIO()
+    with exporter_errors("a TorchScript module"):
+        if isinstance(graph.module, FeatureMaps):  # timm's ways to feature maps cannot be scripted
+            if graph.settings.dynamic_size:
+                raise ValueError("its feature maps can be traced only, for one size: leave --dynamic-size out")
+            script = torch.jit.trace(graph.module, graph.example())
+        else:
+            script = torch.jit.script(graph.module)
+        torch.jit.save(script, file, _extra_files={"metadata.json": json.dumps(graph.metadata)})
+    return _without_source(file)
+
+
+def _without_source(file: io.BytesIO) -> bytes:
+    """Return a TorchScript file without the source text and paths that torch keeps for its messages."""
+    stripped = io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(stripped, "w", zipfile.ZIP_STORED) as new:
+        for member in old.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                new.writestr(member.filename, old.read(member))
+    return stripped.getvalue()
+
+
+def run_torchscript(path: Path) -> tuple[Runtime, dict[str, str]]:
+    """Return a function that runs a TorchScript module, and the file's metadata."""
+    extra = {"metadata.json": ""}
+    script = torch.jit.load(path, map_location="cpu", _extra_files=extra)
+    return (lambda images: as_list(script(images))), json.loads(extra["metadata.json"])
+
+
+def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """Return one output or several as a list."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: its suffix, the name of its runtime, how it is written and how it is run."""
+
+    suffix: str
+    runtime: str
+    write: Callable[[Graph], bytes]
+    run: Callable[[Path], tuple[Runtime, dict[str, str]]]
+
+
+FORMATS = dict(
+    onnx=Format(".onnx", "ONNX Runtime", write_onnx, run_onnx),
+    pt2=Format(".pt2", "torch.export", write_pt2, run_pt2),
+    aoti=Format(".pt2", "AOTInductor", write_aoti, run_aoti),
+    torchscript=Format(".pt", "TorchScript", write_torchscript, run_torchscript),
+)

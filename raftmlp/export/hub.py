@@ -1,0 +1,204 @@
+"""A folder for the Hugging Face Hub: config.json, model.safetensors, and a README.md that describes the weights."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from timm.models import save_for_hf
+from torch import nn
+
+from ..errors import UserError, first_words
+from ..files import new_folder
+from ..raftmlp import RaftMLP
+from ..sizes import size_name
+from ..weights import load_checkpoint
+
+__all__ = ["model_card", "training_record", "write_folder"]
+
+CITATION = """
+
+## Citation
+
+```bibtex
+@inproceedings{tatsunami2022raftmlp,
+  title     = {RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Locality?},
+  author    = {Tatsunami, Yuki and Taki, Masato},
+  booktitle = {Asian Conference on Computer Vision (ACCV)},
+  year      = {2022}
+}
+```"""
+RECIPE = (
+    "epochs", "global_batch_size", "opt", "lr", "weight_decay", "sched", "warmup_epochs", "layer_decay", "smoothing",
+    "drop_path", "aa", "mixup", "cutmix", "reprob", "model_ema", "img_size", "seed",
+)  # fmt: skip
+UNKNOWN = "Not known: the weights came without a record of the training command."
+
+
+def training_record(path: Path) -> dict:
+    """Return what is known of how weights were trained, as the training command or an export recorded it.
+
+    A run's record is in its checkpoint and in summary.json beside it; that of NAME.safetensors is NAME.json.
+
+    It has those keys that are known, none for a file of other origin: options, data, command, versions, commit, best,
+    best_top1, best_epoch, epochs.
+
+    Raises:
+        UserError: If the JSON file is damaged.
+    """
+    of_checkpoint = {}
+    if path.suffix == ".safetensors":
+        file = path.with_suffix(".json")
+    else:
+        file = path.parent / "summary.json"
+        options = load_checkpoint(path).get("options")
+        if not isinstance(options, dict):  # not a run's checkpoint: the summary beside it is of another file
+            return {}
+        of_checkpoint = dict(options=options, data=options.get("dataset") or "a folder of images")
+    try:
+        record = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"the card {file} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"the card {file} is damaged: it must be what the training command wrote")
+    record |= of_checkpoint
+    kinds = dict(options=dict, best=dict, versions=dict, best_top1=float, best_epoch=int, epochs=int, command=str)
+    for key, kind in kinds.items():
+        if key in record and not isinstance(record[key], kind):
+            raise UserError(f"the card {file} is damaged: {key} is {record[key]!r}")
+    return record
+
+
+def model_card(model: nn.Module, name: str, config: dict, record: dict, measured: dict | None) -> ModelCard:
+    """Return the README.md of a model.
+
+    ``measured`` are figures of ``evaluate`` at the export, and ``data``, the name of the images.
+    """
+    header = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "raftmlp"],
+    )
+    is_ours = isinstance(model, RaftMLP)
+    about = "RaftMLP, an MLP vision backbone ([arXiv 2108.04384](https://arxiv.org/abs/2108.04384)): "
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+    size = size_name(config["input_size"][1:])
+    data = f"`{record['data']}`, as the training command names it." if record.get("data") else UNKNOWN
+    recipe = _recipe(record)
+    return ModelCard(f"""---
+{header.to_yaml()}
+---
+# {name}
+
+{about if is_ours else ""}{parameters:.2f} million parameters in {precision}, {model.num_classes} classes, images of \
+{size} pixels.
+
+## Use
+
+```python
+import timm
+{"import raftmlp  # registers the model" if is_ours else ""}
+model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+## Data
+
+{data}
+
+## Recipe
+
+{recipe or UNKNOWN}
+
+## Accuracy
+
+{_accuracy(record, measured) or "Not measured."}
+
+## Limits
+
+{_limits(model, config, record)}{CITATION if is_ours else ""}
+""")
+
+
+def _recipe(record: dict) -> str:
+    parts, options = [], record.get("options") or {}
+    if record.get("command"):
+        parts.append(f"Trained with raftmlp's training command:\n\n```\n{record['command']}\n```\n")
+    rows = [f"| {key} | {options[key]} |\n" for key in RECIPE if options.get(key) is not None]
+    if rows:
+        parts.append("| option | value |\n|---|---|\n" + "".join(rows))
+    if record.get("versions"):
+        versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+        parts.append(f"With {versions}; commit {record.get('commit') or 'unknown'}.")
+    return "\n".join(parts)
+
+
+def _accuracy(record: dict, measured: dict | None) -> str:
+    parts = []
+    if _has_best(record):
+        images = record.get("best", {}).get("eval_images")
+        parts.append(
+            "Top-1 {best_top1:.2f} % on the images that were held out in training{images}, after epoch {best_epoch} of "
+            "{epochs}.".format(**record, images=f", {images} images" if images else "")
+        )
+    if measured:
+        parts.append(
+            "Measured when this folder was written: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {images} images of "
+            "{data}.".format(**measured)
+        )
+    return "\n\n".join(parts)
+
+
+def _limits(model: nn.Module, config: dict, record: dict) -> str:
+    channels, *size = config["input_size"]
+    mean, std = (", ".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
+    limits = [
+        f"Images must be prepared as `config.json` describes: {channels}x{size_name(size)}, {config['interpolation']}, "
+        f"mean {mean}, deviation {std}."
+    ]
+    if _has_best(record):
+        limits.insert(0, "The epoch was chosen on the held-out images, so the figure on them is optimistic.")
+    if isinstance(model, RaftMLP):
+        limits.append(
+            f"Token mixing has weights for the grid of {size_name(model.img_size)} pixels. Images of other sizes are "
+            f"resized inside; expect the best accuracy near that size."
+        )
+    limits += [
+        "How the model behaves on images unlike those that it was trained on is not known; its probabilities are not "
+        "calibrated.",
+        "The licence of the weights must be stated by their author.",
+    ]
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _has_best(record: dict) -> bool:
+    return {"best_top1", "best_epoch", "epochs"} <= record.keys()
+
+
+def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path) -> None:
+    """Write the folder, after a check that timm loads it and gets the same outputs.
+
+    Raises:
+        UserError: If the model cannot be written, or the loaded one differs.
+    """
+    with new_folder(folder) as temporary:
+        try:
+            save_for_hf(model, str(temporary), safe_serialization=True, data_config=config)
+            loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
+        except OSError:
+            raise
+        except Exception as error:  # safetensors and timm raise errors of many kinds
+            raise UserError(f"cannot write {folder}: {first_words(error)}") from error
+        images = torch.randn(2, *config["input_size"], dtype=next(model.parameters()).dtype)
+        with torch.inference_mode():
+            if not torch.equal(loaded.to(images.dtype)(images), model(images)):
+                raise UserError(f"the model that timm loads from {folder} gives other outputs: it is not written")
+        card.save(temporary / "README.md")
+        file = temporary / "config.json"
+        content = json.loads(file.read_text())
+        content["pretrained_cfg"].pop("license", None)  # timm's, of its own weights
+        file.write_text(json.dumps(content, indent=2) + "\n")
+        for file in temporary.iterdir():
+            file.chmod(0o644)

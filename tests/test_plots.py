@@ -1,0 +1,62 @@
+"""The pictures: what they show is collected right, and they are drawn whatever the classes and names."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raftmlp.data.images import UNREADABLE
+from raftmlp.evaluate.plots import Gallery, draw_accuracy, draw_confusion, draw_cost, draw_speed
+from raftmlp.evaluate.results import Confusion
+from raftmlp.evaluate.speed import Result
+
+
+def test_gallery_shows_the_wrong_ones_first():
+    gallery = Gallery((0.5,), (0.5,), ["a", "b"], limit=3)
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.4, 0.6]])
+    gallery.add(torch.zeros(5, 1, 2, 2), torch.tensor([0, 0, 1, 1, 1]), probabilities)
+    assert [(truth, guess) for _, truth, guess, _ in gallery.wrong] == [(0, 1), (1, 0)]
+    assert [(truth, guess) for _, truth, guess, _ in gallery.right] == [(0, 0), (1, 1), (1, 1)]
+
+
+def test_gallery_leaves_out_what_could_not_be_read():
+    gallery = Gallery((0.5,), (0.5,), None)
+    gallery.add(torch.zeros(2, 1, 2, 2), torch.tensor([UNREADABLE, 1]), torch.eye(2))
+    assert len(gallery.right) == 1 and not gallery.wrong
+
+
+@pytest.mark.parametrize("classes", [2, 60, 1000])
+def test_confusions_are_drawn_for_few_and_many_classes(classes, tmp_path):
+    targets = np.arange(classes).repeat(2)
+    names = [f"${i} %^$" for i in range(classes)]  # no formulas
+    draw_confusion(tmp_path / "c.png", "title", Confusion(targets, targets[::-1].copy(), names))
+    assert Image.open(tmp_path / "c.png").width > 500
+
+
+def drawn_colours(path):
+    """The colours of matplotlib's cycle that a picture has, as C0, C1, ..."""
+    cycle = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b")
+    colours = {tuple(colour) for colour in np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).tolist()}
+    return [f"C{i}" for i, colour in enumerate(cycle) if tuple(bytes.fromhex(colour)) in colours]
+
+
+def test_accuracy_over_size_has_a_line_for_each_model(tmp_path):
+    rows = [
+        dict(model=name, img_size=(side, side), top1=top1)
+        for name, figures in (("a", (50, 60, 55)), ("b", (70, 80, 75)))
+        for side, top1 in zip((32, 64, 128), figures)
+    ]
+    draw_accuracy(tmp_path / "a.png", rows, 3)
+    assert drawn_colours(tmp_path / "a.png") == ["C0", "C1"]
+
+
+def test_speed_and_cost_leave_out_what_did_not_run(tmp_path):
+    def result(model, mode, size, **figures):
+        return Result(model, mode, "inference", size, 2, **figures)
+
+    ran = dict(milliseconds=2.0, images_per_second=1000.0, gmacs=0.5, memory_mib=3.0)
+    results = [result(*row, size, **ran) for size in ("32", "40x48") for row in (("a", "eager"), ("a", "compile"))]
+    results.append(result("b", "eager", "32", failure="too small"))
+    draw_speed(tmp_path / "speed.png", results)
+    draw_cost(tmp_path / "cost.png", results)
+    assert drawn_colours(tmp_path / "speed.png") == drawn_colours(tmp_path / "cost.png") == ["C0", "C1"]
