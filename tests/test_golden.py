@@ -1,8 +1,5 @@
 """The authors' 2021 release, number for number: its outputs for weights and images that anyone can make again."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
@@ -10,23 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import raftmlp
-from golden.arrays import images, original_state_dict, uniform
-
-DATA = Path(__file__).parent / "golden" / "data"
-CATALOGUE = json.loads((DATA / "catalogue.json").read_text())
-VARIANTS = [name for name in CATALOGUE if name != "tiny_training"]
-
-
-def release_weights(name):
-    entry = CATALOGUE[name]
-    arrays = original_state_dict(entry["state_dict_shapes"], entry["norm_modules"])
-    return {key: torch.from_numpy(value) for key, value in arrays.items()}
-
-
-def relative_error(actual, expected):
-    actual = actual.numpy()
-    assert actual.shape == expected.shape
-    return np.abs(actual - expected).max() / np.abs(expected).max()
+from golden.arrays import images, uniform
+from helpers import CATALOGUE, GOLDEN, VARIANTS, relative_error, release_weights
 
 
 def tiny_model():
@@ -59,7 +41,7 @@ def test_parameter_count(variant):
 @torch.no_grad()
 def test_logits_and_features(variant):
     name, model = variant
-    golden = np.load(DATA / f"{name}.npz")
+    golden = np.load(GOLDEN / f"{name}.npz")
     for height, width in CATALOGUE[name]["sizes"]:
         tolerance = 1e-5 if (height, width) == (224, 224) else 2e-5  # a resize is in the path
         at = f"{height}x{width}"
@@ -84,7 +66,7 @@ def test_logits_and_features(variant):
 
 
 def test_training():
-    golden = np.load(DATA / "tiny_training.npz")
+    golden = np.load(GOLDEN / "tiny_training.npz")
     model = tiny_model().train()
     model.load_state_dict(release_weights("tiny_training"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)

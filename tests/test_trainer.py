@@ -21,6 +21,18 @@ from raftmlp.errors import UserError
 from raftmlp.train import Trainer, TrainSettings
 from raftmlp.weights import load_checkpoint
 
+FROM_PYTHON = """
+import timm
+from raftmlp.data import create_dataset
+from raftmlp.train import Trainer, TrainSettings
+
+if __name__ == "__main__":
+    model = timm.create_model("raftmlp_digits", num_classes=10, embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))
+    settings = TrainSettings(epochs=1, warmup_epochs=0, batch_size=256, workers=2, device="cpu", output="run")
+    trainer = Trainer(settings, model, create_dataset("digits", split="train"), create_dataset("digits"))
+    print(trainer.fit(resume="auto")["best_epoch"])
+"""
+
 DIGITS = [*TINY, "--dataset", "digits"]
 # every source of randomness at once
 RANDOM = [
@@ -158,6 +170,13 @@ def test_a_trainer_trains_stops_and_resumes(tmp_path):
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     parts.fit(resume="auto")  # the one that was stopped has the last state too
     assert_same(parts.state_dict()["state_dict"], whole.state_dict()["state_dict"])
+
+
+def test_a_program_with_workers_ends(tmp_path):
+    (tmp_path / "program.py").write_text(FROM_PYTHON)
+    command, environment = [sys.executable, "program.py"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_a_trainers_state(tmp_path):

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from ..create import ModelSettings
 from ..data.images import DataSettings, ImageSettings
 from ..errors import UserError
-from ..evaluate.evaluation import PreparedModel, prepare_model
+from ..evaluate.evaluation import PreparedModel, prepare_model, warn_of_random_weights
 from ..export.comparison import (
     CALIBRATION_IMAGES,
     RuntimeModule,
@@ -157,6 +157,7 @@ def main() -> None:
         raise UserError("--quantize static takes the scales from images: name them with --dataset or --data-dir")
     out = check_path(args)
     prepared = prepare_model(ModelSettings.select(vars(args)), ImageSettings.select(vars(args)))
+    warn_of_random_weights([prepared])
     (export_folder if settings.format == "hf" else export_file)(args, settings, prepared, out)
 
 

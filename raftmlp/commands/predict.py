@@ -22,7 +22,7 @@ from ..data.find import find_images
 from ..data.images import ImageSettings
 from ..device import DeviceSettings, find_device
 from ..errors import UserError
-from ..evaluate.evaluation import prepare_model
+from ..evaluate.evaluation import prepare_model, warn_of_random_weights
 from ..evaluate.labels import model_class_names, read_class_names
 from ..evaluate.prediction import MAX_BARS, ImageFiles, class_probabilities, draw_predictions, occlusion_map, predict
 from ..files import write_text
@@ -90,6 +90,7 @@ def main() -> None:
         raise UserError("--saliency colours the picture: name its file with --picture")
     files, device = find_images(args.images), find_device(args.device)
     prepared = prepare_model(ModelSettings.select(options), ImageSettings.select(options))
+    warn_of_random_weights([prepared])
     model, execution = prepared.model, DeviceSettings.select(options)
     names = read_class_names(args.class_names, model.num_classes) if args.class_names else model_class_names(model)
 

@@ -27,7 +27,7 @@ from ..data import class_names
 from ..data.images import DataSettings, ImageSettings, file_name
 from ..device import DeviceSettings, find_device
 from ..errors import UserError
-from ..evaluate.evaluation import PreparedModel, evaluate_prepared, prepare_model, run_once
+from ..evaluate.evaluation import PreparedModel, evaluate_prepared, prepare_model, run_once, warn_of_random_weights
 from ..evaluate.labels import default_num_classes, readable_names
 from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
 from ..evaluate.results import Predictions
@@ -113,11 +113,12 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
 
 
 def announce(models: list[PreparedModel]) -> None:
-    """Print which classes compete where the data has a part of a model's."""
+    """Print what matters for the figures: which classes compete, which weights are random."""
     for prepared in {prepared.name: prepared for prepared in models}.values():
         if prepared.outputs:
             subset = (infer_imagenet_subset(prepared.model) or "the model's").replace("imagenet", "ImageNet")
             say(f"the {len(prepared.outputs)} classes are a part of {subset}: {prepared.name} chooses among these")
+    warn_of_random_weights(models)
 
 
 def table_header(width: int, with_real_labels: bool) -> str:

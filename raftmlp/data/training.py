@@ -271,6 +271,10 @@ class TrainingLoader:
         except StopIteration as error:
             raise UserError("the data set ended before the epoch did: it has fewer images than it says") from error
 
+    def end_workers(self) -> None:
+        """End the processes that load images; the next epoch starts others."""
+        self.loader.loader._iterator = None  # torch ends them when their iterator is gone
+
     def _stream_workers(self, wanted: int) -> int:
         """Return how many processes read a stream: at least one, and none without a shard of its own."""
         split = getattr(getattr(self.dataset, "reader", None), "split_info", None)

@@ -23,7 +23,15 @@ from .labels import RealLabels, matching_outputs
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["ClassifierView", "PreparedModel", "evaluate", "evaluate_prepared", "prepare_model", "run_once"]
+__all__ = [
+    "ClassifierView",
+    "PreparedModel",
+    "evaluate",
+    "evaluate_prepared",
+    "prepare_model",
+    "run_once",
+    "warn_of_random_weights",
+]
 
 
 @torch.inference_mode()
@@ -148,15 +156,17 @@ def prepare_model(
 ) -> PreparedModel:
     """Return a model, made of the settings unless it is given, with how images are prepared for it.
 
-    ``classes`` is its number of classes if nothing else says it. That a new model has random weights is logged.
+    ``classes`` is its number of classes if nothing else says it.
     """
-    if model is None:
-        model = create_model(settings, classes=classes).eval()
-        if settings.weights == "random":
-            _logger.warning(
-                f"note: without --pretrained or --checkpoint, the weights of {settings.name(model)} are random"
-            )
+    model = create_model(settings, classes=classes).eval() if model is None else model
     return PreparedModel(settings.name(model), settings.weights, model, data_config(images, model, settings.size))
+
+
+def warn_of_random_weights(models: Iterable[PreparedModel]) -> None:
+    """Log which models have random weights, if any has."""
+    names = ", ".join(dict.fromkeys(prepared.name for prepared in models if prepared.weights == "random"))
+    if names:
+        _logger.warning(f"note: without --pretrained or --checkpoint, the weights of {names} are random")
 
 
 @torch.inference_mode()

@@ -170,6 +170,7 @@ class Trainer:
             return on_first(self._finish, is_finished, exported)
         finally:
             self.folder.close()
+            self.loader.end_workers()
 
     def _start_folder(self, checkpoint: Path | None, overwrite: bool) -> bool:
         """Make the folder this run's; return whether the run was finished before, whose records stay as they are."""

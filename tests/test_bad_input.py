@@ -1,0 +1,82 @@
+"""Bad input to the commands that take a model and data: one line, exit status 2, nothing written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from raftmlp.commands import train, validate
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "raftmpl_s"], "unknown model 'raftmpl_s'; did you mean raftmlp_s"),
+        (["--data-dir", "missing"], "no data at missing"),
+        ([], "--data-dir"),
+        (["--dataset", "digit"], "unknown data set 'digit'"),
+        (["--dataset", "digits", "--val-split", "x"], "no split 'x'"),
+        (["--dataset", "digits", "--checkpoint", "missing.pth"], "no checkpoint at missing.pth"),
+        (["--dataset", "digits", "--checkpoint", "cut.pth"], "cut.pth is damaged"),
+        (["--dataset", "digits", "--checkpoint", "foreign.pth"], "foreign.pth does not fit this RaftMLP: stages.0"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size=3"], "raft_size 3 must be a positive divisor"),
+        (["--dataset", "digits", "--model-kwargs", "raft_sise=2"], "raft_sise"),
+        (["--dataset", "digits", "--checkpoint", "."], ". is a folder: name a checkpoint file in it"),
+        (["--data-dir", "splits"], "no split 'validation' in splits: it has train"),
+        (["--data-dir", "tars"], "no data set '' with split"),
+        (["--dataset", "digits", "--pretrained"], "no pretrained weights raftmlp_s.TAG.safetensors"),
+        (["--dataset", "digits", "--img-size", "0"], "must be a whole number of 1 or more, not '0'"),
+        (["--dataset", "digits", "--img-size", "1", "2", "3"], "--img-size takes"),
+        (
+            ["--dataset", "digits", "--model-kwargs", "num_classes=7"],
+            "the data has 10 classes, the model 7",
+        ),
+        (["--dataset", "digits", "--crop-pct", "3"], "must be a number from 0.01 to 1, not '3'"),
+        (["--dataset", "digits", "--interpolation", "cubic"], "invalid choice: 'cubic'"),
+        (["--dataset", "digits", "--device", "gpu"], "no device 'gpu'"),
+        (["--dataset", "digits", "--batch-size", "many"], "must be a whole number of 1 or more, not 'many'"),
+        (
+            ["--dataset", "digits", "--batchsize", "3"],
+            "unrecognized arguments: --batchsize 3; did you mean --batch-size",
+        ),
+        (["-c", "missing.yaml"], "cannot read the config missing.yaml"),
+        (["-c", "unknown.yaml"], "unknown.yaml: unknown key 'batchsize'; did you mean batch_size"),
+        (["-c", "broken.yaml"], "broken.yaml is no YAML file"),
+        (["-c", "list.yaml"], "list.yaml must be a mapping"),
+        (["-c", "wrong.yaml"], "wrong.yaml: batch_size: must be a whole number of 1 or more, not 'big'"),
+        (["-c", "flag.yaml"], "flag.yaml: amp must be true or false, not 'perhaps'"),
+        (["-c", "base.yaml"], "cannot read the config"),
+        (["-c", "number.yaml"], "number.yaml must be a mapping"),
+        (["-c", "circle.yaml"], "circle.yaml is its own base"),
+        (["-c", "badbase.yaml"], "badbase.yaml: base must be the name of a file"),
+        (["-c", "null.yaml"], "null.yaml: batch_size has no value"),
+        (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
+        (["--dataset", "torch/cifar10"], "torch/cifar10"),
+        (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
+    ],
+)
+@pytest.mark.parametrize("command", [train, validate], ids=lambda command: command.__name__.rpartition(".")[2])
+def test_one_line_and_nothing_written(run_command, command, options, message):
+    Path("cut.pth").write_bytes(b"PK\x03\x04 cut")
+    torch.save({"conv.weight": torch.zeros(3)}, "foreign.pth")
+    for name, text in {
+        "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
+        "count": "scale: [1]", "base": "base: nowhere.yaml", "number": "1: 2", "circle": "base: circle.yaml",
+        "badbase": "base: [a]", "null": "batch_size:",
+    }.items():  # fmt: skip
+        Path(f"{name}.yaml").write_text(text)
+    Path("splits/train/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("splits/train/a/1.png")
+    Path("tars").mkdir()
+    for name in ("train", "val"):
+        Path(f"tars/{name}.tar").write_text("no tar")
+    before = sorted(Path().iterdir())
+    status, out, err = run_command(command, *options)
+    assert status == 2
+    assert message in err
+    assert re.match(r"raftmlp (train|validate): error: ", err.splitlines()[-1])
+    assert "Traceback" not in err
+    assert not out
+    assert sorted(Path().iterdir()) == before
