@@ -1,5 +1,5 @@
 """``python -m raftmlp`` is the console command."""
 
-from .commands.main import main
+from raftmlp_cli import main
 
 main()

@@ -3,10 +3,11 @@
 The commands make their options of them; Python code gives the values by name. Both are checked in the same way.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
 
 from .errors import UserError
 
@@ -85,6 +86,8 @@ class Settings:
                 continue
             try:
                 _check(entry.type, entry.metadata, value)
+                if value == "" != entry.default:
+                    raise UserError("must not be empty")
             except UserError as error:
                 raise UserError(f"{entry.name} {error}") from error
 
@@ -97,12 +100,16 @@ class Settings:
 def _check(kind: Any, metadata: Mapping[str, Any], value: Any) -> None:
     if kind is bool and not isinstance(value, bool):
         raise UserError(f"must be true or false, not {value!r}")
+    if kind in (str, str | None) and not isinstance(value, str | os.PathLike):
+        raise UserError(f"must be a text, not {value!r}")
+    if get_origin(kind) is dict and not isinstance(value, Mapping):
+        raise UserError(f"must be a mapping, not {value!r}")
     many = metadata.get("nargs") not in (None, "?")
     count = metadata.get("nargs")
     if many and not isinstance(value, (list, tuple, dict)):
         raise UserError(f"must be a sequence, not {value!r}")
-    if isinstance(count, int) and len(value) != count:
-        raise UserError(f"takes {count} values, not {value!r}")
+    if (isinstance(count, int) and len(value) != count) or (count == "+" and not len(value)):
+        raise UserError(f"takes {'one or more' if count == '+' else count} values, not {value!r}")
     for single in value if many else [value]:
         if isinstance(metadata.get("type"), Number):
             metadata["type"].check(single)

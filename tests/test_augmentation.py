@@ -35,6 +35,10 @@ def test_mixup_then_cutmix_keeps_account_of_every_pixel():
         (dict(affine=(10, 2, 0.1)), "SHIFT up to 1"),
         (dict(affine=(10, 0.1, 1)), "SCALE below 1"),
         (dict(aa="random"), "--aa 'random'"),
+        (dict(aa="rand-mX"), "--aa takes .*'mX'"),
+        (dict(aa="rand-m9-0.5"), "--aa takes .*'0.5'"),
+        (dict(aa="augmix-m5-tweights"), "--aa takes .*'tweights'"),
+        (dict(scale=(0.5, 3)), "--scale takes shares of the image's area, up to 1, not 3"),
     ],
 )
 def test_a_transform_that_cannot_be(settings, message):

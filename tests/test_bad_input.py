@@ -41,9 +41,11 @@ from raftmlp.commands import train, validate
             ["--dataset", "digits", "--batchsize", "3"],
             "unrecognized arguments: --batchsize 3; did you mean --batch-size",
         ),
-        (["-c", "missing.yaml"], "cannot read the config missing.yaml"),
+        (["--dataset", "digits", "--data-dir", "splits"], "'digits' is embedded and reads nothing in splits"),
+        (["-c", "twice.yaml"], "twice.yaml, line 2: batch_size stands here twice"),
+        (["-c", "missing.yaml"], "no config missing.yaml; shipped are"),
         (["-c", "unknown.yaml"], "unknown.yaml: unknown key 'batchsize'; did you mean batch_size"),
-        (["-c", "broken.yaml"], "broken.yaml is no YAML file"),
+        (["-c", "broken.yaml"], "broken.yaml, line 1: expected"),
         (["-c", "list.yaml"], "list.yaml must be a mapping"),
         (["-c", "wrong.yaml"], "wrong.yaml: batch_size: must be a whole number of 1 or more, not 'big'"),
         (["-c", "flag.yaml"], "flag.yaml: amp must be true or false, not 'perhaps'"),
@@ -51,7 +53,7 @@ from raftmlp.commands import train, validate
         (["-c", "number.yaml"], "number.yaml must be a mapping"),
         (["-c", "circle.yaml"], "circle.yaml is its own base"),
         (["-c", "badbase.yaml"], "badbase.yaml: base must be the name of a file"),
-        (["-c", "null.yaml"], "null.yaml: batch_size has no value"),
+        (["-c", "null.yaml"], "null.yaml, line 1: batch_size has no value"),
         (["--dataset", "digits", "--model", "raftmlp_s.mine"], "Invalid pretrained tag"),
         (["--dataset", "torch/cifar10"], "torch/cifar10"),
         (["--dataset", "digits", "--model-kwargs", "raft_size"], "expected KEY=VALUE pairs"),
@@ -65,6 +67,7 @@ def test_one_line_and_nothing_written(run_command, command, options, message):
         "unknown": "batchsize: 3", "broken": "a: [1", "list": "- 1", "wrong": "batch_size: big", "flag": "amp: perhaps",
         "count": "scale: [1]", "base": "base: nowhere.yaml", "number": "1: 2", "circle": "base: circle.yaml",
         "badbase": "base: [a]", "null": "batch_size:",
+        "twice": "batch_size: 2\nbatch_size: 3",
     }.items():  # fmt: skip
         Path(f"{name}.yaml").write_text(text)
     Path("splits/train/a").mkdir(parents=True)

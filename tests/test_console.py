@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,8 +12,8 @@ import pytest
 
 from raftmlp import __version__
 from raftmlp.commands import console
-from raftmlp.commands.main import COMMANDS, NAMES, main
 from raftmlp.errors import MissingFileError, UserError
+from raftmlp_cli import COMMANDS, NAMES, main
 
 
 def command(function):
@@ -86,13 +88,15 @@ def test_command_line(monkeypatch, argv, line):
 
 def test_the_list_of_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["raftmlp", "--help"])
-    main()
+    with pytest.raises(SystemExit, match="None"):
+        main()
     text = capsys.readouterr().out
     for title, commands in COMMANDS.items():
         assert f"\n{title}:\n" in text
         assert all(f"\n  {name} " in text for name in commands)
     monkeypatch.setattr(sys, "argv", ["raftmlp", "--version"])
-    main()
+    with pytest.raises(SystemExit, match="None"):
+        main()
     assert capsys.readouterr().out == f"raftmlp {__version__}\n"
 
 
@@ -112,3 +116,39 @@ def test_a_command_in_a_process_of_its_own(start):
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.endswith(": error: no checkpoint at missing.pth\n") and done.stderr.count("\n") == 1
+
+
+def test_the_list_of_commands_does_not_load_torch():
+    code = (
+        "import sys, raftmlp_cli; raftmlp_cli.help_text(); assert not {'torch', 'timm', 'raftmlp'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_ctrl_c_while_torch_is_loaded():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "raftmlp_cli", "validate"], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # a name in the list has been imported
+        if "torch._utils" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in rest and rest.endswith("\ninterrupted\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>&1 >&-", "2>&1 | true"])
+def test_closed_streams(tmp_path, closed):
+    line = f"{sys.executable} -m raftmlp_cli convert missing.pth x.safetensors {closed}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == (0 if "|" in closed else 2)
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path):
+    line = [sys.executable, "-m", "raftmlp_cli", "convert", "Größe-☃.pth", "x.safetensors"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "raftmlp convert: error: no checkpoint at Gr\\xf6\\xdfe-\\u2603.pth\n"

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from helpers import ROOT, TINY_MODEL
-from raftmlp.commands.main import NAMES
+from raftmlp_cli import NAMES
 
 FOLDERS, FILES = ("checkpoints", "configs", "raftmlp"), ("LICENSE", "README.md", "pyproject.toml")
 

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from raftmlp.commands.options import Parser, find_config, output_file, output_folder
+from raftmlp.commands.config_files import find_config
+from raftmlp.commands.options import Parser, output_file, output_folder
 from raftmlp.errors import UserError
 from raftmlp.settings import Number, Settings, option
 from raftmlp.sizes import as_size, parse_size, size_name
@@ -109,12 +110,25 @@ def test_yaml_files_inherit_and_the_command_line_wins(parser, tmp_path):
         ("sides: [1]", "sides takes 2 values"),
         ("framed: perhaps", "framed must be true or false, not 'perhaps'"),
         ("more: [1]", "more must be a mapping"),
-        ("a: [1", "is no YAML file"),
+        ("a: [1", "run.yaml, line 1: expected"),
         ("- 1", "must be a mapping"),
         ("1: 2", "must be a mapping"),
         ("base: run.yaml", "is its own base"),
         ("base: [a]", "base must be the name of a file"),
         ("base: nowhere.yaml", "cannot read the config"),
+        ("copies: 2\nscale: 1\ncopies: 3", "line 3: copies stands here twice"),
+        ("more: {a: 1, a: 2}", "line 1: a stands here twice"),
+        ("copies: 1:00", "copies: must be a whole number from 1 to 9, not '1:00'"),
+        ("size:", "line 1: size has no value"),
+        ("colour: [red]", r"colour must be a number or a text, not \['red'\]"),
+        ("colour: {a: 1}", "colour must be a number or a text, not {'a': 1}"),
+        ("colour: true", "colour must be a number or a text, not True"),
+        ("sides: []", "sides must be one or more numbers or texts"),
+        ("sides: [[1], 2]", "sides must be one or more numbers or texts"),
+        ("more: &a {b: 1}\nsize: *a", "line 2: aliases are not allowed"),
+        ("more: " + "[" * 20000, "is nested too deeply"),
+        ("copies: " + "9" * 5000, "is no YAML file"),
+        ("copies: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )
 def test_bad_yaml_files_are_named(parser, tmp_path, text, message):
@@ -130,7 +144,19 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
     (tmp_path / "imagenet").mkdir()
     (tmp_path / "imagenet" / "raftmlp_s.yaml").write_text("mine: 1")
     assert find_config("imagenet/raftmlp_s.yaml").read_text() == "mine: 1"
-    assert str(find_config("missing.yaml")) == "missing.yaml"
+    with pytest.raises(UserError, match="no config imagenet/raftmlp_ss; did you mean imagenet/raftmlp_s"):
+        find_config("imagenet/raftmlp_ss")
+    with pytest.raises(UserError, match="no config missing.yaml; shipped are digits/raftmlp_digits, "):
+        find_config("missing.yaml")
+    with pytest.raises(UserError, match="no config 'nnn.*File name too long"):
+        find_config("n" * 5000)
+
+
+def test_numbers_in_yaml_are_those_of_yaml_1_2(parser, tmp_path):
+    (tmp_path / "run.yaml").write_text("copies: 007\nscale: 1e-3\nmore: {a: 010, b: 1e3, c: 1:30, d: 2024-01-01}\n")
+    args = parser.parse_args(["-c", str(tmp_path / "run.yaml")])
+    assert (args.copies, args.scale) == (7, 1e-3)
+    assert args.more == {"a": 10, "b": 1000.0, "c": "1:30", "d": "2024-01-01"}
 
 
 def test_outputs_are_checked_before_the_work(tmp_path):

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """The command ``raftmlp benchmark`` as a script."""
 
-from raftmlp.commands.benchmark import main
-from raftmlp.commands.console import run
+from raftmlp_cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("benchmark")

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """The command ``raftmlp train`` as a script."""
 
-from raftmlp.commands.console import run
-from raftmlp.commands.train import main
+from raftmlp_cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("train")

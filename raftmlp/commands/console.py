@@ -11,6 +11,8 @@ import torch
 from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
+from raftmlp_cli import discard_output, prepare_streams
+
 from ..data.workers import kill_workers
 from ..errors import UserError
 from ..processes import is_first_process
@@ -26,6 +28,7 @@ DISK_ERRORS = (
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit; user errors, errors of a disk and Ctrl-C end it in one line."""
+    prepare_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     log = logging.getLogger("raftmlp")
     log.setLevel(logging.INFO)
@@ -35,6 +38,9 @@ def run(main: Callable[[], int | None]) -> None:
         status = main()
     except UserError as error:
         status = show_error(error)
+    except BrokenPipeError:
+        discard_output()
+        status = 1
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -65,7 +71,7 @@ def say(*words: object) -> None:
         with tqdm.external_write_mode():
             print(*words, flush=True)
     except BrokenPipeError:  # the reader ("| head") has closed: the work goes on in silence
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
 
 
 def show_error(error: Exception) -> int:

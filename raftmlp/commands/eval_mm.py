@@ -14,9 +14,10 @@ from pathlib import Path
 from ..errors import shared_errors
 from ..files import write_text
 from ..processes import end_processes, is_first_process
+from .config_files import find_config
 from .console import run, say
 from .mm_options import add_checkpoint_options, add_run_options, check_packages
-from .options import PICTURES, Parser, find_config, option_type, output_file, output_folder
+from .options import PICTURES, Parser, option_type, output_file, output_folder
 
 IN_PICTURE = 16
 

@@ -11,15 +11,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.utils import ParseKwargs
 
 from ..errors import UserError
-from ..files import shipped_folder
 from ..settings import Settings
+from .config_files import find_config, read_config
 from .console import show_error
 
-__all__ = ["Parser", "find_config", "option_type", "output_file", "output_folder", "read_config"]
+__all__ = ["Parser", "option_type", "output_file", "output_folder"]
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -143,6 +142,9 @@ class Parser(argparse.ArgumentParser):
             return action.const
         many = isinstance(action.nargs, int) or action.nargs in ("+", "*")
         values = value if many and isinstance(value, list) else [value]
+        if not values or any(v is None or isinstance(v, (bool, list, dict)) for v in values):
+            allowed = "one or more numbers or texts" if many else "a number or a text"
+            raise UserError(f"{path}: {action.dest} must be {allowed}, not {value!r}")
         if isinstance(action.nargs, int) and len(values) != action.nargs:
             raise UserError(f"{path}: {action.dest} takes {action.nargs} values, not {value!r}")
         try:
@@ -159,40 +161,6 @@ class Parser(argparse.ArgumentParser):
             if near := difflib.get_close_matches(name, self._option_string_actions, n=3):
                 message += f"; did you mean {' or '.join(near)}?"
         raise SystemExit(show_error(UserError(f"{message} (--help lists the options)")))
-
-
-# Config files
-
-
-def find_config(name: str, suffix: str = ".yaml") -> Path:
-    """Return the file of a config: the file itself, or a shipped one by its name, as "imagenet/raftmlp_s"."""
-    shipped = shipped_folder("configs") / f"{name.removesuffix(suffix).removeprefix('configs/')}{suffix}"
-    return Path(name) if Path(name).exists() or not shipped.is_file() else shipped
-
-
-def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """Return the options in a YAML file, those of its ``base`` file under them.
-
-    Raises:
-        UserError: If the file or a base of it cannot be read, or is no mapping.
-    """
-    if path.resolve() in above:
-        raise UserError(f"{path} is its own base")
-    try:
-        options = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
-    options = {} if options is None else options
-    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise UserError(f"{path} must be a mapping from options to values")
-    base = options.pop("base", None)
-    if base is None:
-        return options
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base must be the name of a file, not {base!r}")
-    return {**read_config(path.parent / base, (*above, path.resolve())), **options}
 
 
 # Files to write

@@ -17,9 +17,10 @@ from ..data.find import find_images
 from ..device import DeviceSettings, find_device
 from ..errors import UserError
 from ..files import write_text
+from .config_files import find_config
 from .console import run, say
 from .mm_options import add_checkpoint_options, add_config_options, check_packages
-from .options import Parser, find_config, option_type, output_folder
+from .options import Parser, option_type, output_folder
 
 
 def build_parser() -> Parser:

@@ -12,9 +12,10 @@ import torch
 
 from ..errors import UserError, shared_errors
 from ..processes import end_processes, is_first_process
+from .config_files import find_config
 from .console import run, say
 from .mm_options import add_run_options, check_packages
-from .options import Parser, find_config
+from .options import Parser
 
 
 def build_parser() -> Parser:

@@ -1,5 +1,6 @@
 """Augmentation: of single images, by timm's transforms and the release's, and of whole batches."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,9 @@ def training_transform(settings: AugmentationSettings, config: dict) -> Callable
         low, high = getattr(settings, name)
         if low > high:
             raise UserError(f"--{name} takes the smaller number first, not {low} {high}")
+    if settings.train_crop_mode == "rrc" and settings.scale[1] > 1:
+        raise UserError(f"--scale takes shares of the image's area, up to 1, not {settings.scale[1]}")
+    _check_policy(settings.aa)
     try:
         crop, colours, tensor = create_transform(
             size,
@@ -100,6 +104,16 @@ def training_transform(settings: AugmentationSettings, config: dict) -> Callable
     if settings.cutout:
         tensor.append(RandomErasing(settings.cutout, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=0))
     return Compose([*crop, *colours, *tensor])
+
+
+def _check_policy(policy: str | None) -> None:
+    """Refuse parts of an --aa policy that timm would pass over: those that are no key with a number."""
+    name, *parts = (policy or "").split("-")
+    for part in parts:
+        if not re.fullmatch(r"[a-z]+\d+(\.\d+)?", part) and not (name == "rand" and re.fullmatch("t[a-z0-9]+", part)):
+            raise UserError(
+                f"--aa takes a policy's name and keys with numbers, as rand-m9-mstd0.5, not {policy!r}: {part!r}"
+            )
 
 
 class BatchAugmentation:

@@ -28,6 +28,10 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         MissingFileError: If its folder is missing.
     """
     if name == "digits":
+        if root:
+            raise UserError(
+                f"the data set 'digits' is embedded and reads nothing in {root}: for a folder, --dataset folder"
+            )
         return Digits(split)
     if not name or "/" not in name:
         if name not in ("", "folder", "tar"):

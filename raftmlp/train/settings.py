@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from timm.optim import list_optimizers
 
@@ -14,7 +14,7 @@ from ..device import DeviceSettings
 from ..errors import UserError
 from ..settings import Number, Settings, option
 
-__all__ = ["TrainSettings", "make_recipe"]
+__all__ = ["TrainSettings", "make_recipe", "without_effect"]
 
 # settings that say how and where a run goes, and do not change its result
 NOT_IN_RECIPE = (
@@ -125,6 +125,38 @@ class TrainSettings(  # the fields come in the order of the bases from the last 
     TrainingModelSettings,
 ):
     """All settings of a training run, with timm's names."""
+
+
+# what an option needs to have an effect: a condition, and its words
+NEEDS = {
+    "scale": (lambda s: s.train_crop_mode != "random", "--train-crop-mode other than random"),
+    "color_jitter": (lambda s: not s.aa or s.force_color_jitter, "--force-color-jitter beside --aa"),
+    "force_color_jitter": (lambda s: s.aa, "--aa"),
+    "remode": (lambda s: s.reprob, "--reprob"),
+    "mixup_prob": (lambda s: s.makes_soft_targets and not s.mixup_then_cutmix, "--mixup or --cutmix, one at a time"),
+    "mixup_switch_prob": (lambda s: s.mixup and s.cutmix and not s.mixup_then_cutmix, "--mixup and --cutmix in turn"),
+    "mixup_then_cutmix": (lambda s: s.makes_soft_targets, "--mixup and --cutmix"),
+    "clip_mode": (lambda s: s.clip_grad, "--clip-grad"),
+    "model_ema_decay": (lambda s: s.model_ema, "--model-ema"),
+    "warmup_lr": (lambda s: s.warmup_epochs, "--warmup-epochs"),
+    "min_lr": (lambda s: s.sched != "constant", "a --sched other than constant"),
+    "kd_temperature": (lambda s: s.kd_model_name, "--kd-model-name"),
+    "distill_loss_weight": (lambda s: s.kd_model_name, "--kd-model-name"),
+    "task_loss_weight": (lambda s: s.kd_model_name, "--kd-model-name"),
+    "amp_dtype": (lambda s: s.amp, "--amp"),
+    "dataset_download": (lambda s: s.dataset, "--dataset"),
+}
+NEEDS["ratio"] = NEEDS["scale"]
+
+
+def without_effect(settings: TrainSettings) -> list[str]:
+    """Return the options that are not at their default and have no effect here, each with what it needs."""
+    defaults = {entry.name: entry.default for entry in fields(settings)}
+    return [
+        f"--{name.replace('_', '-')} (needs {words})"
+        for name, (condition, words) in NEEDS.items()
+        if getattr(settings, name) != defaults[name] and not condition(settings)
+    ]
 
 
 def make_recipe(settings: TrainSettings) -> dict:

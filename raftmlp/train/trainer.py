@@ -35,7 +35,7 @@ from .learner import Learner
 from .progress import Progress
 from .resume import changed_options, reason_not_to_resume
 from .run_folder import RunFolder
-from .settings import TrainSettings, make_recipe
+from .settings import TrainSettings, make_recipe, without_effect
 from .signals import StopSignals
 from .state import DivergedError, Losses, RunState
 
@@ -126,6 +126,8 @@ class Trainer:
         Raises:
             UserError: If a setting cannot be used.
         """
+        if ignored := without_effect(settings):
+            _logger.warning(f"note: without effect here: {', '.join(ignored)}")
         random_seed(settings.seed)
         train_data = settings.create(settings.train_split, is_training=True, seed=settings.seed)
         val_data = settings.create(settings.val_split, seed=settings.seed)

@@ -1,0 +1,107 @@
+"""The console command ``raftmlp``: lists the others in groups, and runs one.
+
+It lies outside of the package since an import of that loads torch, which takes seconds: the list, a wrong name and
+Ctrl-C do not wait for it.
+"""
+
+import difflib
+import importlib.metadata
+import io
+import os
+import sys
+
+COMMANDS = {
+    "classification": {
+        "train": "train a model on images, on one device or many",
+        "validate": "evaluate models on a data set, at any image sizes",
+        "predict": "classify images",
+    },
+    "files": {
+        "export": "write a model as ONNX, torch.export, AOTInductor, TorchScript, or for the Hugging Face Hub",
+        "convert": "turn a checkpoint, the authors' 2021 release's or ours, into a safetensors file",
+    },
+    "detection and segmentation (needs mmdet and mmseg)": {
+        "train-mm": "train a detector or a segmentor",
+        "eval-mm": "evaluate one, and draw its predictions beside the truth",
+        "predict-mm": "find objects in images, or segment them",
+        "scenes": "write scenes of handwritten digits to train them on",
+    },
+    "speed": {
+        "benchmark": "compare how fast models are",
+    },
+}
+NAMES = [name for group in COMMANDS.values() for name in group]
+
+
+def help_text() -> str:
+    """Return the list of commands."""
+    lines = ["usage: raftmlp COMMAND [OPTION ...]", "", "RaftMLP, an MLP vision backbone (arXiv 2108.04384)."]
+    for title, commands in COMMANDS.items():
+        lines += ["", f"{title}:", *(f"  {name:<11} {text}" for name, text in commands.items())]
+    lines += [
+        "",
+        "raftmlp COMMAND --help lists a command's options. Recipes by name: raftmlp train -c imagenet/raftmlp_s",
+    ]
+    return "\n".join(lines)
+
+
+def main(name: str | None = None) -> None:
+    """Run a command, the one that the command line names if none is given here."""
+    prepare_streams()
+    # threads that wait for work do not keep the cores of other processes busy; OpenMP reads this when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        if name is None:
+            name = choose()
+            sys.argv = [f"raftmlp {name}", *sys.argv[2:]]
+        module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
+        from raftmlp.commands.console import run
+    except KeyboardInterrupt:  # while torch is loaded; later, the command handles it
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # "| head"
+        discard_output()
+        sys.exit(1)
+    run(module.main)
+
+
+def choose() -> str:
+    """Return the name of the command on the command line; lists them, or refuses an unknown one, and exits."""
+    name = (sys.argv[1:] or ["--help"])[0]
+    if name in ("-h", "--help"):
+        print(help_text())
+        sys.exit()
+    if name == "--version":
+        print(f"raftmlp {importlib.metadata.version('raftmlp')}")
+        sys.exit()
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the commands are {', '.join(NAMES)}"
+        print(f"raftmlp: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    return name
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take any text, and lead nowhere if they are closed.
+
+    A closed one would hand its number to the next file that is opened, and C libraries print their messages into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+        if name != "stdin" and isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Let stdout lead nowhere, for its reader has closed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    main()
