@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .layers import RaftMLPStage, embedded_size, to_nhwc
-from .pretrained import local_cfg
+from .pretrained import is_local, local_cfg
 from .regrid import resample_grid
 from .weights import adapt_state_dict, checkpoint_filter_fn
 
@@ -346,6 +346,8 @@ def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], 
         pretrained_cfg = None
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
+        if pretrained and is_local(pretrained_cfg):  # as timm.get_pretrained_cfg returns it
+            overlay = {**local_cfg(variant, pretrained_cfg.get("tag")), **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **kwargs}
     stages = len(kwargs["embed_dims"])
