@@ -16,6 +16,7 @@ from .settings import Number, Settings, option
 from .sizes import as_size
 from .weights import (
     HUB_CONFIG,
+    StateDict,
     adapt_state_dict,
     check_types,
     describe_differences,
@@ -92,8 +93,9 @@ class ModelSettings(Settings):
 
     @property
     def weights(self) -> str:
-        """Where the weights come from: a file, "pretrained" or "random"."""
-        return self.checkpoint or ("pretrained" if self.pretrained else "random")
+        """Where the weights come from: a file or folder, "pretrained" or "random"."""
+        named = self.model if is_folder_name(self.model) else "pretrained"
+        return self.checkpoint or (named if self.pretrained else "random")
 
     def name(self, model: nn.Module) -> str:
         """Return the name of the model that ``create_model`` made."""
@@ -134,14 +136,19 @@ def create_model(
         UserError: If the model cannot be built or the weights do not fit.
     """
     plan = _plan(settings, to_train, classes, kwargs)
+    state = load_state_dict(settings.checkpoint) if settings.checkpoint else {}
     name, cfg = plan.name, plan.described.get("pretrained_cfg")
     arguments = {**plan.described.get("model_kwargs", {}), **plan.arguments, **settings.model_kwargs}
     try:
+        if state and _is_ours(name):
+            _check_size(plan, state, settings.checkpoint)
         model = timm.create_model(name, pretrained=settings.pretrained, pretrained_cfg_overlay=cfg or None, **arguments)
+    except UserError:
+        raise
     except Exception as error:  # constructors raise anything on arguments that they cannot take
         raise UserError(f"cannot make {name}: {first_words(error)}") from error
-    if settings.checkpoint:
-        _load(model, settings.checkpoint, to_train, plan.described.get("model"))
+    if state:
+        _load(model, state, settings.checkpoint, to_train, plan.described.get("model"))
     known = model.pretrained_cfg.get("num_classes")
     if settings.pretrained and known and model.num_classes != known:
         if not to_train:
@@ -182,8 +189,9 @@ def _plan(settings: ModelSettings, to_train: bool, classes: int | None, kwargs: 
         **kwargs,
     )
     default = timm.models.get_pretrained_cfg(architecture)
-    is_ours = architecture in timm.list_models(module="raftmlp")
-    if settings.size and default and (default.fixed_input_size or (is_ours and to_train)):  # others take any size
+    if (
+        settings.size and default and (default.fixed_input_size or (_is_ours(name) and to_train))
+    ):  # others take any size
         arguments["img_size"] = settings.size
     arguments = {key: value for key, value in arguments.items() if value is not None}
     rest = {key: value for key, value in described.get("model_kwargs", {}).items() if key not in arguments}
@@ -224,11 +232,23 @@ def _config_file(name: str) -> Path:
         raise UserError(f"cannot fetch {name}: {first_words(error)}") from error
 
 
-def _load(model: nn.Module, path: str, may_replace_head: bool, described_name: str | None) -> None:
+def _is_ours(name: str) -> bool:
+    return timm.models.split_model_name_tag(name)[0] in timm.list_models(module="raftmlp")
+
+
+def _check_size(plan: _Plan, state: StateDict, path: str) -> None:
+    """Refuse a checkpoint whose description makes a model far larger than its weights, before that takes the memory."""
+    cfg, arguments = plan.described.get("pretrained_cfg"), plan.described.get("model_kwargs", {})
+    model = timm.create_model(plan.name, device="meta", pretrained_cfg_overlay=cfg or None, **arguments)
+    described, held = (sum(x.numel() for x in tensors) for tensors in (model.parameters(), state.values()))
+    if described > 2 * held + 10**8:
+        raise UserError(f"{path} describes a {plan.name} of {described:,} parameters, and holds {held:,}")
+
+
+def _load(model: nn.Module, state: StateDict, path: str, may_replace_head: bool, described_name: str | None) -> None:
     """Load weights strictly; the classifier may be another task's if ``may_replace_head``, and that is logged."""
-    state = load_state_dict(path)
     if isinstance(model, RaftMLP):
-        state = adapt_state_dict(state, model)
+        state = adapt_state_dict(state, model, path)
     expected, note = model.state_dict(), ""
     if may_replace_head:
         classifier = model.pretrained_cfg.get("classifier") or ()

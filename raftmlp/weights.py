@@ -62,7 +62,7 @@ def load_state_dict(path: str | Path, stand_ins: Sequence = ()) -> StateDict:
         UserError: If the file is damaged, is no checkpoint, or has anything but plain data, or no weights, or what
             ``check_tensors`` refuses.
     """
-    state = unwrap(load_checkpoint(path, stand_ins))
+    state = unwrap(load_checkpoint(path, stand_ins), path)
     if not state:
         raise UserError(f"{path} holds no weights")
     check_tensors(state, path)
@@ -216,12 +216,15 @@ def save_state_dict(state: StateDict, path: str | Path, metadata: Mapping[str, s
 # State dicts
 
 
-def unwrap(checkpoint: Mapping) -> StateDict:
+def unwrap(checkpoint: Mapping, source: str | Path = "the checkpoint") -> StateDict:
     """Return the weights inside a checkpoint, without wrapping dicts and key prefixes.
 
     Takes plain state dicts and those under state_dict_ema, model_ema, state_dict or model; drops ``module.`` (data
     parallel) and ``_orig_mod.`` (compiled) from the keys; of a detector's weights takes the ``backbone.`` part (of one
     with ``raftmlp.mm``, ``backbone.model.``).
+
+    Raises:
+        UserError: If a key is no text; the message names the source.
     """
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(checkpoint.get(wrapper), Mapping):
@@ -229,7 +232,7 @@ def unwrap(checkpoint: Mapping) -> StateDict:
             break
     state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
     if odd := [key for key in state if not isinstance(key, str)]:
-        raise UserError(f"the checkpoint has weights under the key {shorten(odd[0])}: keys must be texts")
+        raise UserError(f"{source} has weights under the key {shorten(odd[0])}: keys must be texts")
     while any(key.startswith(("module.", "_orig_mod.")) for key in state):
         state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
@@ -315,26 +318,31 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: "RaftMLP") -> State
     return resample_grid(_converted(state, model), model, _pretrained_size(model), model.img_size)
 
 
-def adapt_state_dict(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
+def adapt_state_dict(state: Mapping[str, Tensor], model: "RaftMLP", source: str | Path = "the checkpoint") -> StateDict:
     """Return any checkpoint's weights as this model takes them: what the model does itself on ``load_state_dict``.
 
     Wrapping and prefixes are dropped, the release's format is converted. Token-mixing weights that do not fit are
     resampled if they are made for the image size of ``model.pretrained_cfg``. Other differences are left for
     ``load_state_dict`` to refuse.
 
+    Args:
+        state: The weights.
+        model: The model.
+        source: What messages call them.
+
     Raises:
         UserError: If the release's checkpoint of another variant is given, or what ``check_types`` refuses.
     """
-    state = _converted(state, model)
+    state = _converted(state, model, source)
     resampled = resample_grid(state, model, _pretrained_size(model), model.img_size)
     expected = {key: parameter.shape for key, parameter in model.named_parameters()}
     return {key: value if value.shape == expected.get(key) else resampled[key] for key, value in state.items()}
 
 
-def _converted(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
-    state = unwrap(state)
+def _converted(state: Mapping[str, Tensor], model: "RaftMLP", source: str | Path = "the checkpoint") -> StateDict:
+    state = unwrap(state, source)
     state = convert_release(state, model) if is_release_format(state) else state
-    check_types(state, model.state_dict(), "the checkpoint")
+    check_types(state, model.state_dict(), source)
     return state
 
 

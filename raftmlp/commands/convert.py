@@ -81,7 +81,7 @@ def load(state: Mapping[str, Tensor], model: nn.Module, path: str) -> None:
     Raises:
         UserError: If the classifier does not fit, or a weight is not finite.
     """
-    state = adapt_state_dict(state, model)
+    state = adapt_state_dict(state, model, path)
     if lines := describe_differences(shapes(state), shapes(model.state_dict())):
         name = model.pretrained_cfg["architecture"]
         raise UserError(f"{path} is a {name}, but its classifier is damaged: {'; '.join(lines)}")
