@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg, list_models
+from timm.models import PretrainedCfg, get_pretrained_cfg, list_models, resolve_pretrained_cfg
 
 from .description import shorten
 from .errors import MissingFileError, UserError
 from .files import shipped_folder
 from .weights import read_description
 
-__all__ = ["checkpoint_folders", "find_pretrained", "is_local", "list_pretrained", "local_cfg", "pretrained_file"]
+__all__ = ["checkpoint_folders", "find_pretrained", "list_pretrained", "pretrained_file", "resolve_cfg"]
 
 
 def checkpoint_folders() -> list[Path]:
@@ -85,17 +85,40 @@ def pretrained_file(variant: str, tag: str | None = None) -> Path:
     return path
 
 
-def local_cfg(variant: str, tag: str | None) -> dict[str, Any]:
-    """Return what a file in a checkpoint folder changes in the variant's pretrained_cfg."""
+def resolve_cfg(
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: str | PretrainedCfg | Mapping[str, Any] | None,
+    overlay: Mapping[str, Any] | None,
+) -> tuple[PretrainedCfg, dict[str, Any]]:
+    """Return the pretrained_cfg of a variant, and the model's arguments as the file of its weights describes them.
+
+    A file of a checkpoint folder is taken if ``pretrained`` and no other source is named; there are no such arguments
+    otherwise.
+
+    Args:
+        variant: The variant.
+        pretrained: Whether its weights are asked for.
+        pretrained_cfg: As ``timm.create_model`` takes it: a tag, or what ``timm.get_pretrained_cfg`` returns.
+        overlay: Values that win over those of the cfg.
+
+    Raises:
+        MissingFileError: If the weights are asked for, and there are none.
+        UserError: If the file of the weights is damaged.
+    """
+    overlay = dict(overlay or {})
+    cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    tag = cfg.get("tag") if isinstance(cfg, Mapping) else cfg
+    registered = f"{variant}.{tag}.safetensors"  # a cfg of timm's registry names a file of the folders so
+    given = {**(cfg if isinstance(cfg, Mapping) else {}), **overlay}
+    has_file = given.get("file") and (given["file"] != registered or os.path.exists(registered))
+    if pretrained and has_file and not os.path.exists(given["file"]):
+        raise MissingFileError(f"no checkpoint at {given['file']}")
+    if not pretrained or has_file or any(given.get(key) for key in ("url", "hf_hub_id", "state_dict", "source")):
+        return resolve_pretrained_cfg(variant, cfg, overlay), {}
     path = pretrained_file(variant, tag)
-    return {
-        **read_description(path).get("pretrained_cfg", {}),
-        "file": str(path),
-        "tag": path.name.split(".", 1)[1].removesuffix(".safetensors"),
-    }
-
-
-def is_local(cfg: Mapping[str, Any]) -> bool:
-    """Return whether a pretrained_cfg names no source of weights but a file that the checkpoint folders may have."""
-    sources = ("url", "hf_hub_id", "state_dict", "source")
-    return not any(cfg.get(key) for key in sources) and not os.path.exists(cfg.get("file") or "")
+    description = read_description(path)
+    found = dict(file=str(path), tag=path.name.removesuffix(".safetensors").split(".", 1)[1])
+    overlay = {**description.get("pretrained_cfg", {}), **overlay, **found}
+    cfg = cfg if isinstance(cfg, Mapping) else None
+    return resolve_pretrained_cfg(variant, cfg, overlay), description.get("model_kwargs", {})

@@ -151,6 +151,12 @@ def test_a_cfg_of_timms_registry():
     assert same_weights(timm.create_model("raftmlp_digits", pretrained=True, pretrained_cfg=cfg), shipped)
     with pytest.raises(FileNotFoundError, match=r"no pretrained weights raftmlp_s\.TAG\.safetensors"):
         timm.create_model("raftmlp_s", pretrained=True, pretrained_cfg=timm.get_pretrained_cfg("raftmlp_s"))
+    for named in (
+        dict(pretrained_cfg=timm.models.PretrainedCfg(file="no.pth")),
+        dict(pretrained_cfg_overlay=dict(file="no.pth")),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no\.pth"):  # other weights do not take its place
+            timm.create_model("raftmlp_digits", pretrained=True, **named)
 
 
 def test_list_pretrained(digits, tmp_path, monkeypatch):
