@@ -3,32 +3,52 @@
 import difflib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 from .errors import UserError, first_words
 from .raftmlp import RaftMLP
 from .settings import Number, Settings, option
 from .sizes import as_size
-from .weights import adapt_state_dict, describe_differences, load_state_dict, read_description, shapes, summary
+from .weights import (
+    HUB_CONFIG,
+    StateDict,
+    adapt_state_dict,
+    check_types,
+    describe_differences,
+    load_state_dict,
+    read_description,
+    read_hub_config,
+    shapes,
+    summary,
+)
 
-__all__ = ["ModelSettings", "create_model", "known_model"]
+__all__ = ["ModelSettings", "create_model", "is_folder_name", "known_model", "model_arguments"]
 
 _logger = logging.getLogger(__name__)
+
+
+def is_folder_name(name: str | None) -> bool:
+    """Return whether timm takes the name for a folder: local-dir:FOLDER, or hf-hub:USER/NAME on the Hub."""
+    return bool(name) and name.startswith(("local-dir:", "hf-hub:"))
 
 
 def known_model(name: str, among: str = "") -> str:
     """Return the name if timm knows such a model.
 
     Args:
-        name: The model, with a tag or without.
+        name: The model, with a tag or without; local-dir:FOLDER or hf-hub:USER/NAME.
         among: A pattern that it must match.
 
     Raises:
         UserError: If there is none; the message names similar ones.
     """
+    if is_folder_name(name) and not among:
+        return name
     known = timm.list_models(among)
     if timm.models.split_model_name_tag(name)[0] not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or timm.list_models("raftmlp*")
@@ -42,10 +62,15 @@ class ModelSettings(Settings):
 
     title = "model"
     model: str | None = option(
-        None, "any model of timm's list (default: the checkpoint's, else raftmlp_s)", type=known_model, metavar="NAME"
+        None,
+        "any model of timm's list, or local-dir:FOLDER or hf-hub:USER/NAME (default: the checkpoint's, else raftmlp_s)",
+        type=known_model,
+        metavar="NAME",
     )
     pretrained: bool = option(False, "start from the model's pretrained weights")
-    checkpoint: str | None = option(None, "start from the weights in this file", metavar="FILE")
+    checkpoint: str | None = option(
+        None, "start from the weights in this file, or folder for the Hugging Face Hub", metavar="FILE"
+    )
     num_classes: int | None = option(
         None, "classes (default: the data set's, else the model's)", type=Number(int, 1), metavar="N"
     )
@@ -68,12 +93,29 @@ class ModelSettings(Settings):
 
     @property
     def weights(self) -> str:
-        """Where the weights come from: a file, "pretrained" or "random"."""
-        return self.checkpoint or ("pretrained" if self.pretrained else "random")
+        """Where the weights come from: a file or folder, "pretrained" or "random"."""
+        named = self.model if is_folder_name(self.model) else "pretrained"
+        return self.checkpoint or (named if self.pretrained else "random")
 
     def name(self, model: nn.Module) -> str:
         """Return the name of the model that ``create_model`` made."""
-        return self.model or model.pretrained_cfg["architecture"]
+        return model.pretrained_cfg["architecture"] if not self.model or is_folder_name(self.model) else self.model
+
+
+@dataclass
+class _Plan:
+    """How a model is made.
+
+    Attributes:
+        name: What timm is asked for.
+        described: What the checkpoint, or the folder that is the model's name, says of it; without the arguments that
+            others replace.
+        arguments: Those that the settings and the caller give, beside ``settings.model_kwargs``.
+    """
+
+    name: str
+    described: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 def create_model(
@@ -93,34 +135,20 @@ def create_model(
     Raises:
         UserError: If the model cannot be built or the weights do not fit.
     """
-    described: dict[str, Any] = {}
-    if settings.checkpoint and settings.pretrained:
-        raise UserError("--checkpoint and --pretrained exclude each other")
-    if settings.checkpoint:
-        described = read_description(settings.checkpoint)
-    described_name = described.get("model") if described.get("model") in timm.list_models() else None
-    name = known_model(settings.model or described_name or "raftmlp_s")
-    if name != described_name:
-        described = {}
-    cfg = dict(described.get("pretrained_cfg", {}))
-    arguments = dict(
-        num_classes=settings.num_classes or cfg.get("num_classes") or (None if settings.pretrained else classes),
-        in_chans=settings.in_chans or cfg.get("input_size", (None,))[0],
-        **kwargs,
-    )
-    architecture = timm.models.split_model_name_tag(name)[0]
-    default = timm.models.get_pretrained_cfg(architecture)
-    is_ours = architecture in timm.list_models(module="raftmlp")
-    if settings.size and default and (default.fixed_input_size or (is_ours and to_train)):  # others take any size
-        arguments["img_size"] = settings.size
-    arguments = {key: value for key, value in arguments.items() if value is not None}
-    arguments = {**described.get("model_kwargs", {}), **arguments, **settings.model_kwargs}
+    plan = _plan(settings, to_train, classes, kwargs)
+    state = load_state_dict(settings.checkpoint) if settings.checkpoint else {}
+    name, cfg = plan.name, plan.described.get("pretrained_cfg")
+    arguments = {**plan.described.get("model_kwargs", {}), **plan.arguments, **settings.model_kwargs}
     try:
+        if state and _is_ours(name):
+            _check_size(plan, state, settings.checkpoint)
         model = timm.create_model(name, pretrained=settings.pretrained, pretrained_cfg_overlay=cfg or None, **arguments)
+    except UserError:
+        raise
     except Exception as error:  # constructors raise anything on arguments that they cannot take
         raise UserError(f"cannot make {name}: {first_words(error)}") from error
-    if settings.checkpoint:
-        _load(model, settings.checkpoint, to_train, described_name)
+    if state:
+        _load(model, state, settings.checkpoint, to_train, plan.described.get("model"))
     known = model.pretrained_cfg.get("num_classes")
     if settings.pretrained and known and model.num_classes != known:
         if not to_train:
@@ -134,16 +162,98 @@ def create_model(
     return model
 
 
-def _load(model: nn.Module, path: str, may_replace_head: bool, described_name: str | None) -> None:
+def model_arguments(settings: ModelSettings, to_train: bool = False, **kwargs: Any) -> dict[str, Any]:
+    """Return ``model_kwargs`` that make the model of ``create_model`` again without its checkpoint: the merged ones.
+
+    Args:
+        settings: As of ``create_model``.
+        to_train: As of ``create_model``.
+        **kwargs: As of ``create_model``.
+    """
+    return {**_plan(settings, to_train, None, kwargs).described.get("model_kwargs", {}), **settings.model_kwargs}
+
+
+def _plan(settings: ModelSettings, to_train: bool, classes: int | None, kwargs: dict[str, Any]) -> _Plan:
+    if settings.checkpoint and settings.pretrained:
+        raise UserError("--checkpoint and --pretrained exclude each other")
+    described = _description(settings)
+    is_folder = is_folder_name(settings.model)
+    name = described["model"] if is_folder else known_model(settings.model or described.get("model") or "raftmlp_s")
+    architecture = timm.models.split_model_name_tag(name)[0]
+    if architecture != described.get("model"):
+        described = {key: described[key] for key in described.keys() & {"model"}}
+    cfg = described.get("pretrained_cfg", {})
+    arguments = dict(
+        num_classes=settings.num_classes or cfg.get("num_classes") or (None if settings.pretrained else classes),
+        in_chans=settings.in_chans or cfg.get("input_size", (None,))[0],
+        **kwargs,
+    )
+    default = timm.models.get_pretrained_cfg(architecture)
+    if (
+        settings.size and default and (default.fixed_input_size or (_is_ours(name) and to_train))
+    ):  # others take any size
+        arguments["img_size"] = settings.size
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    rest = {key: value for key, value in described.get("model_kwargs", {}).items() if key not in arguments}
+    if is_folder and settings.pretrained:
+        name = settings.model
+    return _Plan(name, {**described, "model_kwargs": rest}, arguments)
+
+
+def _description(settings: ModelSettings) -> dict[str, Any]:
+    """Return what the folder that is the model's name says of it, else the checkpoint; ``model`` is one of timm's.
+
+    Raises:
+        UserError: If it cannot be read, says what is not allowed, or the folder is of no model of timm's.
+    """
+    if is_folder_name(settings.model):
+        described = read_hub_config(_config_file(settings.model))
+    elif settings.checkpoint:
+        described = read_description(settings.checkpoint)
+    else:
+        return {}
+    architecture = timm.models.split_model_name_tag(described.pop("model", ""))[0]
+    if architecture in timm.list_models():
+        return {**described, "model": architecture}
+    if is_folder_name(settings.model):
+        raise UserError(f"{settings.model} is of a model {architecture!r}, which timm does not know")
+    return described
+
+
+def _config_file(name: str) -> Path:
+    """Return the config.json of a folder, which is fetched where it is on the Hub."""
+    source, _, folder = name.partition(":")
+    if source == "local-dir":
+        return Path(folder) / HUB_CONFIG
+    repository, _, revision = folder.partition("@")
+    try:
+        return Path(hf_hub_download(repository, HUB_CONFIG, revision=revision or None))
+    except Exception as error:  # errors of many kinds, of the connection and of names
+        raise UserError(f"cannot fetch {name}: {first_words(error)}") from error
+
+
+def _is_ours(name: str) -> bool:
+    return timm.models.split_model_name_tag(name)[0] in timm.list_models(module="raftmlp")
+
+
+def _check_size(plan: _Plan, state: StateDict, path: str) -> None:
+    """Refuse a checkpoint whose description makes a model far larger than its weights, before that takes the memory."""
+    cfg, arguments = plan.described.get("pretrained_cfg"), plan.described.get("model_kwargs", {})
+    model = timm.create_model(plan.name, device="meta", pretrained_cfg_overlay=cfg or None, **arguments)
+    described, held = (sum(x.numel() for x in tensors) for tensors in (model.parameters(), state.values()))
+    if described > 2 * held + 10**8:
+        raise UserError(f"{path} describes a {plan.name} of {described:,} parameters, and holds {held:,}")
+
+
+def _load(model: nn.Module, state: StateDict, path: str, may_replace_head: bool, described_name: str | None) -> None:
     """Load weights strictly; the classifier may be another task's if ``may_replace_head``, and that is logged."""
-    state = load_state_dict(path)
     if isinstance(model, RaftMLP):
-        state = adapt_state_dict(state, model)
+        state = adapt_state_dict(state, model, path)
     expected, note = model.state_dict(), ""
     if may_replace_head:
         classifier = model.pretrained_cfg.get("classifier") or ()
         for name in (classifier,) if isinstance(classifier, str) else classifier:
-            if len(state.get(f"{name}.bias", ())) != model.num_classes:
+            if getattr(state.get(f"{name}.bias"), "shape", None) != (model.num_classes,):
                 note = (
                     f"{path}: its classifier is missing or another task's; the model keeps its own, with random weights"
                 )
@@ -155,6 +265,7 @@ def _load(model: nn.Module, path: str, may_replace_head: bool, described_name: s
             hint = "; if it was trained at another image size, give --model-kwargs img_size=N"
         whose = f" (it is of {described_name})" if described_name else ""
         raise UserError(f"{path}{whose} does not fit this {type(model).__name__}: {summary(differences)}{hint}")
+    check_types(state, expected, path)
     if note:
         _logger.info(note)
     model.load_state_dict(state)

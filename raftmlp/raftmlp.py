@@ -12,18 +12,12 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import SelectAdaptivePool2d, to_2tuple
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .layers import RaftMLPStage, embedded_size, to_nhwc
-from .pretrained import local_cfg
+from .pretrained import resolve_cfg
 from .regrid import resample_grid
 from .weights import adapt_state_dict, checkpoint_filter_fn
 
@@ -337,17 +331,10 @@ def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple
 
 
 def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> RaftMLP:
-    """Create a variant: S's arguments, those in which the variant differs, and the caller's."""
-    pretrained_cfg = kwargs.pop("pretrained_cfg", None)
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    tagged = pretrained_cfg is None or isinstance(pretrained_cfg, str)
-    if pretrained and tagged and not {"url", "file", "state_dict", "hf_hub_id"} & overlay.keys():
-        overlay = {**local_cfg(variant, tag=pretrained_cfg), **overlay}
-        pretrained_cfg = None
-    if isinstance(pretrained_cfg, PretrainedCfg):
-        pretrained_cfg = pretrained_cfg.to_dict()
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **kwargs}
+    """Create a variant: S's arguments, those in which the variant and its weights differ, and the caller's."""
+    asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    cfg, described = resolve_cfg(variant, pretrained, *asked)
+    kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **described, **kwargs}
     stages = len(kwargs["embed_dims"])
     maps = tuple(range(stages)) if stages > 1 else min(3, kwargs["depths"][0])
     feature_cfg = dict(out_indices=maps, feature_cls="getter")

@@ -37,11 +37,12 @@ def resample_grid(
                 old, new = mixing.mixed_axes(old_grid), mixing.mixed_axes(new_grid)
                 prefix = f"stages.{i}.blocks.{j}.tokens.{name}."
                 mlp = {key: state.get(prefix + key) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
-                features = mixing.raft_size * math.prod(old)
-                if old == new or any(value is None for value in mlp.values()) or mlp["fc1.weight"].shape[1] != features:
+                before, after = (mixing.raft_size * math.prod(axes) for axes in (old, new))  # features
+                units = int(before * mixing.mlp_ratio)
+                made_for_old = [(units, before), (units,), (before, units), (before,)]
+                if old == new or [getattr(value, "shape", None) for value in mlp.values()] != made_for_old:
                     continue
-                hidden = int(mixing.raft_size * math.prod(new) * mixing.mlp_ratio)
-                mlp = _resample_token_mlp(mlp, old, new, hidden, mixing.raft_size)
+                mlp = _resample_token_mlp(mlp, old, new, int(after * mixing.mlp_ratio), mixing.raft_size)
                 state.update({prefix + key: value for key, value in mlp.items()})
     return state
 

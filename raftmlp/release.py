@@ -102,7 +102,7 @@ def convert_release(state: StateDict, model: "RaftMLP") -> StateDict:
         value = state.pop(entry.key)
         try:
             converted.update(entry.convert(value))
-        except RuntimeError as error:  # the shape does not let it be rearranged
+        except (RuntimeError, IndexError) as error:  # the shape does not let it be rearranged
             raise UserError(
                 f"the checkpoint's {entry.key} has shape {tuple(value.shape)}, this model needs {entry.shape}: it is "
                 f"another variant's (`raftmlp convert` finds out which)"

@@ -5,7 +5,6 @@ Files are safetensors, or are read by ``torch.load(weights_only=True)``.
 
 import argparse
 import errno
-import json
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .description import check_description, parse_json, shorten
 from .errors import MissingFileError, UserError
 from .files import write_bytes
 from .regrid import resample_grid
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapt_state_dict",
+    "check_tensors",
+    "check_types",
     "checkpoint_filter_fn",
     "describe_differences",
     "first_readable",
@@ -40,7 +42,9 @@ __all__ = [
 ]
 
 StateDict = dict[str, Tensor]
-CFG_KEYS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of buffers that count
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # the files of a folder for the Hugging Face Hub
 
 
 # Files
@@ -50,16 +54,18 @@ def load_state_dict(path: str | Path, stand_ins: Sequence = ()) -> StateDict:
     """Return the weights in a checkpoint file; of a training checkpoint, the averaged ones (EMA) where it has them.
 
     Args:
-        path: The file, safetensors or of ``torch.save``.
+        path: The file, safetensors or of ``torch.save``, or a folder for the Hugging Face Hub.
         stand_ins: See ``load_checkpoint``.
 
     Raises:
         MissingFileError: If there is no such file.
-        UserError: If the file is damaged, is no checkpoint, or has no weights or anything but plain data.
+        UserError: If the file is damaged, is no checkpoint, or has anything but plain data, or no weights, or what
+            ``check_tensors`` refuses.
     """
-    state = unwrap(load_checkpoint(path, stand_ins))
+    state = unwrap(load_checkpoint(path, stand_ins), path)
     if not state:
         raise UserError(f"{path} holds no weights")
+    check_tensors(state, path)
     return state
 
 
@@ -67,7 +73,7 @@ def load_checkpoint(path: str | Path, stand_ins: Sequence = ()) -> Mapping:
     """Return the whole content of a checkpoint file, read without running code from it.
 
     Args:
-        path: The file, safetensors or of ``torch.save``.
+        path: The file, safetensors or of ``torch.save``, or a folder for the Hugging Face Hub.
         stand_ins: Functions and classes that may be called for names in the file, in the form that
             ``torch.serialization.safe_globals`` takes; those of plain data may be called anyway.
 
@@ -75,11 +81,7 @@ def load_checkpoint(path: str | Path, stand_ins: Sequence = ()) -> Mapping:
         MissingFileError: If there is no such file.
         UserError: If the file is damaged, is no checkpoint, or has anything but plain data.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise MissingFileError(f"{path} is a folder: name a checkpoint file in it")
-    if not path.is_file():
-        raise MissingFileError(f"no checkpoint at {path}")
+    path = _checkpoint_file(path)
     try:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
@@ -125,35 +127,69 @@ def first_readable(paths: Iterable[str | Path], stand_ins: Sequence = ()) -> tup
     return None, damaged
 
 
+def _checkpoint_file(path: str | Path) -> Path:
+    """Return a checkpoint file: the one that is named, or that in a folder for the Hugging Face Hub."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            if not all((path / name).is_file() for name in (HUB_WEIGHTS, HUB_CONFIG)):
+                raise MissingFileError(f"{path} is a folder: name a checkpoint file in it")
+            path = path / HUB_WEIGHTS
+        if not path.is_file():
+            raise MissingFileError(f"no checkpoint at {path}")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"no checkpoint at {shorten(str(path))}: {error.strerror}") from error
+    return path
+
+
 def read_description(path: str | Path, stand_ins: Sequence = ()) -> dict:
     """Return what a checkpoint file says of its model: any of ``model``, ``model_kwargs`` and ``pretrained_cfg``.
 
-    Of a ``pretrained_cfg`` (timm's word for how images are prepared and how many classes there are) CFG_KEYS are taken.
+    See ``raftmlp.description`` for the fields and for what is allowed. Of a folder for the Hugging Face Hub, or of the
+    weights in it, config.json says it.
 
     Args:
-        path: The file, safetensors or of ``torch.save``.
+        path: The file, safetensors or of ``torch.save``, or a folder for the Hugging Face Hub.
         stand_ins: See ``load_checkpoint``.
 
     Raises:
         MissingFileError: If there is no such file.
-        UserError: If the file is damaged, is no checkpoint, or has anything but plain data.
+        UserError: If the file is damaged, is no checkpoint, has anything but plain data, or says what is not allowed.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
-        description = dict(read_metadata(path))
-        try:
-            description["pretrained_cfg"] = json.loads(description.get("pretrained_cfg", "{}"))
-        except ValueError as error:
-            raise UserError(f"{path} has damaged metadata: {error}") from error
+    path = _checkpoint_file(path)
+    config = path.with_name(HUB_CONFIG)
+    if path.name == HUB_WEIGHTS and config.is_file():
+        return read_hub_config(config)
+    if path.suffix == ".safetensors":
+        fields = dict(read_metadata(path))
+        for key in fields.keys() & {"model_kwargs", "pretrained_cfg"}:
+            fields[key] = parse_json(fields[key], f"{path}: {key}")
     else:
         content = load_checkpoint(path, stand_ins)
-        description = {**content, "model": content.get("arch")}
-    kinds = dict(model=str, model_kwargs=dict, pretrained_cfg=dict)
-    description = {key: description[key] for key, kind in kinds.items() if isinstance(description.get(key), kind)}
-    if "pretrained_cfg" in description:  # nothing that names files to fetch
-        cfg = {key: value for key, value in description["pretrained_cfg"].items() if key in CFG_KEYS}
-        description["pretrained_cfg"] = {key: tuple(v) if isinstance(v, list) else v for key, v in cfg.items()}
-    return description
+        fields = {**content, "model": content.get("arch")}
+    return check_description(fields, path)
+
+
+def read_hub_config(path: Path) -> dict:
+    """Return what the config.json of a folder for the Hugging Face Hub says of its model, as ``read_description``.
+
+    Raises:
+        UserError: If it cannot be read, is damaged, or says what is not allowed.
+    """
+    try:
+        config = parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it must be a mapping")
+    cfg = config.get("pretrained_cfg")
+    if isinstance(cfg, dict):
+        cfg |= {key: config[key] for key in ("num_classes", "label_names") if config.get(key) is not None}
+    return check_description(
+        dict(model=config.get("architecture"), model_kwargs=config.get("model_args"), pretrained_cfg=cfg), path
+    )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -180,22 +216,66 @@ def save_state_dict(state: StateDict, path: str | Path, metadata: Mapping[str, s
 # State dicts
 
 
-def unwrap(checkpoint: Mapping) -> StateDict:
+def unwrap(checkpoint: Mapping, source: str | Path = "the checkpoint") -> StateDict:
     """Return the weights inside a checkpoint, without wrapping dicts and key prefixes.
 
     Takes plain state dicts and those under state_dict_ema, model_ema, state_dict or model; drops ``module.`` (data
     parallel) and ``_orig_mod.`` (compiled) from the keys; of a detector's weights takes the ``backbone.`` part (of one
     with ``raftmlp.mm``, ``backbone.model.``).
+
+    Raises:
+        UserError: If a key is no text; the message names the source.
     """
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
             break
     state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    if odd := [key for key in state if not isinstance(key, str)]:
+        raise UserError(f"{source} has weights under the key {shorten(odd[0])}: keys must be texts")
     while any(key.startswith(("module.", "_orig_mod.")) for key in state):
         state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     return {key.removeprefix("model."): value for key, value in backbone.items()} or state
+
+
+def check_tensors(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse tensors that cannot be weights: such of another kind than dense, or of values that are not finite.
+
+    Integers may be buffers of a model; ``check_types`` decides it.
+
+    Raises:
+        UserError: If there is one; the message names the source and the key.
+    """
+    for key, value in state.items():
+        if fault := _fault(value):
+            raise UserError(f"{source}: {shorten(key)} {fault}; weights are dense tensors of finite floats")
+
+
+def _fault(value: Tensor) -> str:
+    """Return why a tensor cannot be weights, "" if it can."""
+    if value.is_nested or value.layout != torch.strided:
+        return f"is a {'nested' if value.is_nested else 'sparse'} tensor"
+    if value.is_quantized or value.is_meta:
+        return f"is a {'quantised' if value.is_quantized else 'meta'} tensor"
+    if value.dtype not in FLOATS + INTEGERS:
+        return f"is of {value.dtype}"
+    if value.numel() > max(value.untyped_storage().nbytes(), 2**24):  # a small one that is repeated
+        return f"has shape {list(value.shape)}, more than the file holds"
+    return "" if value.dtype in INTEGERS or value.isfinite().all() else "has values that are not finite"
+
+
+def check_types(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse weights of a type that cannot be what the model has under the same key: integers for floats, or complex.
+
+    Raises:
+        UserError: If there is one; the message names the source and the key.
+    """
+    for key, value in state.items():
+        if key in expected and expected[key].dtype in FLOATS and value.dtype not in FLOATS:
+            raise UserError(
+                f"{source}: {key} is of {value.dtype}; weights are of float16, bfloat16, float32 or float64"
+            )
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -230,30 +310,40 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: "RaftMLP") -> State
     What ``adapt_state_dict`` does; for an image size other than the cfg's, the token-mixing weights are resampled.
 
     Raises:
-        UserError: If the release's checkpoint of another variant is given.
+        UserError: If the release's checkpoint of another variant is given, or what ``check_tensors`` or
+            ``check_types`` refuses.
     """
+    state = unwrap(state)
+    check_tensors(state, "the checkpoint")
     return resample_grid(_converted(state, model), model, _pretrained_size(model), model.img_size)
 
 
-def adapt_state_dict(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
+def adapt_state_dict(state: Mapping[str, Tensor], model: "RaftMLP", source: str | Path = "the checkpoint") -> StateDict:
     """Return any checkpoint's weights as this model takes them: what the model does itself on ``load_state_dict``.
 
     Wrapping and prefixes are dropped, the release's format is converted. Token-mixing weights that do not fit are
     resampled if they are made for the image size of ``model.pretrained_cfg``. Other differences are left for
     ``load_state_dict`` to refuse.
 
+    Args:
+        state: The weights.
+        model: The model.
+        source: What messages call them.
+
     Raises:
-        UserError: If the release's checkpoint of another variant is given.
+        UserError: If the release's checkpoint of another variant is given, or what ``check_types`` refuses.
     """
-    state = _converted(state, model)
+    state = _converted(state, model, source)
     resampled = resample_grid(state, model, _pretrained_size(model), model.img_size)
     expected = {key: parameter.shape for key, parameter in model.named_parameters()}
     return {key: value if value.shape == expected.get(key) else resampled[key] for key, value in state.items()}
 
 
-def _converted(state: Mapping[str, Tensor], model: "RaftMLP") -> StateDict:
-    state = unwrap(state)
-    return convert_release(state, model) if is_release_format(state) else state
+def _converted(state: Mapping[str, Tensor], model: "RaftMLP", source: str | Path = "the checkpoint") -> StateDict:
+    state = unwrap(state, source)
+    state = convert_release(state, model) if is_release_format(state) else state
+    check_types(state, model.state_dict(), source)
+    return state
 
 
 def _pretrained_size(model: "RaftMLP") -> tuple[int, int]:

@@ -9,7 +9,9 @@ import timm
 import torch
 
 from helpers import TINY, assert_same
+from raftmlp import list_pretrained
 from raftmlp.commands import train
+from raftmlp.create import ModelSettings, create_model
 from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
@@ -39,6 +41,13 @@ def test_export_writes_pretrained_weights_and_a_card(run_command, monkeypatch):
     monkeypatch.setenv("RAFTMLP_CHECKPOINTS", "/proc/nowhere")
     status, _, err = run_command(train, *options, "--export", "third", "--resume")
     assert status == 2 and "cannot export to /proc/nowhere/raftmlp_digits.third.safetensors" in err
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", "weights")
+    status, _, err = run_command(train, *DIGITS, "--epochs", 1, "--output", "tiny", "--export", "tiny")
+    assert status == 0 and "raftmlp_digits.tiny" in list_pretrained()
+    for name in ("raftmlp_digits.tiny", "raftmlp_digits.mine"):  # the file says how the model is made
+        made = timm.create_model(name, pretrained=True)
+        file = ModelSettings(checkpoint=f"weights/{name}.safetensors")
+        assert_same(dict(made.state_dict()), dict(create_model(file).state_dict()))
     status, _, err = run_command(train, *options, "--export", "a.b")
     assert status == 2 and "a tag is made of letters" in err
 

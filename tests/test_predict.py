@@ -222,7 +222,8 @@ def test_help_shows_every_option(run):
         (["1.png", "--class-names", "1.png"], "cannot read the class names in 1.png: 'utf-8' codec"),
         (["1.png", "--model", "raftmlp_x"], "unknown model 'raftmlp_x'"),
         (["1.png", "--checkpoint", "missing.pth"], "no checkpoint at missing.pth"),
-        (["1.png", "--checkpoint", "nan.pth"], "the model's output is not finite"),
+        (["1.png", "--checkpoint", "nan.pth"], "nan.pth: 'head.bias' has values that are not finite"),
+        (["1.png", "--checkpoint", "large.pth"], "the model's output is not finite"),
         (["1.png", "--model-kwargs", "num_classes=0"], "the model must give one number a class"),
         (["1.png", "--mean", "0.1", "0.2"], "--mean takes 1 or 3 numbers, not 2"),
         (["1.png", "--device", "gpu"], "no device 'gpu'"),
@@ -234,6 +235,7 @@ def test_bad_input(run, options, message):
     Path("empty").mkdir()
     state = timm.create_model("raftmlp_digits", pretrained=True).state_dict()
     torch.save({**state, "head.bias": torch.full((10,), float("nan"))}, "nan.pth")
+    torch.save({**state, "head.weight": torch.full((10, 128), 3e38)}, "large.pth")
     before = sorted(Path().iterdir())
     status, out, err = run(*options, *([] if "--model" in options else ["--model", "raftmlp_digits"]))
     assert (status, out) == (2, "")

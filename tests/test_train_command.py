@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from helpers import ROOT, TINY, fill_disk, make_image_folder
-from raftmlp.commands import train
+from raftmlp.commands import export, train, validate
 from raftmlp.train import TrainSettings
 
 CONFIG = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY]
@@ -256,3 +256,30 @@ def test_every_way_to_start_it_shows_an_error_in_one_line(program):
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert "train" in line and "error: " in line and "unknown model 'raftmlp_x'" in line
+
+
+def test_a_run_from_a_checkpoint_records_the_models_arguments(digits_run, run_command):
+    """Its checkpoints say all that rebuilds the model, though the command line named none of it."""
+    first = torch.load(f"{digits_run[0]}/model_best.pth.tar", weights_only=True)
+    assert first["model_kwargs"]
+    options = ["--dataset", "digits", "--workers", 0, "--device", "cpu", "--batch-size", 512, "--warmup-epochs", 0]
+    options += ["--checkpoint", f"{digits_run[0]}/model_best.pth.tar", "--output", "out"]
+    status, _, err = run_command(train, *options, "--epochs", 1, "--drop", 0.1)
+    assert status == 0, err
+    second = torch.load("out/last.pth.tar", weights_only=True)
+    assert {key: list(value) for key, value in second["model_kwargs"].items()} == {
+        key: list(value) for key, value in first["model_kwargs"].items()
+    }
+    status, out, err = run_command(train, *options, "--epochs", 2, "--resume")
+    assert status == 0 and "resuming from out/last.pth.tar" in out, err
+    status, _, err = run_command(validate, "--dataset", "digits", "--workers", 0, "--checkpoint", "out/last.pth.tar")
+    assert status == 0, err
+    status, _, err = run_command(export, "--checkpoint", "out/last.pth.tar", "--format", "hf", "--out", "folder")
+    assert status == 0, err
+    options = [*options[:-4], "--model", "local-dir:folder", "--pretrained", "--output", "third"]
+    status, _, err = run_command(train, *options, "--epochs", 1)
+    assert status == 0, err
+    third = torch.load("third/last.pth.tar", weights_only=True)
+    assert third["arch"] == "raftmlp_digits" and list(third["model_kwargs"]["embed_dims"]) == [8] * 4
+    status, _, err = run_command(validate, "--dataset", "digits", "--checkpoint", "third/last.pth.tar", "--workers", 0)
+    assert status == 0, err

@@ -193,6 +193,16 @@ def test_a_trainers_state(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "changed", [dict(options=3), dict(epoch="many"), dict(update=[]), dict(log=3), dict(state_dict={"a": 1})]
+)
+def test_a_checkpoint_to_resume_from_that_says_what_cannot_be(changed, tmp_path):
+    one = make_trainer(tmp_path / "one", Subset(Digits("train"), range(96)))
+    torch.save({**one.state_dict(), **changed}, tmp_path / "odd.pth.tar")
+    with pytest.raises(UserError, match=r"odd\.pth\.tar"):
+        one.load(tmp_path / "odd.pth.tar")
+
+
 # Exact resume
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from helpers import DIGITS, REAL_LABELS, ROOT, TINY_MODEL, NamedImages, make_image_folder, release_weights
-from raftmlp.commands import validate
+from raftmlp.commands import export, validate
 from raftmlp.data import Digits, create_dataset
 from raftmlp.data.images import DataSettings
 from raftmlp.evaluate import evaluation
@@ -206,6 +206,36 @@ def test_compare(run, shipped):
     assert_figures(first, figures_of(shipped15(images).softmax(1), labels))
     assert_figures(second, figures_of(shipped(images).softmax(1), labels))
     assert len(out.splitlines()) == 4 and not err
+
+
+def test_compare_checkpoints_and_folders_of_the_hub(run, run_command, shipped):
+    torch.save({"arch": "raftmlp_digits", "state_dict": shipped.state_dict()}, "same.pth")
+    status, _, err = run_command(export, *DIGITS[:3], "--format", "hf", "--out", "folder")
+    assert status == 0, err
+    compare = ["same.pth", "folder", "folder/model.safetensors", "local-dir:folder"]
+    status, out, err = run(*DIGITS, "--compare", *compare, "--results-file", "r.json")
+    assert status == 0, err
+    first, *others = read_rows()
+    assert [row["model"] for row in others] == [
+        "raftmlp_digits (same.pth)", "raftmlp_digits (folder)", "raftmlp_digits (model.safetensors)", "raftmlp_digits",
+    ]  # fmt: skip
+    assert [row["weights"] for row in others] == compare
+    for row in others:
+        assert {key: row[key] for key in ("top1", "loss", "crop_pct")} == {
+            key: pytest.approx(first[key]) for key in ("top1", "loss", "crop_pct")
+        }
+    for options in (["--model", "local-dir:folder", "--pretrained"], ["--checkpoint", "folder"]):
+        status, out, err = run(*options, "--dataset", "digits")
+        assert (status, err) == (0, "") and f"raftmlp_digits: top-1 {first['top1']:.2f} %" in out
+    status, _, err = run("--model", "local-dir:folder", "--dataset", "digits")
+    assert status == 0 and "the weights of raftmlp_digits are random" in err
+    for options, message in (
+        (["--model", "local-dir:nowhere"], "cannot read nowhere/config.json"),
+        (["--model", "hf-hub:a/b/c"], "cannot fetch hf-hub:a/b/c"),
+        (["--compare", "none.pth"], "no checkpoint at none.pth"),
+    ):
+        status, _, err = run("--dataset", "digits", *options)
+        assert status == 2 and message in err and len(err.splitlines()) == 1
 
 
 def test_every_model_has_its_own_settings_and_size(run):

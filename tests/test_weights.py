@@ -13,6 +13,7 @@ import torch
 import raftmlp
 from helpers import ROOT, same_weights
 from raftmlp.pretrained import find_pretrained
+from raftmlp.train.journal import export_path
 from raftmlp.weights import load_state_dict, read_metadata, save_state_dict, unwrap
 
 SMALL = dict(embed_dims=(8, 12, 16, 20))
@@ -141,6 +142,42 @@ def test_folder_of_checkpoints(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"several raftmlp_s checkpoints.*mine, yours"):
         find_pretrained("raftmlp_s")
     assert find_pretrained("raftmlp_s", "yours").name == "raftmlp_s.yours.safetensors"
+
+
+def test_a_cfg_of_timms_registry():
+    """The object that timm.get_pretrained_cfg returns names the shipped file, not where it is."""
+    cfg = timm.get_pretrained_cfg("raftmlp_digits")
+    shipped = timm.create_model("raftmlp_digits", pretrained=True)
+    assert same_weights(timm.create_model("raftmlp_digits", pretrained=True, pretrained_cfg=cfg), shipped)
+    with pytest.raises(FileNotFoundError, match=r"no pretrained weights raftmlp_s\.TAG\.safetensors"):
+        timm.create_model("raftmlp_s", pretrained=True, pretrained_cfg=timm.get_pretrained_cfg("raftmlp_s"))
+    for named in (
+        dict(pretrained_cfg=timm.models.PretrainedCfg(file="no.pth")),
+        dict(pretrained_cfg_overlay=dict(file="no.pth")),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no\.pth"):  # other weights do not take its place
+            timm.create_model("raftmlp_digits", pretrained=True, **named)
+
+
+def test_list_pretrained(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", str(tmp_path))
+    for name in ("raftmlp_digits.mine", "raftmlp_s.a", "resnet18.b", "raftmlp_digits"):
+        save_state_dict(digits.state_dict(), tmp_path / f"{name}.safetensors")
+    assert raftmlp.list_pretrained() == ["raftmlp_digits.mine", "raftmlp_digits.sklearn", "raftmlp_s.a"]
+    assert raftmlp.list_pretrained("raftmlp_s") == ["raftmlp_s.a"]
+    with pytest.raises(FileNotFoundError, match=r"raftmlp_m\.TAG\..*, which have raftmlp_digits\.mine, raftmlp_d"):
+        timm.create_model("raftmlp_m", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "folder, reason", [("~nobody-such/x", "there is no such user"), ("x" * 5000, "File name too long")]
+)
+def test_folders_that_cannot_be(folder, reason, monkeypatch):
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", folder)
+    with pytest.raises(ValueError, match=rf"\$RAFTMLP_CHECKPOINTS names the folder .*: {reason}"):
+        timm.create_model("raftmlp_s", pretrained=True)
+    with pytest.raises(ValueError, match=reason):
+        export_path("raftmlp_s", "mine")
 
 
 def test_hub_style_folder(digits, tmp_path):

@@ -78,7 +78,7 @@ def build_parser() -> Parser:
 
 
 def model_name(text: str) -> str:
-    """Return the name of a model of timm's list, or reference:NAME for one of ours.
+    """Return the name of a model that timm makes, or reference:NAME for one of ours.
 
     Raises:
         UserError: If there is none.

@@ -81,7 +81,7 @@ def load(state: Mapping[str, Tensor], model: nn.Module, path: str) -> None:
     Raises:
         UserError: If the classifier does not fit, or a weight is not finite.
     """
-    state = adapt_state_dict(state, model)
+    state = adapt_state_dict(state, model, path)
     if lines := describe_differences(shapes(state), shapes(model.state_dict())):
         name = model.pretrained_cfg["architecture"]
         raise UserError(f"{path} is a {name}, but its classifier is damaged: {'; '.join(lines)}")
@@ -100,12 +100,14 @@ def main() -> None:
         raise UserError(f"{args.output} exists; --overwrite writes over it")
     state = load_state_dict(args.checkpoint)
     release, given = is_release_format(state), backbone_shapes(state)
-    stem = given.get("stages.0.embed.convs.0.weight")  # the release knows three channels; ours may have others
-    kwargs = dict(img_size=as_size(args.img_size) if args.img_size else None, in_chans=stem[1] if stem else 3)
+    stem = given.get("stages.0.embed.convs.0.weight", ())  # the release knows three channels; ours may have others
+    in_chans = stem[1] if len(stem) == 4 and stem[1] else 3
+    kwargs = dict(img_size=as_size(args.img_size) if args.img_size else None, in_chans=in_chans)
     name = find_variant(args.checkpoint, given, release, args.model, **kwargs)
 
     classifier = next((state[f"{key}weight"] for key in CLASSIFIERS if f"{key}weight" in state), None)
-    model = timm.create_model(name, num_classes=0 if classifier is None else len(classifier), **kwargs)
+    num_classes = 0 if classifier is None or classifier.ndim != 2 else len(classifier)
+    model = timm.create_model(name, num_classes=num_classes, **kwargs)
     load(state, model, args.checkpoint)
     cfg = dict(num_classes=model.num_classes, input_size=(model.in_chans, *model.img_size))
     try:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..create import ModelSettings
+from ..create import ModelSettings, is_folder_name
 from ..data.images import DataSettings, ImageSettings
 from ..errors import UserError
 from ..evaluate.evaluation import PreparedModel, prepare_model, warn_of_random_weights
@@ -140,7 +140,7 @@ def export_folder(args: argparse.Namespace, settings: ExportSettings, prepared: 
     measured = measure(args, prepared.name, Logits(model, settings.dtype), prepared, dataset) if dataset else None
     architecture, _, tag = prepared.name.partition(".")
     file = Path(args.checkpoint) if args.checkpoint else None
-    if args.pretrained:
+    if args.pretrained and not is_folder_name(args.model):
         file = find_pretrained(architecture, tag)
     record = training_record(file) if file else {}
     write_folder(model, prepared.config, model_card(model, architecture, prepared.config, record, measured), out)

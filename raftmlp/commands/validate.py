@@ -3,7 +3,7 @@
     raftmlp validate --model raftmlp_digits --pretrained --dataset digits --confusion confusion.png
     raftmlp validate --model raftmlp_s --checkpoint raftmlp_s.pth --data-dir imagenet --real-labels
     raftmlp validate --checkpoint s.safetensors --data-dir imagenet --sizes 160 224 256x320 --size-plot s.png
-    raftmlp validate --checkpoint s.safetensors --data-dir imagenet --pretrained --compare resmlp_12_224
+    raftmlp validate --checkpoint s.safetensors --data-dir imagenet --pretrained --compare resmlp_12_224 m.safetensors
 
 Prints one line, or a table if there are several models or sizes; writes files if they are named. The data may be a
 part of ImageNet, in folders named by synsets (ImageNet-A, ImageNet-R, ...): a model of all of ImageNet then chooses
@@ -12,9 +12,12 @@ among these classes. images/s are those of the whole evaluation, with reading im
 
 import argparse
 import json
+import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import timm
 import torch
@@ -22,11 +25,11 @@ from timm.data import infer_imagenet_subset
 from torch.utils.data import Dataset
 
 from .. import __version__
-from ..create import ModelSettings, known_model
+from ..create import ModelSettings, is_folder_name, known_model
 from ..data import class_names
 from ..data.images import DataSettings, ImageSettings, file_name
 from ..device import DeviceSettings, find_device
-from ..errors import UserError
+from ..errors import MissingFileError, UserError
 from ..evaluate.evaluation import PreparedModel, evaluate_prepared, prepare_model, run_once, warn_of_random_weights
 from ..evaluate.labels import default_num_classes, readable_names
 from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
@@ -51,11 +54,12 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--compare",
-        type=option_type(known_model),
+        type=option_type(known_model_or_checkpoint),
         nargs="+",
-        metavar="NAME",
-        help="evaluate these models too, on the same images prepared as each needs them, with their pretrained weights "
-        "if --pretrained; --checkpoint and --model-kwargs are for --model alone",
+        metavar="NAME|FILE",
+        help="evaluate these models too, on the same images prepared as each needs them: checkpoints, folders as "
+        "local-dir:FOLDER or hf-hub:USER/NAME, and models with their pretrained weights if --pretrained; --checkpoint "
+        "and --model-kwargs are for --model alone",
     )
     group.add_argument(
         "--mirror", action="store_true", help="average the probabilities of every image and its mirror image"
@@ -78,6 +82,27 @@ def build_parser() -> Parser:
     return parser
 
 
+def known_model_or_checkpoint(text: str) -> str:
+    """Return the name if timm knows such a model, or the file or folder of that name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if text.endswith((".pth", ".pt", ".tar", ".safetensors")) and not os.path.exists(text):
+        raise MissingFileError(f"no checkpoint at {text}")
+    return text if os.path.exists(text) else known_model(text)
+
+
+def compared_models(args: argparse.Namespace) -> Iterator[dict]:
+    """Yield the options of each model to compare with."""
+    for name in args.compare or ():
+        is_file = os.path.exists(name)
+        weights = dict(checkpoint=name if is_file else None, pretrained=not is_file and args.pretrained)
+        if is_folder_name(name):
+            weights = dict(checkpoint=None, pretrained=True)
+        yield {**vars(args), "model": None if is_file else name, "model_kwargs": {}, **weights}
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if args.sizes and args.img_size:
@@ -94,15 +119,17 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
     """Return what the options name, in their order: models, and each at every size."""
     options, images = vars(args), ImageSettings.select(vars(args))
     choices = [{**options, "pretrained": args.pretrained and not args.checkpoint}]
-    choices += [{**options, "model": name, "checkpoint": None, "model_kwargs": {}} for name in args.compare or ()]
+    choices += compared_models(args)
     models = []
-    for settings in map(ModelSettings.select, choices):
+    for i, settings in enumerate(map(ModelSettings.select, choices)):
         model = None
         for size in args.sizes or [settings.img_size]:
             settings = replace(settings, img_size=size)
             prepared = prepare_model(settings, images, model, default_num_classes(class_names(dataset)))
             is_fixed = prepared.model.pretrained_cfg.get("fixed_input_size")  # such a model is built for every size
             model = None if is_fixed else prepared.model
+            if i and settings.checkpoint:  # which may be of the same model
+                prepared.name += f" ({Path(settings.checkpoint).name})"
             run_once(prepared.model, prepared.name, prepared.config["input_size"])
             prepared.match(dataset, args.real_labels)
             models.append(prepared)

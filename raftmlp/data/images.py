@@ -12,6 +12,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..description import INTERPOLATIONS
 from ..errors import UserError
 from ..settings import Number, Settings, option
 from .datasets import class_names, create_dataset
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 UNREADABLE = -1  # the class of an image that cannot be read, in evaluation
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
+from ..create import ModelSettings, create_model
 from ..errors import first_words
 from ..reference import Reference
 from ..settings import Number, Settings, option
@@ -146,8 +146,7 @@ class Meter:
         self.device, self.training = device, task == "training"
         torch.manual_seed(0)
         timm_name = name.removeprefix(REFERENCE)
-        is_fixed = timm.models.get_pretrained_cfg_value(timm_name, "fixed_input_size")
-        model = timm.create_model(timm_name, **(dict(img_size=size) if is_fixed else {}))
+        model = create_model(ModelSettings(model=timm_name, img_size=size))
         self.parameters = sum(p.numel() for p in model.parameters())
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         dtype = torch.float32 if is_amp else dtype

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
+from ..description import check_fields, mapping, number, parse_json, text
 from ..errors import UserError, first_words
 from ..files import new_folder
 from ..raftmlp import RaftMLP
@@ -33,6 +34,11 @@ RECIPE = (
     "epochs", "global_batch_size", "opt", "lr", "weight_decay", "sched", "warmup_epochs", "layer_decay", "smoothing",
     "drop_path", "aa", "mixup", "cutmix", "reprob", "model_ema", "img_size", "seed",
 )  # fmt: skip
+COUNT = number(int, 0, 10**9)
+RECORD = dict(
+    options=mapping, best=mapping, versions=mapping, best_top1=number(float, 0, 100), best_epoch=COUNT, epochs=COUNT,
+    command=text, commit=text, data=text,
+)  # fmt: skip
 UNKNOWN = "Not known: the weights came without a record of the training command."
 
 
@@ -56,17 +62,11 @@ def training_record(path: Path) -> dict:
         if not isinstance(options, dict):  # not a run's checkpoint: the summary beside it is of another file
             return {}
         of_checkpoint = dict(options=options, data=options.get("dataset") or "a folder of images")
-    try:
-        record = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"the card {file} is damaged: {error}") from error
+    record = parse_json(file.read_bytes(), f"the card {file}") if file.is_file() else {}
     if not isinstance(record, dict):
         raise UserError(f"the card {file} is damaged: it must be what the training command wrote")
     record |= of_checkpoint
-    kinds = dict(options=dict, best=dict, versions=dict, best_top1=float, best_epoch=int, epochs=int, command=str)
-    for key, kind in kinds.items():
-        if key in record and not isinstance(record[key], kind):
-            raise UserError(f"the card {file} is damaged: {key} is {record[key]!r}")
+    check_fields(record, RECORD, f"the card {file} is damaged: ")
     return record
 
 

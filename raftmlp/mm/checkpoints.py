@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from ..errors import MissingFileError, UserError, first_words
 from ..files import write_bytes
 from ..processes import is_first_process
-from ..weights import describe_differences, first_readable, load_checkpoint, shapes, summary
+from ..weights import (
+    check_tensors,
+    check_types,
+    describe_differences,
+    first_readable,
+    load_checkpoint,
+    shapes,
+    summary,
+)
 from .stand_ins import STAND_INS, LogHistory
 
 _logger = logging.getLogger(__name__)
@@ -141,10 +149,13 @@ def check_weights(model: nn.Module, checkpoint: Mapping, path: Path) -> Mapping[
         UserError: If they are not.
     """
     state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} holds no weights of a model of mmdet or mmseg")
-    if differences := describe_differences(shapes(state), shapes(unwrapped(model).state_dict())):
+    check_tensors(state, path)
+    expected = unwrapped(model).state_dict()
+    if differences := describe_differences(shapes(state), shapes(expected)):
         raise UserError(f"{path} does not fit the config's model: {summary(differences)}")
+    check_types(state, expected, path)
     return state
 
 

@@ -142,8 +142,9 @@ def export_path(model: str, tag: str, overwrite: bool = False) -> Path:
 def export_pretrained(path: Path, summary: dict) -> Path:
     """Write the best weights of a run as pretrained weights, and a JSON card of their origin; return the card."""
     checkpoint = load_checkpoint(summary["best_checkpoint"])
-    cfg = checkpoint["pretrained_cfg"]
-    save_state_dict(unwrap(checkpoint), path, dict(model=checkpoint["arch"], pretrained_cfg=json.dumps(cfg)))
+    cfg, kwargs = checkpoint["pretrained_cfg"], json.dumps(checkpoint["model_kwargs"])
+    metadata = dict(model=checkpoint["arch"], model_kwargs=kwargs, pretrained_cfg=json.dumps(cfg))
+    save_state_dict(unwrap(checkpoint), path, metadata)
     card = dict(
         file=path.name,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),

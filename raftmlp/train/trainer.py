@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__
-from ..create import create_model
+from ..create import create_model, model_arguments
 from ..data.augmentation import BatchAugmentation, training_transform
 from ..data.datasets import class_names
 from ..data.images import check_classes, data_config, evaluation_loader, image_count
@@ -134,7 +134,9 @@ class Trainer:
         names = class_names(train_data)
         if settings.num_classes is None and names:
             settings = replace(settings, num_classes=len(names))
-        model = create_model(settings, to_train=True, drop_rate=settings.drop, drop_path_rate=settings.drop_path)
+        rates = dict(drop_rate=settings.drop, drop_path_rate=settings.drop_path)
+        model = create_model(settings, to_train=True, **rates)
+        settings = replace(settings, model_kwargs=model_arguments(settings, to_train=True, **rates))
         return cls(settings, model, train_data, val_data, processes, command)
 
     # A run
@@ -247,10 +249,12 @@ class Trainer:
             UserError: If it is damaged, or of a run that this one cannot resume.
         """
         checkpoint = load_checkpoint(path)
-        if reason := reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch):
-            raise UserError(f"{path} {reason}")
         try:
+            if reason := reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch):
+                raise UserError(f"{path} {reason}")
             self.load_state_dict(checkpoint)
+        except UserError:
+            raise
         except Exception as error:  # whatever a foreign file brings about
             raise UserError(f"cannot resume from {path}: {first_words(error)}") from error
         self.saved = self.state.position if self.folder.contains(path) else None
