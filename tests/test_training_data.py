@@ -11,6 +11,7 @@ from helpers import TINY, assert_same, make_image_folder
 from raftmlp.commands import train
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
+from raftmlp.data.pixels import PixelReader
 from raftmlp.data.training import Batches, Share, TrainingImages, share_batches
 from raftmlp.errors import UserError
 from raftmlp.weights import load_checkpoint
@@ -55,7 +56,9 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     settings = AugmentationSettings(aa="rand-m9-n2", cutout=0.5, affine=(10, 0.1, 0.1))
     config = dict(input_size=(3, 32, 32), interpolation="bilinear", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
     transform = training_transform(settings, config)
-    images, reseeded = (TrainingImages(Digits("train"), transform, 3, seed, Path("bad"), 1) for seed in (0, 1))
+    images, reseeded = (
+        TrainingImages(Digits("train"), transform, PixelReader(3), seed, Path("bad"), 1) for seed in (0, 1)
+    )
     first, _ = images[(0, 5)]
     others = [images[(1, 5)][0], images[(0, 6)][0], reseeded[(0, 5)][0]]
     assert torch.equal(images[(0, 5)][0], first)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.images import open_image
+from ..data.pixels import PixelReader
 from ..errors import UserError, first_words
 from ..files import save_figure
 
@@ -31,7 +32,9 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, files: Sequence[Path], config: dict):
-        self.files, self.shape, self.transform = files, config["input_size"], create_transform(**config)
+        preparation = dict(config)
+        self.pixels = PixelReader(config["input_size"][0], preparation.pop("background", "white"))
+        self.files, self.shape, self.transform = files, config["input_size"], create_transform(**preparation)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -39,7 +42,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str, str]:
         name = str(self.files[index]).encode(errors="replace").decode()  # a file's name may be no Unicode
         try:
-            return self.transform(open_image(self.files[index], self.shape[0])), name, ""
+            return self.transform(open_image(self.files[index], self.pixels)), name, ""
         except Exception as error:  # PIL raises anything on bytes that are no image
             return torch.zeros(self.shape), name, first_words(error)
 
@@ -72,6 +75,7 @@ def predict(
     """
     hide_bar = None if len(loader) > 1 else True  # None: a bar where there is a terminal
     for images, files, errors in tqdm(loader, desc="predicting", unit="batch", leave=False, disable=hide_bar):
+        loader.dataset.pixels.say_transparency()
         top = classify(images).topk(topk)
         for image, file, error, *best in zip(images, files, errors, top.indices.tolist(), top.values.tolist()):
             if error:

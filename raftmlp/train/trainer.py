@@ -75,7 +75,7 @@ class Trainer:
         self.device, self.command = processes.device, command
         ranks = dict(rank=processes.rank, world_size=processes.world_size)
         share = share_batches(settings.batch_size, settings.global_batch_size, **ranks)
-        check_splits(train_data, val_data)
+        val_classes = check_splits(train_data, val_data)
         check_classes(train_data, model)
         config = data_config(settings, model, settings.size)
         self.settings = settings = replace(
@@ -103,7 +103,7 @@ class Trainer:
                 f"{count} images make no update of {share.images}: choose --global-batch-size {count} or less"
             )
         self.val_loader = evaluation_loader(
-            val_data, config, self.device, settings.batch_size, settings.workers, **ranks
+            val_data, config, self.device, settings.batch_size, settings.workers, **ranks, classes=val_classes
         )
         self.augment = BatchAugmentation(settings, share.batch_size, model.num_classes, settings.smoothing, self.device)
         self.learner = Learner(settings, model, share.steps, self.updates_per_epoch, processes)
