@@ -11,7 +11,7 @@ from torch import nn
 from .errors import UserError, first_words
 from .raftmlp import RaftMLP
 from .settings import Number, Settings, option
-from .sizes import as_size
+from .sizes import as_size, check_memory
 from .weights import adapt_state_dict, describe_differences, load_state_dict, read_description, shapes, summary
 
 __all__ = ["ModelSettings", "create_model", "known_model"]
@@ -112,6 +112,7 @@ def create_model(
     default = timm.models.get_pretrained_cfg(architecture)
     is_ours = architecture in timm.list_models(module="raftmlp")
     if settings.size and default and (default.fixed_input_size or (is_ours and to_train)):  # others take any size
+        check_memory((settings.in_chans or 3, *settings.size))
         arguments["img_size"] = settings.size
     arguments = {key: value for key, value in arguments.items() if value is not None}
     arguments = {**described.get("model_kwargs", {}), **arguments, **settings.model_kwargs}

@@ -23,7 +23,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
     The content is on the disk when the context ends.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    prefix = f".{path.stem[:50]}."  # a name of the longest length that is allowed has a temporary one too
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:

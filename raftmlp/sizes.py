@@ -50,7 +50,7 @@ def check_memory(shape: Sequence[int], images: int = 1) -> None:
     memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 4 * images * math.prod(shape)
     if needed > memory:
         raise UserError(
-            f"a batch of {images} image{'s' * (images > 1)} of {size_name(shape[1:])} pixels takes "
-            f"{needed / 2**30:,.0f} GiB, the memory has {memory / 2**30:,.0f}: a smaller --img-size or --batch-size is "
-            f"needed"
+            f"{images} image{'s' * (images > 1)} of {size_name(shape[1:])} pixels take{'s' * (images == 1)} "
+            f"{needed / 2**30:,.0f} GiB, the memory has {memory / 2**30:,.0f}: choose a smaller --img-size"
+            f"{' or --batch-size' * (images > 1)}"
         )

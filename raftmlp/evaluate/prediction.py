@@ -17,6 +17,7 @@ from ..data.images import open_image
 from ..data.pixels import PixelReader
 from ..errors import UserError, first_words
 from ..files import save_figure
+from .labels import drawable
 
 __all__ = ["MAX_BARS", "ImageFiles", "class_probabilities", "draw_predictions", "occlusion_map", "predict"]
 
@@ -40,7 +41,7 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, str]:
-        name = str(self.files[index]).encode(errors="replace").decode()  # a file's name may be no Unicode
+        name = str(self.files[index]).encode(errors="backslashreplace").decode()  # a file's name may be no Unicode
         try:
             return self.transform(open_image(self.files[index], self.pixels)), name, ""
         except Exception as error:  # PIL raises anything on bytes that are no image
@@ -158,11 +159,11 @@ def draw_predictions(
             left.imshow(alpha, ListedColormap(["red"]), alpha=alpha, extent=extent, interpolation="bilinear")
             left.set_title(f"by up to {most:.2f}", fontsize=8)
         for i, prediction in enumerate(result["predictions"][:bars]):
-            probability, name = prediction["probability"], shorten(prediction["name"], 42, placeholder=" ...")
+            probability, name = prediction["probability"], shorten(drawable(prediction["name"]), 42, placeholder=" ...")
             right.barh(i, probability, height=0.75, color="lightsteelblue" if i else "skyblue")
             right.text(-0.02, i, f"{100 * probability:.1f} %", fontsize=8, va="center", ha="right")
             right.text(0.02, i, name, fontsize=8, va="center", parse_math=False)
-        file = result["file"]
+        file = drawable(result["file"])
         right.set(xlim=(-0.2, 1), ylim=(bars - 0.5, -0.5))
         right.set_title(file if len(file) <= 46 else f"...{file[-43:]}", loc="left", fontsize=8, parse_math=False)
     save_figure(figure, path)

@@ -29,6 +29,7 @@ from ..evaluate.evaluation import evaluate
 from ..files import write_text
 from ..processes import Processes
 from ..raftmlp import RaftMLP
+from ..sizes import check_memory
 from ..weights import load_checkpoint
 from .journal import Journal, export_path, export_pretrained, summarise
 from .learner import Learner
@@ -129,6 +130,9 @@ class Trainer:
         random_seed(settings.seed)
         train_data = settings.create(settings.train_split, is_training=True, seed=settings.seed)
         val_data = settings.create(settings.val_split, seed=settings.seed)
+        if settings.size:  # before the model, whose grid has that size
+            batch_size = min(settings.batch_size, settings.global_batch_size or math.inf, image_count(train_data))
+            check_memory((settings.in_chans or 3, *settings.size), batch_size)
         names = class_names(train_data)
         if settings.num_classes is None and names:
             settings = replace(settings, num_classes=len(names))
