@@ -230,6 +230,8 @@ def test_help_shows_every_option(run):
         (["1.png", "--mean", "0.1", "0.2"], "--mean takes 1 or 3 numbers, not 2"),
         (["1.png", "--background", "whiet"], "must be the name of a colour or #rrggbb, not 'whiet'"),
         (["1.png", "--background", "#ffffff80"], "must be the name of a colour or #rrggbb, not '#ffffff80'"),
+        (["1.png", "--img-size", "10000000"], "1 image of 10000000 pixels takes"),
+        (["n" * 300], "no images at 'nnnn"),
         (["1.png", "--device", "gpu"], "no device 'gpu'"),
         (["1.png", "--top", "1"], "unrecognized arguments: --top"),
     ],

@@ -9,6 +9,7 @@ from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
 from ..errors import MissingFileError, UserError
+from ..files import printable
 from .digits import Digits
 from .folders import FolderReader
 from .transfer import create_transfer_dataset
@@ -94,4 +95,4 @@ def class_names(dataset: Dataset) -> list[str] | None:
         names = sorted(index, key=index.get)
     else:
         return None
-    return [name.encode(errors="backslashreplace").decode() for name in names]
+    return [printable(name) for name in names]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose
 
 from ..errors import UserError
+from ..files import printable
 from ..settings import Number, Settings, option
 from ..sizes import check_memory
 from .datasets import class_names, create_dataset
@@ -157,9 +158,9 @@ def image_count(dataset: Dataset) -> int:
 
 
 def file_name(dataset: Dataset, index: int) -> str:
-    """Return the file of an image, or its number where the data set knows no files."""
+    """Return the file of an image, escaped where it is no Unicode, or its number if the data set knows no files."""
     try:
-        return dataset.filename(index, absolute=True)
+        return printable(dataset.filename(index, absolute=True))
     except Exception:  # data sets of torchvision and of Hugging Face name no files
         return f"image {index}"
 
@@ -269,6 +270,8 @@ def evaluation_loader(
     transform = create_transform(shape, use_prefetcher=True, **preparation)
     if isinstance(dataset, IterableDataset):  # its reader shares the images out
         images = read_stream(dataset, pixels, transform, workers)
+        if classes is not None:
+            images.target_transform = classes.__getitem__
     else:
         indices = range(rank, len(dataset), world_size)
         images = EvaluationImages(dataset, indices, pixels, transform, shape, classes)

@@ -74,11 +74,11 @@ def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
     classes = None
     if train_names and val_names and train_names != val_names and set(val_names) <= set(train_names):
         classes = [train_names.index(name) for name in val_names]
-        missing = [name for name in train_names if name not in val_names]
-        _logger.warning(
-            f"note: no images of {len(missing)} of the {len(train_names)} classes to evaluate on: {missing[:5]}"
-            f"{' and others' if len(missing) > 5 else ''}; they are evaluated with the classes of training"
-        )
+        if missing := [name for name in train_names if name not in val_names]:
+            _logger.warning(
+                f"note: no images to evaluate on of {len(missing)} of the {len(train_names)} classes: {missing[:5]}"
+                f"{' and others' if len(missing) > 5 else ''}; the model chooses among all classes of training"
+            )
     elif train_names and val_names and train_names != val_names:
         odd = sorted(set(train_names) ^ set(val_names))
         raise UserError(
@@ -195,7 +195,7 @@ class TrainingImages(Dataset):
             try:
                 image, target = read_image(self.dataset, candidate, self.pixels)
             except Exception as error:  # PIL raises anything on bytes that are no image
-                with self.bad_images.open("a", errors="surrogateescape") as file:  # one write a line: they do not mix
+                with self.bad_images.open("a", errors="backslashreplace") as file:  # one write a line: they do not mix
                     reason = re.sub(r" <_io\S* name=.*?>", "", first_words(error))
                     file.write(f"{file_name(self.dataset, candidate)}\t{reason}\n")
                 continue

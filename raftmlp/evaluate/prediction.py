@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data.images import open_image
 from ..data.pixels import PixelReader
 from ..errors import UserError, first_words
-from ..files import save_figure
+from ..files import printable, save_figure
 from .labels import drawable
 
 __all__ = ["MAX_BARS", "ImageFiles", "class_probabilities", "draw_predictions", "occlusion_map", "predict"]
@@ -41,7 +41,7 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, str]:
-        name = str(self.files[index]).encode(errors="backslashreplace").decode()  # a file's name may be no Unicode
+        name = printable(self.files[index])
         try:
             return self.transform(open_image(self.files[index], self.pixels)), name, ""
         except Exception as error:  # PIL raises anything on bytes that are no image
