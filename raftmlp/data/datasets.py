@@ -54,8 +54,8 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
     try:
         if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
             return found
-        if name in FOLDERS and Path(root).is_dir():
-            return ImageDataset(root, reader=FolderReader(root))
+        if name in FOLDERS and Path(root).is_dir() and not kwargs.get("class_map"):
+            return ImageDataset(root, reader=FolderReader(root), **kwargs)
         if name.startswith(("wds/", "hfids/")):
             kwargs["input_img_mode"] = ""  # images as they are stored: a PixelReader converts them
         dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
