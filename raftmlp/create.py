@@ -13,7 +13,7 @@ from torch import nn
 from .errors import UserError, first_words
 from .raftmlp import RaftMLP
 from .settings import Number, Settings, option
-from .sizes import as_size
+from .sizes import as_size, check_memory
 from .weights import (
     HUB_CONFIG,
     StateDict,
@@ -192,6 +192,7 @@ def _plan(settings: ModelSettings, to_train: bool, classes: int | None, kwargs: 
     if (
         settings.size and default and (default.fixed_input_size or (_is_ours(name) and to_train))
     ):  # others take any size
+        check_memory((settings.in_chans or 3, *settings.size))
         arguments["img_size"] = settings.size
     arguments = {key: value for key, value in arguments.items() if value is not None}
     rest = {key: value for key, value in described.get("model_kwargs", {}).items() if key not in arguments}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_file", "new_folder", "save_figure", "shipped_folder", "write_bytes", "write_text"]
+__all__ = ["new_file", "new_folder", "printable", "save_figure", "shipped_folder", "write_bytes", "write_text"]
 
 
 def shipped_folder(name: str) -> Path:
@@ -23,7 +23,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
     The content is on the disk when the context ends.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    prefix = f".{path.stem[:50]}."  # a name of the longest length that is allowed has a temporary one too
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -42,7 +43,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside path to fill; it becomes path at the end, or goes if an error is raised."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}."))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -50,6 +51,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def printable(name: str | Path) -> str:
+    """Return a file's name with escapes for what is no Unicode."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -60,7 +66,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a complete text file in UTF-8; parts of file names that are no Unicode are escaped."""
-    write_bytes(path, text.encode(errors="backslashreplace"))
+    write_bytes(path, printable(text).encode())
 
 
 def save_figure(figure, path: str | Path, dpi: int = 120) -> None:

@@ -1,11 +1,13 @@
 """Image sizes, as (height, width) in pixels and in words: "224", "800x1333"."""
 
+import math
+import os
 import re
 from collections.abc import Sequence
 
 from .errors import UserError
 
-__all__ = ["as_size", "parse_size", "size_name"]
+__all__ = ["as_size", "check_memory", "parse_size", "size_name"]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -35,3 +37,20 @@ def size_name(size: Sequence[int]) -> str:
     """Return (height, width) in words."""
     height, width = size
     return str(height) if height == width else f"{height}x{width}"
+
+
+def check_memory(shape: Sequence[int], images: int = 1) -> None:
+    """Refuse a batch of float32 images of shape (C, H, W) that is larger than the machine's memory.
+
+    Raises:
+        UserError: If it is; the message says how much it would take.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 4 * images * math.prod(shape)
+    if needed > memory:
+        raise UserError(
+            f"{images} image{'s' * (images > 1)} of {size_name(shape[1:])} pixels take{'s' * (images == 1)} "
+            f"{needed / 2**30:,.0f} GiB, the memory has {memory / 2**30:,.0f}: choose a smaller --img-size"
+            f"{' or --batch-size' * (images > 1)}"
+        )

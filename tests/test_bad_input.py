@@ -29,6 +29,10 @@ from raftmlp.commands import train, validate
         (["--dataset", "digits", "--pretrained"], "no pretrained weights raftmlp_s.TAG.safetensors"),
         (["--dataset", "digits", "--img-size", "0"], "must be a whole number of 1 or more, not '0'"),
         (["--dataset", "digits", "--img-size", "1", "2", "3"], "--img-size takes"),
+        (["--dataset", "digits", "--img-size", "10000000"], "10000000 pixels take"),
+        (["--dataset", "digits", "--background", "whiet"], "must be the name of a colour or #rrggbb, not 'whiet'"),
+        (["--data-dir", "n" * 300], "File name too long: 'nnnn"),
+        (["--dataset", "digits", "--checkpoint", "n" * 300], "nnnn"),
         (
             ["--dataset", "digits", "--model-kwargs", "num_classes=7"],
             "the data has 10 classes, the model 7",

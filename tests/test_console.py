@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from raftmlp import __version__
 from raftmlp.commands import console
@@ -37,6 +38,18 @@ def raising(error):
             2,
             "raftmlp some: error: [Errno 28] No space left on device\n",
         ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            2,
+            "raftmlp some: error: too little memory, a smaller --batch-size may help: DefaultCPUAllocator: can't "
+            "allocate memory: you tried to allocate 9 bytes\n",
+        ),
+        (
+            torch.OutOfMemoryError("out of\nmemory"),
+            2,
+            "raftmlp some: error: too little memory, a smaller --batch-size may help: out of memory\n",
+        ),
+        (MemoryError(), 2, "raftmlp some: error: too little memory, a smaller --batch-size may help: MemoryError\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
         (SystemExit(7), 7, ""),
     ],

@@ -50,6 +50,14 @@ def test_names_that_are_no_unicode_are_escaped(tmp_path):
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "caf\\udce9 caf\u00e9"
 
 
+def test_names_of_the_greatest_length(tmp_path):
+    name = "n" * 251 + ".txt"
+    write_text(tmp_path / name, "x")
+    with new_folder(tmp_path / ("f" * 255)):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {name, "f" * 255}
+
+
 def test_a_folder_appears_whole(tmp_path):
     with new_folder(tmp_path / "deep" / "made") as temporary:
         (temporary / "file").write_text("x")

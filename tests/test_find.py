@@ -1,10 +1,13 @@
 """Image files by name, in the package and in the script that stands alone."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from helpers import load_script
+from raftmlp.data import class_names, create_dataset
 from raftmlp.data.find import find_images
 from raftmlp.errors import UserError
 
@@ -52,3 +55,55 @@ def test_what_is_no_image(photos):
     for names in ([], ["photos/missing.png"], ["photos/10.png", "*.jpeg"], ["photos/x.png"], [""]):
         with pytest.raises(UserError, match="no images at|name an image"):
             find_images(names)
+
+
+@pytest.fixture
+def odd_folders(tmp_path, monkeypatch):
+    """Two images among folders that may not be read, and links that lead to themselves or to a folder above them."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos/cat", "photos/closed", "photos/dog", "more"):
+        Path(folder).mkdir(parents=True)
+    for file in ("photos/cat/1.png", "photos/closed/2.png", "more/3.png"):
+        Path(file).write_text("")
+    Path("photos/cat/up").symlink_to(tmp_path / "photos")
+    Path("photos/cat/self").symlink_to("self")
+    Path("photos/dog/linked").symlink_to(tmp_path / "more")
+    scandir = os.scandir
+
+    def refuse(path):
+        if "closed" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+
+
+def test_folders_that_are_passed_over_are_named(odd_folders, caplog):
+    assert find_images(["photos"]) == [Path("photos/cat/1.png"), Path("photos/dog/linked/3.png")]
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note == (
+        "note: 3 folders passed over: photos/cat/self (Too many levels of symbolic links), photos/cat/up (a link to a "
+        "folder above it), photos/closed (Permission denied)"
+    )
+
+
+def test_classes_in_odd_folders(odd_folders, caplog):
+    folder = create_dataset("", "photos", "train")
+    assert class_names(folder) == ["cat", "linked"]
+    assert [folder.filename(i) for i in range(len(folder))] == ["cat/1.png", "dog/linked/3.png"]
+    assert "note: 3 folders passed over: " in caplog.text
+    caplog.clear()
+    Path("photos/cat/1.png").unlink()
+    Path("more/3.png").unlink()
+    with pytest.raises(UserError, match="0 images in it"):
+        create_dataset("", "photos", "train")
+    assert "note: 3 folders passed over: " in caplog.text
+
+
+def test_classes_come_in_timms_order(tmp_path):
+    names = ["10", "9", "A", "a", "b2", "b10", "\u00b2", "caf\u00e9"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.webp").write_text("")
+    folder = create_dataset("", str(tmp_path), "train")
+    assert class_names(folder) == ["9", "10", "A", "a", "b2", "b10", "caf\u00e9", "\u00b2"] and len(folder) == 8

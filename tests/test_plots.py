@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from raftmlp.data.images import UNREADABLE
+from raftmlp.evaluate.labels import drawable
 from raftmlp.evaluate.plots import Gallery, draw_accuracy, draw_confusion, draw_cost, draw_speed
+from raftmlp.evaluate.prediction import draw_predictions
 from raftmlp.evaluate.results import Confusion
 from raftmlp.evaluate.speed import Result
 
@@ -60,3 +62,33 @@ def test_speed_and_cost_leave_out_what_did_not_run(tmp_path):
     draw_speed(tmp_path / "speed.png", results)
     draw_cost(tmp_path / "cost.png", results)
     assert drawn_colours(tmp_path / "speed.png") == drawn_colours(tmp_path / "cost.png") == ["C0", "C1"]
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_gallery_is_spread_over_the_classes(order):
+    target = torch.arange(1000).repeat_interleave(3)
+    if order == "shuffled":
+        target = target[torch.randperm(3000, generator=torch.Generator().manual_seed(0))]
+    gallery = Gallery((0.5,), (0.5,), None, limit=8)
+    for labels in target.split(100):
+        gallery.add(torch.zeros(len(labels), 1, 2, 2), labels, torch.nn.functional.one_hot(labels, 1000).float())
+    labels = sorted(label for _, label, *_ in gallery.right)
+    assert len(set(labels)) == 8 and np.diff([*labels, 1000 + labels[0]]).max() < 250
+
+    gallery = Gallery((0.5,), (0.5,), None, limit=8)
+    labels = torch.tensor([0] * 90 + [1] * 90 + [2] * 2)
+    gallery.add(torch.zeros(182, 1, 2, 2), labels, torch.eye(3)[(labels + 1) % 3])
+    assert sorted(label for _, label, *_ in gallery.wrong) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_names_that_the_font_cannot_draw(tmp_path, recwarn):
+    assert drawable("café ŝ x² ж") == "café ŝ x² ж"
+    assert drawable("猫 caf\udce9") == "\\u732b caf\\udce9"
+    names = ["猫", "caf\udce9"]
+    gallery = Gallery((0.5,), (0.5,), names)
+    gallery.add(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]), torch.eye(2))
+    gallery.draw(tmp_path / "g.png", "title")
+    draw_confusion(tmp_path / "c.png", "title", Confusion(np.arange(2), np.arange(2), names))
+    result = dict(file="猫/caf\udce9.png", predictions=[{"class": 0, "name": names[0], "probability": 1.0}])
+    draw_predictions(tmp_path / "p.png", "title", [(result, torch.zeros(1, 2, 2))], [], dict(mean=(0.5,), std=(0.5,)))
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -68,6 +68,7 @@ def test_probabilities_are_those_of_a_direct_call(run, digits, channels):
     image = next(digits.rglob("*.png"))
     options = ["--in-chans", channels, "--topk", 99, "--crop-pct", 0.9, "--interpolation", "bicubic", "--std", 0.4]
     options += ["--model-kwargs", "drop_rate=0.5"]  # does nothing in eval mode
+    options += ["--background", "#102030"]
     status, _, err = run(image, "odd.png", *DIGITS, *options, "--results-file", "out.json")
     assert status == 0, err
 
@@ -76,7 +77,9 @@ def test_probabilities_are_those_of_a_direct_call(run, digits, channels):
         (channels, 32, 32), crop_pct=0.9, interpolation="bicubic", mean=(0.5,) * channels, std=(0.4,) * channels
     )
     for entry in results()["images"]:
-        x = transform(Image.open(entry["file"]).convert("L" if channels == 1 else "RGB"))
+        stored = Image.open(entry["file"]).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", stored.size, "#102030"), stored)
+        x = transform(image.convert("L" if channels == 1 else "RGB"))
         with torch.no_grad():
             expected = model(x[None])[0].softmax(0)
         predicted = {p["class"]: p["probability"] for p in entry["predictions"]}
@@ -226,6 +229,10 @@ def test_help_shows_every_option(run):
         (["1.png", "--checkpoint", "large.pth"], "the model's output is not finite"),
         (["1.png", "--model-kwargs", "num_classes=0"], "the model must give one number a class"),
         (["1.png", "--mean", "0.1", "0.2"], "--mean takes 1 or 3 numbers, not 2"),
+        (["1.png", "--background", "whiet"], "must be the name of a colour or #rrggbb, not 'whiet'"),
+        (["1.png", "--background", "#ffffff80"], "must be the name of a colour or #rrggbb, not '#ffffff80'"),
+        (["1.png", "--img-size", "10000000"], "1 image of 10000000 pixels takes"),
+        (["n" * 300], "no images at 'nnnn"),
         (["1.png", "--device", "gpu"], "no device 'gpu'"),
         (["1.png", "--top", "1"], "unrecognized arguments: --top"),
     ],

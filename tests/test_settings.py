@@ -9,7 +9,7 @@ from raftmlp.commands.config_files import find_config
 from raftmlp.commands.options import Parser, output_file, output_folder
 from raftmlp.errors import UserError
 from raftmlp.settings import Number, Settings, option
-from raftmlp.sizes import as_size, parse_size, size_name
+from raftmlp.sizes import as_size, check_memory, parse_size, size_name
 
 
 @dataclass(kw_only=True)
@@ -179,3 +179,12 @@ def test_sizes():
             parse_size(text)
     with pytest.raises(ValueError, match="one number of pixels, or height and width"):
         as_size([1, 2, 3])
+
+
+def test_sizes_that_cannot_fit_into_the_memory(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**18}[name])  # 1 GiB
+    check_memory((1, 16384, 16384))
+    with pytest.raises(UserError, match="^1 image of 16384 pixels takes 3 GiB, the memory has 1: .*--img-size$"):
+        check_memory((3, 16384, 16384))
+    with pytest.raises(UserError, match="^700 images of 512x800 pixels take 3 GiB, the memory has 1: .*--batch-size$"):
+        check_memory((3, 512, 800), 700)

@@ -2,16 +2,20 @@
 
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from helpers import TINY, assert_same, make_image_folder
-from raftmlp.commands import train
+from raftmlp.commands import predict, train, validate
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
-from raftmlp.data.training import Batches, Share, TrainingImages, share_batches
+from raftmlp.data.pixels import PixelReader
+from raftmlp.data.training import Batches, Share, TrainingImages, check_splits, share_batches
 from raftmlp.errors import UserError
 from raftmlp.weights import load_checkpoint
 
@@ -55,7 +59,9 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     settings = AugmentationSettings(aa="rand-m9-n2", cutout=0.5, affine=(10, 0.1, 0.1))
     config = dict(input_size=(3, 32, 32), interpolation="bilinear", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
     transform = training_transform(settings, config)
-    images, reseeded = (TrainingImages(Digits("train"), transform, 3, seed, Path("bad"), 1) for seed in (0, 1))
+    images, reseeded = (
+        TrainingImages(Digits("train"), transform, PixelReader(3), seed, Path("bad"), 1) for seed in (0, 1)
+    )
     first, _ = images[(0, 5)]
     others = [images[(1, 5)][0], images[(0, 6)][0], reseeded[(0, 5)][0]]
     assert torch.equal(images[(0, 5)][0], first)
@@ -108,6 +114,62 @@ def test_an_evaluation_without_a_readable_image_ends_the_run(run_command, image_
     status, _, err = run_command(train, *folder_options(image_folder, "--epochs", 1, "--output", "out"))
     assert status == 2 and "none of the 6 images to evaluate on can be read" in err
     assert not Path("out/model_best.pth.tar").exists()
+
+
+def test_fewer_classes_to_evaluate_on_than_to_train_on(run_command, image_folder):
+    (image_folder / "train/bright").rename(image_folder / "train/zebra")  # the class that comes last, as class 1
+    (image_folder / "val/bright").rename(image_folder / "val/zebra")
+    for path in (image_folder / "val/dark").iterdir():
+        path.unlink()
+    options = folder_options(image_folder, "--epochs", 8, "--lr", 0.01, "--hflip", 0, "--output", "out")
+    status, out, err = run_command(train, *options)
+    assert status == 0, err
+    assert "2 classes" in out and err.splitlines()[0] == (
+        "note: no images to evaluate on of 1 of the 2 classes: ['dark']; the model chooses among all classes of "
+        "training"
+    )
+    last = json.loads(Path("out/summary.json").read_text())["last"]
+    assert (last["eval_images"], last["eval_top1"]) == (3, 100)  # of class 1, not of class 0
+    options = ["--checkpoint", "out/last.pth.tar", "--data-dir", image_folder, "--workers", 0, "--device", "cpu"]
+    status, out, err = run_command(validate, *options, "--results-file", "r.json")
+    assert status == 0 and "images of 1 of the 2 classes that raftmlp_digits knows" in out, err
+    row = json.loads(Path("r.json").read_text())["rows"][0]
+    assert row["top1"] == 100 and row["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+
+    (image_folder / "train/dark").rename(image_folder / "train/cow")
+    (image_folder / "train/zebra").rename(image_folder / "train/dark")
+    status, _, err = run_command(train, *folder_options(image_folder, "--output", "other"))
+    assert status == 2 and "['cow', 'dark', 'zebra'] belong to one of them only" in err
+
+
+@pytest.mark.parametrize("val, expected", [("ab", None), ("ba", [1, 0]), ("b", [1])])
+def test_classes_to_evaluate_on_are_found_by_name(val, expected):
+    data = [SimpleNamespace(classes=list(names)) for names in ("ab", val)]
+    assert check_splits(*data) == expected
+
+
+def test_names_that_are_no_unicode(run_command, image_folder):
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (image_folder / split / "dark").rename(image_folder / split / name)
+        (image_folder / split / name / "0.jpg").rename(image_folder / split / name / f"{name}.jpg")
+    (image_folder / "val" / name / "1.jpg").write_bytes(b"no image")
+    (image_folder / "train" / name / "1.jpg").write_bytes(b"no image")
+    folder = image_folder.rename(image_folder.with_name(name))
+    status, out, err = run_command(train, *folder_options(folder, "--epochs", 2, "--output", "out"))
+    assert status == 0, err
+    assert load_checkpoint("out/last.pth.tar")["pretrained_cfg"]["label_names"] == ["bright", "caf\\udce9"]
+    assert yaml.safe_load(Path("out/args.yaml").read_text())["data_dir"] == str(folder)
+    options = ["--checkpoint", "out/last.pth.tar", "--workers", 0, "--device", "cpu", "--picture", "p.png"]
+    more = ["--predictions", "p.csv", "--confusion", "c.png", "--results-file", "r.json"]
+    status, out, err = run_command(validate, "--data-dir", folder, *options, *more)
+    assert status == 0 and "worst classes" in out, err
+    assert "/caf\\udce9/val/caf\\udce9/caf\\udce9.jpg,1,caf\\udce9," in Path("p.csv").read_text(encoding="utf-8")
+    status, out, err = run_command(predict, folder / "val", *options[:2], *options[-2:], "--results-file", "p.json")
+    assert status == 2 and err.splitlines()[-1] == "raftmlp predict: error: 1 of 6 images could not be read"
+    assert "/caf\\udce9/val/caf\\udce9/caf\\udce9.jpg  " in out.encode().decode()
+    files = [entry["file"] for entry in json.loads(Path("p.json").read_text())["images"]]
+    assert any(file.endswith("/caf\\udce9/caf\\udce9.jpg") for file in files)
 
 
 def test_training_on_tars_and_gray_images(run_command, image_folder):

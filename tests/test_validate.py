@@ -394,7 +394,7 @@ def test_real_labels(run, monkeypatch):
     monkeypatch.setattr(
         evaluation,
         "evaluation_loader",
-        lambda *_: ((torch.zeros(1000, 3, 1, 1), torch.arange(1000)) for _ in range(50)),
+        lambda *_, **__: ((torch.zeros(1000, 3, 1, 1), torch.arange(1000)) for _ in range(50)),
     )
     status, out, err = run("--model", "raftmlp_s", "--pretrained", "--real-labels", "--results-file", "r.json")
     assert status == 0, err
@@ -472,7 +472,7 @@ def test_too_large_a_batch(run, monkeypatch):
 
 
 def test_classes_are_found_by_their_names(run, tmp_path):
-    """A checkpoint with the names of its classes is evaluated on a part of them, whatever their numbers there."""
+    """A checkpoint with the names of its classes is evaluated among all of them, whatever classes the data has."""
     model = timm.create_model("raftmlp_digits", pretrained=True)
     digits = Digits("validation")
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -484,10 +484,18 @@ def test_classes_are_found_by_their_names(run, tmp_path):
     cfg = dict(num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, label_names=words)
     torch.save(dict(arch="raftmlp_digits", pretrained_cfg=cfg, state_dict=model.state_dict()), "named.pth")
     options = ["--checkpoint", "named.pth", "--data-dir", tmp_path, "--workers", 0]
-    status, out, err = run(*options)
+    outputs = ["--predictions", "p.csv", "--confusion", "c.png", "--picture", "g.png", "--results-file", "r.json"]
+    status, out, err = run(*options, "--img-size", 16, *outputs)
     assert status == 0, err
-    assert "the 3 classes are a part of the model's: raftmlp_digits chooses among these" in out
-    assert "top-1 100.00 %" in out
+    assert "the data has images of 3 of the 10 classes that raftmlp_digits knows: it chooses among all of them" in out
+    rows = read_csv("p.csv")
+    with torch.no_grad():
+        images = as_batch([Image.open(row["file"]) for row in rows], (16, 16))
+        expected = model.eval()(images).argmax(1).tolist()
+    assert [int(row["predicted"]) for row in rows] == expected and set(expected) - {3, 7, 8}
+    assert all(words[int(row["class"])] == row["class_name"] == Path(row["file"]).parent.name for row in rows)
+    assert all(words[int(row["predicted"])] == row["predicted_name"] for row in rows)
+    assert read_rows()[0]["top1"] == pytest.approx(100 * sum(int(row["right"]) for row in rows) / len(rows))
     (tmp_path / "val/three").rename(tmp_path / "val/drei")
     status, _, err = run(*options)
     assert status == 2 and "the data has classes that the model was not trained on: ['drei']" in err

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from raftmlp_cli import discard_output, prepare_streams
 
 from ..data.workers import kill_workers
-from ..errors import UserError
+from ..errors import UserError, first_words
 from ..processes import is_first_process
 
 __all__ = ["command_line", "run", "say", "show_error"]
@@ -22,7 +22,7 @@ __all__ = ["command_line", "run", "say", "show_error"]
 # errors of a disk, which a user can repair
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
-    errno.ENOENT,
+    errno.ENOENT, errno.ENAMETOOLONG,
 )  # fmt: skip
 
 
@@ -45,6 +45,10 @@ def run(main: Callable[[], int | None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         status = show_error(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        status = show_error(UserError(f"too little memory, a smaller --batch-size may help: {first_words(error)}"))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = 130

@@ -27,6 +27,7 @@ from ..evaluate.labels import model_class_names, read_class_names
 from ..evaluate.prediction import MAX_BARS, ImageFiles, class_probabilities, draw_predictions, occlusion_map, predict
 from ..files import write_text
 from ..settings import Number
+from ..sizes import check_memory
 from .console import run, say
 from .options import PICTURES, Parser, option_type, output_file
 
@@ -98,6 +99,7 @@ def main() -> None:
     if args.compile:
         model = torch.compile(model)
     classify = partial(class_probabilities, model=model, device=device, autocast=execution.autocast(device))
+    check_memory(prepared.config["input_size"], min(args.batch_size, len(files)))
     workers = args.workers if len(files) > args.batch_size else 0
     loader = DataLoader(ImageFiles(files, prepared.config), args.batch_size, num_workers=workers)
 

@@ -27,11 +27,11 @@ from torch.utils.data import Dataset
 from .. import __version__
 from ..create import ModelSettings, is_folder_name, known_model
 from ..data import class_names
-from ..data.images import DataSettings, ImageSettings, file_name
+from ..data.images import DataSettings, ImageSettings, file_name, image_count
 from ..device import DeviceSettings, find_device
 from ..errors import MissingFileError, UserError
 from ..evaluate.evaluation import PreparedModel, evaluate_prepared, prepare_model, run_once, warn_of_random_weights
-from ..evaluate.labels import default_num_classes, readable_names
+from ..evaluate.labels import default_num_classes
 from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
 from ..evaluate.results import Predictions
 from ..files import write_text
@@ -130,7 +130,8 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
             model = None if is_fixed else prepared.model
             if i and settings.checkpoint:  # which may be of the same model
                 prepared.name += f" ({Path(settings.checkpoint).name})"
-            run_once(prepared.model, prepared.name, prepared.config["input_size"])
+            batch_size = min(args.batch_size, image_count(dataset))
+            run_once(prepared.model, prepared.name, prepared.config["input_size"], batch_size)
             prepared.match(dataset, args.real_labels)
             models.append(prepared)
     return models
@@ -145,6 +146,9 @@ def announce(models: list[PreparedModel]) -> None:
         if prepared.outputs:
             subset = (infer_imagenet_subset(prepared.model) or "the model's").replace("imagenet", "ImageNet")
             say(f"the {len(prepared.outputs)} classes are a part of {subset}: {prepared.name} chooses among these")
+        elif prepared.classes and len(prepared.classes) < len(prepared.names):
+            count = f"{len(prepared.classes)} of the {len(prepared.names)}"
+            say(f"the data has images of {count} classes that {prepared.name} knows: it chooses among all of them")
     warn_of_random_weights(models)
 
 
@@ -191,9 +195,10 @@ def name_unreadable(unreadable: list[int], total: int, dataset: Dataset) -> None
         print(f"  {file_name(dataset, index)}", file=sys.stderr)
 
 
-def conditions(args: argparse.Namespace, classes: int | None, device: torch.device) -> dict:
+def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
-    data = dict(dataset=args.dataset or "folder", data_dir=args.data_dir, split=args.val_split, classes=classes)
+    data = dict(dataset=args.dataset or "folder", data_dir=args.data_dir, split=args.val_split)
+    data["classes"] = names and len(names)
     execution = dict(device=str(device), precision=args.amp_dtype if args.amp else "float32")
     execution |= {name: getattr(args, name) for name in ("batch_size", "channels_last", "compile", "mirror")}
     versions = dict(
@@ -207,7 +212,6 @@ def main() -> None:
     check_options(args)
     device, settings = find_device(args.device), DeviceSettings.select(vars(args))
     dataset = DataSettings.select(vars(args)).create(args.val_split)
-    names = readable_names(class_names(dataset))
     models = prepare_models(args, dataset)
     announce(models)
 
@@ -216,7 +220,7 @@ def main() -> None:
         say(table_header(width, args.real_labels))
     for prepared in models:
         predictions = Predictions()
-        gallery = Gallery(prepared.config["mean"], prepared.config["std"], names)
+        names, gallery = prepared.names, Gallery(prepared.config["mean"], prepared.config["std"], prepared.names)
         collectors = [predictions, gallery] if args.picture else [predictions]
         row = evaluate_prepared(
             prepared, dataset, device, settings, args.batch_size, args.workers, args.mirror, collectors
@@ -234,7 +238,7 @@ def main() -> None:
         results["worst_classes"] = confusion.worst()
         say(worst_table(results["worst_classes"]))
     if args.results_file:
-        results |= conditions(args, names and len(names), device)
+        results |= conditions(args, class_names(dataset), device)
         write_text(args.results_file, json.dumps(results, indent=2) + "\n")
         say(f"figures: {args.results_file}")
     if args.predictions:

@@ -3,14 +3,20 @@
 import tarfile
 from pathlib import Path
 
+from PIL import Image
+from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
 from ..errors import MissingFileError, UserError
+from ..files import printable
 from .digits import Digits
+from .folders import FolderReader
 from .transfer import create_transfer_dataset
 
 __all__ = ["class_names", "create_dataset"]
+
+FOLDERS = ("", "folder", "tar")  # names for images in folders or a tar
 
 
 def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs) -> Dataset:
@@ -34,7 +40,7 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
             )
         return Digits(split)
     if not name or "/" not in name:
-        if name not in ("", "folder", "tar"):
+        if name not in FOLDERS:
             raise UserError(
                 f"unknown data set {name!r}: take 'digits', '' (a folder of images), 'torch/NAME', "
                 f"'hfds/NAME', 'wds/NAME' or another of timm's prefixes"
@@ -46,35 +52,51 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         synonyms = (split, "val", "validation") if split in ("val", "validation") else (split,)
         tars = [Path(root) / f"{name}.tar" for name in synonyms]
         root = str(next((tar for tar in tars if tar.is_file()), root))
-        _check_split(Path(root), split)
+        root = str(_find_split(Path(root), split))
     elif not root and not name.startswith("hfds/"):
         raise UserError(f"name the folder of {name} with --data-dir")
     try:
         if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
             return found
-        return create_timm_dataset(name, root=root, split=split, **kwargs)
+        if name in FOLDERS and Path(root).is_dir() and not kwargs.get("class_map"):
+            return ImageDataset(root, reader=FolderReader(root), **kwargs)
+        if name.startswith(("wds/", "hfids/")):
+            kwargs["input_img_mode"] = ""  # images as they are stored: a PixelReader converts them
+        dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
+        if hasattr(dataset, "loader"):  # torchvision's, of folders, which loses pixels
+            dataset.loader = _load
+        return dataset
     except (AssertionError, RuntimeError, TypeError, ImportError, tarfile.TarError, EOFError) as error:
         reason = str(error) or "not found"
         raise UserError(f"no data set {name!r} with split {split!r} in {root}: {reason}") from error
 
 
-def _check_split(root: Path, split: str) -> None:
-    """Refuse a split that a folder of splits does not have; timm would take all of the folder for it."""
+def _load(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def _find_split(root: Path, split: str) -> Path:
+    """Return the folder of a split, or all of a folder without splits; a split that is missing is refused."""
     kinds = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
     names = next((kind for kind in kinds if split in kind), (split,))
+    if found := next((root / name for name in (split, *names) if (root / name).is_dir()), None):
+        return found
     splits = sorted(path.name for path in root.glob("*") if path.stem in (*kinds[0], *kinds[1], "test"))
-    if (
-        root.is_dir()
-        and not any((root / name).is_dir() for name in names)
-        and (splits or split not in kinds[0] + kinds[1])
-    ):
+    if root.is_dir() and (splits or split not in kinds[0] + kinds[1]):
         raise UserError(f"no split {split!r} in {root}: it has {', '.join(splits) or 'no folders of splits'}")
+    return root
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """Return a data set's class names by index, or None where it tells none."""
-    if getattr(dataset, "classes", None):
-        return [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]  # ImageNet: synonyms
+    """Return a data set's class names by index, with escapes for what is no Unicode, or None where it tells none."""
     reader = getattr(dataset, "reader", None)
     index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folder; tar
-    return sorted(index, key=index.get) if index else None
+    if getattr(dataset, "classes", None):
+        names = [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]  # ImageNet: synonyms
+    elif index:
+        names = sorted(index, key=index.get)
+    else:
+        return None
+    return [printable(name) for name in names]

@@ -1,6 +1,7 @@
 """Image files by their names, by their folders and by patterns."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["SUFFIXES", "find_images"]
+__all__ = ["SUFFIXES", "find_images", "natural_order", "walk_images"]
+
+_logger = logging.getLogger(__name__)
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -26,8 +29,8 @@ def find_images(names: Sequence[str]) -> list[Path]:
         if os.path.isfile(name):
             matches = [name]
         else:
-            pattern = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
-            matches = sorted(glob.glob(pattern, recursive=True), key=_natural_order)
+            found = walk_images(name, hidden=False) if os.path.isdir(name) else glob.glob(name, recursive=True)
+            matches = sorted(found, key=natural_order)
             matches = [file for file in matches if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
         if not matches:
             raise UserError(
@@ -37,6 +40,49 @@ def find_images(names: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def _natural_order(name: str) -> list:
+def walk_images(root: str, hidden: bool = True) -> list[str]:
+    """Return the names of image files below a folder; the folders that are passed over are logged with the reason.
+
+    These are folders that cannot be read, and links that lead to a folder above themselves.
+
+    Args:
+        root: The folder.
+        hidden: Whether names that begin with a dot count.
+    """
+    files, passed_over = [], {}
+    waiting: list[tuple[str, frozenset]] = [(root, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                passed_over[folder] = "a link to a folder above it"
+                continue
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            passed_over[folder] = error.strerror
+            continue
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself, or into a folder that may not be entered
+                passed_over[entry.path] = error.strerror
+                continue
+            if entry.name.startswith(".") and not hidden:
+                continue
+            if is_folder:
+                waiting.append((entry.path, above | {identity}))
+            elif entry.name.lower().endswith(SUFFIXES):
+                files.append(entry.path)
+    if passed_over:
+        named = [f"{folder} ({reason})" for folder, reason in sorted(passed_over.items())]
+        more = f" and {len(named) - 5} others" if len(named) > 5 else ""
+        plural = "s" * (len(named) > 1)
+        _logger.warning(f"note: {len(named)} folder{plural} passed over: {', '.join(named[:5])}{more}")
+    return files
+
+
+def natural_order(name: str) -> list:
     """Return a key that sorts 9.png before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]

@@ -1,21 +1,25 @@
 """Images of a data set as a model takes them: how they are prepared, and batches to evaluate on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from PIL import Image
-from timm.data import create_loader, create_transform, resolve_data_config
+from timm.data import IterableImageDataset, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import Compose
 
 from ..description import INTERPOLATIONS
 from ..errors import UserError
+from ..files import printable
 from ..settings import Number, Settings, option
+from ..sizes import check_memory
 from .datasets import class_names, create_dataset
+from .pixels import PixelReader, known_colour
 from .workers import default_workers, ignore_signals
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "image_count",
     "open_image",
     "read_image",
+    "read_stream",
 ]
 
 UNREADABLE = -1  # the class of an image that cannot be read, in evaluation
@@ -51,6 +56,9 @@ class ImageSettings(Settings):
     )
     std: Sequence[float] | None = option(
         None, "deviation of the pixels (default: the model's)", type=Number(float, 1e-6), nargs="+", metavar="X"
+    )
+    background: str = option(
+        "white", "colour behind transparent pixels, a name or '#rrggbb'", type=known_colour, metavar="COLOUR"
     )
 
 
@@ -110,7 +118,7 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
         size: Height and width of the images in pixels; None takes the model's.
 
     Returns:
-        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean and std.
+        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean, std and background.
 
     Raises:
         UserError: If the model takes other than 1 or 3 channels, or the settings do not fit them.
@@ -128,6 +136,7 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
         config[name] = values * channels if len(values) == 1 else values
         if len(values) == 3 and channels == 1:
             config[name] = (sum(values) / 3,)
+    config["background"] = settings.background
     return config
 
 
@@ -149,15 +158,15 @@ def image_count(dataset: Dataset) -> int:
 
 
 def file_name(dataset: Dataset, index: int) -> str:
-    """Return the file of an image, or its number where the data set knows no files."""
+    """Return the file of an image, escaped where it is no Unicode, or its number if the data set knows no files."""
     try:
-        return dataset.filename(index, absolute=True)
+        return printable(dataset.filename(index, absolute=True))
     except Exception:  # data sets of torchvision and of Hugging Face name no files
         return f"image {index}"
 
 
-def read_image(dataset: Dataset, index: int, channels: int) -> tuple[Image.Image, int]:
-    """Return one image of a data set, decoded, with 1 or 3 channels, and its class.
+def read_image(dataset: Dataset, index: int, pixels: PixelReader) -> tuple[Image.Image, int]:
+    """Return one image of a data set, decoded, and its class.
 
     Raises:
         Exception: Of any kind, as PIL does on bytes that are no image.
@@ -165,24 +174,19 @@ def read_image(dataset: Dataset, index: int, channels: int) -> tuple[Image.Image
     reader = getattr(dataset, "reader", None)
     if reader is None:
         image, target = dataset[index][:2]
-        return image.convert(pil_mode(channels)), int(target)
+        return pixels(image), int(target)
     file, target = reader[index][:2]  # not through timm's ImageDataset, which takes another image for a damaged one
-    return open_image(file, channels), int(target)
+    return open_image(file, pixels), int(target)
 
 
-def open_image(file: str | Path | BinaryIO, channels: int) -> Image.Image:
-    """Return the image in a file, decoded, with 1 or 3 channels.
+def open_image(file: str | Path | BinaryIO, pixels: PixelReader) -> Image.Image:
+    """Return the image in a file, decoded.
 
     Raises:
         Exception: Of any kind, as PIL does on bytes that are no image.
     """
     with Image.open(file) as image:
-        return image.convert(pil_mode(channels))
-
-
-def pil_mode(channels: int) -> str:
-    """Return PIL's mode of images with 1 or 3 channels."""
-    return "L" if channels == 1 else "RGB"
+        return pixels(image)
 
 
 class EvaluationImages(Dataset):
@@ -191,22 +195,46 @@ class EvaluationImages(Dataset):
     Args:
         dataset: Any data set of images and classes.
         indices: The ones to take, in their order.
+        pixels: Reads the images.
         transform: Makes a tensor of an image.
         shape: Shape (C, H, W) of the tensors.
+        classes: The class that counts for each class of the data set; None where these are the same.
     """
 
-    def __init__(self, dataset: Dataset, indices: range, transform, shape: tuple[int, int, int]):
-        self.dataset, self.indices, self.transform, self.shape = dataset, indices, transform, shape
+    def __init__(
+        self,
+        dataset: Dataset,
+        indices: range,
+        pixels: PixelReader,
+        transform: Callable,
+        shape: tuple[int, int, int],
+        classes: Sequence[int] | None = None,
+    ):
+        self.dataset, self.indices, self.pixels, self.transform = dataset, indices, pixels, transform
+        self.shape, self.classes = shape, classes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int):
         try:
-            image, target = read_image(self.dataset, self.indices[i], self.shape[0])
+            image, target = read_image(self.dataset, self.indices[i], self.pixels)
         except Exception:  # PIL raises anything on bytes that are no image
             return torch.zeros(self.shape, dtype=torch.uint8), UNREADABLE
-        return self.transform(image), target
+        return self.transform(image), target if self.classes is None else self.classes[target]
+
+
+class _EvaluationLoader(PrefetchLoader):
+    """A loader that says once if images have transparency."""
+
+    def __init__(self, loader: DataLoader, config: dict, device: torch.device, pixels: PixelReader):
+        super().__init__(loader, config["mean"], config["std"], channels=config["input_size"][0], device=device)
+        self.pixels = pixels
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().__iter__():
+            self.pixels.say_transparency()
+            yield batch
 
 
 def evaluation_loader(
@@ -217,7 +245,8 @@ def evaluation_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-):
+    classes: Sequence[int] | None = None,
+) -> PrefetchLoader:
     """Return batches of normalised images (B, C, H, W) and classes (B,), in the data set's order, every image once.
 
     Args:
@@ -228,13 +257,31 @@ def evaluation_loader(
         workers: Processes that load images; 0 to load them in this one.
         rank: Number of this process, which gets the images rank, rank + world_size, ...
         world_size: Number of processes.
+        classes: The class that counts for each class of the data set; None where these are the same.
+
+    Raises:
+        UserError: If a batch is larger than the memory.
     """
     shape = config["input_size"]
+    check_memory(shape, min(batch_size, image_count(dataset)))
     common = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False)
     preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
-    if isinstance(dataset, IterableDataset):  # its reader shares the images out
-        return create_loader(dataset, shape, batch_size, device=device, **preparation, **common)
+    pixels = PixelReader(shape[0], config.get("background", "white"))
     transform = create_transform(shape, use_prefetcher=True, **preparation)
-    images = EvaluationImages(dataset, range(rank, len(dataset), world_size), transform, shape)
+    if isinstance(dataset, IterableDataset):  # its reader shares the images out
+        images = read_stream(dataset, pixels, transform, workers)
+        if classes is not None:
+            images.target_transform = classes.__getitem__
+    else:
+        indices = range(rank, len(dataset), world_size)
+        images = EvaluationImages(dataset, indices, pixels, transform, shape, classes)
     loader = DataLoader(images, batch_size, collate_fn=fast_collate, worker_init_fn=ignore_signals, **common)
-    return PrefetchLoader(loader, config["mean"], config["std"], channels=shape[0], device=device)
+    return _EvaluationLoader(loader, config, device, pixels)
+
+
+def read_stream(dataset: IterableDataset, pixels: PixelReader, transform: Callable, workers: int) -> IterableDataset:
+    """Return a stream of PIL images, which ``workers`` processes read, as one of tensors."""
+    dataset.transform = Compose([pixels, transform])
+    if isinstance(dataset, IterableImageDataset):
+        dataset.set_loader_cfg(num_workers=workers)
+    return dataset

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import IterableImageDataset
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -23,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from ..errors import UserError, first_words
 from ..settings import Number, option
+from ..sizes import check_memory
 from .datasets import class_names
-from .images import DataSettings, file_name, read_image
+from .images import DataSettings, file_name, read_image, read_stream
+from .pixels import PixelReader
 from .workers import ignore_signals
 
 __all__ = [
@@ -60,14 +61,25 @@ def seed_everything(*key: int) -> None:
         torch.manual_seed(seed)
 
 
-def check_splits(train_data: Dataset, val_data: Dataset) -> None:
-    """Refuse images that are the same for training and evaluation, or that have other classes.
+def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
+    """Refuse images that are the same for training and evaluation, or that are to be evaluated on other classes.
+
+    Returns:
+        The number in training of each class to evaluate on, where these are fewer; None where they are the same.
 
     Raises:
-        UserError: If they are or have.
+        UserError: If the images are the same, or there is a class that is not trained on.
     """
     train_names, val_names = class_names(train_data), class_names(val_data)
-    if train_names and val_names and train_names != val_names:
+    classes = None
+    if train_names and val_names and train_names != val_names and set(val_names) <= set(train_names):
+        classes = [train_names.index(name) for name in val_names]
+        if missing := [name for name in train_names if name not in val_names]:
+            _logger.warning(
+                f"note: no images to evaluate on of {len(missing)} of the {len(train_names)} classes: {missing[:5]}"
+                f"{' and others' if len(missing) > 5 else ''}; the model chooses among all classes of training"
+            )
+    elif train_names and val_names and train_names != val_names:
         odd = sorted(set(train_names) ^ set(val_names))
         raise UserError(
             f"the {len(train_names)} classes to train on are not the {len(val_names)} to evaluate on: {odd[:5]} "
@@ -81,6 +93,7 @@ def check_splits(train_data: Dataset, val_data: Dataset) -> None:
                 f"images to train on in {train_root} and to evaluate on in {val_root} overlap: put them into "
                 f"train/ and val/ of the data folder, or name the sub-folders with --train-split and --val-split"
             )
+    return classes
 
 
 @dataclass(frozen=True)
@@ -164,9 +177,15 @@ class TrainingImages(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Callable, channels: int, seed: int, bad_images: Path, max_bad_images: int
+        self,
+        dataset: Dataset,
+        transform: Callable,
+        pixels: PixelReader,
+        seed: int,
+        bad_images: Path,
+        max_bad_images: int,
     ):
-        self.dataset, self.transform, self.channels, self.seed = dataset, transform, channels, seed
+        self.dataset, self.transform, self.pixels, self.seed = dataset, transform, pixels, seed
         self.bad_images, self.max_bad_images = bad_images, max_bad_images
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
@@ -174,9 +193,9 @@ class TrainingImages(Dataset):
         for offset in range(min(self.max_bad_images + 1, len(self.dataset))):
             candidate = (index + offset) % len(self.dataset)
             try:
-                image, target = read_image(self.dataset, candidate, self.channels)
+                image, target = read_image(self.dataset, candidate, self.pixels)
             except Exception as error:  # PIL raises anything on bytes that are no image
-                with self.bad_images.open("a", errors="surrogateescape") as file:  # one write a line: they do not mix
+                with self.bad_images.open("a", errors="backslashreplace") as file:  # one write a line: they do not mix
                     reason = re.sub(r" <_io\S* name=.*?>", "", first_words(error))
                     file.write(f"{file_name(self.dataset, candidate)}\t{reason}\n")
                 continue
@@ -199,7 +218,7 @@ class TrainingLoader:
         bad_images: The file that names the images that could not be read.
 
     Raises:
-        UserError: If the processes are more than the shards of a stream.
+        UserError: If the processes are more than the shards of a stream, or a batch is larger than the memory.
     """
 
     def __init__(
@@ -218,19 +237,19 @@ class TrainingLoader:
         self._named, self._read_bytes = set(), 0
         workers = settings.workers
         channels = config["input_size"][0]
+        check_memory(config["input_size"], share.batch_size)
+        self.pixels = PixelReader(channels, config.get("background", "white"))
         common = dict(collate_fn=fast_collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
         self.batches = None
         if isinstance(dataset, IterableDataset):
             # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch
             workers = self._stream_workers(workers)
-            dataset.transform = transform
-            if isinstance(dataset, IterableImageDataset):
-                dataset.set_loader_cfg(num_workers=workers)
-            loader = DataLoader(dataset, share.batch_size, num_workers=workers, drop_last=True, **common)
+            images = read_stream(dataset, self.pixels, transform, workers)
+            loader = DataLoader(images, share.batch_size, num_workers=workers, drop_last=True, **common)
             self.updates_per_epoch = len(loader) // share.steps
         else:
             self.batches = Batches(len(dataset), share, seed)
-            images = TrainingImages(dataset, transform, channels, seed, bad_images, self.max_bad_images)
+            images = TrainingImages(dataset, transform, self.pixels, seed, bad_images, self.max_bad_images)
             loader = DataLoader(
                 images, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0, **common
             )
@@ -256,6 +275,7 @@ class TrainingLoader:
         try:
             for _ in range((self.updates_per_epoch - first_update) * self.share.steps):
                 yield next(batches)
+                self.pixels.say_transparency()
                 self.check_bad_images()
         except TooManyUnreadable as error:
             raise UserError(

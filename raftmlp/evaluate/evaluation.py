@@ -18,8 +18,8 @@ from ..data import class_names
 from ..data.images import UNREADABLE, ImageSettings, data_config, evaluation_loader, file_name
 from ..device import DeviceSettings
 from ..errors import UserError, first_words
-from ..sizes import size_name
-from .labels import RealLabels, matching_outputs
+from ..sizes import check_memory, size_name
+from .labels import RealLabels, are_synsets, matching_outputs, model_class_names, readable_names
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +126,9 @@ class PreparedModel:
         weights: Where its weights come from: a file, "pretrained" or "random".
         model: The model, in eval mode, on the CPU.
         config: How images are prepared for it, see ``data_config``.
-        outputs: The model's outputs that count, None for all.
+        outputs: The model's outputs that count, one a class of the data; None for all.
+        classes: The model's class for each class of the data, where all outputs count; None where these are the same.
+        names: Names of the classes that are evaluated, None where the data tell none.
         real_labels: Counts against the labels of ImageNet-ReaL, if that is asked for.
     """
 
@@ -135,15 +137,20 @@ class PreparedModel:
     model: nn.Module
     config: dict
     outputs: list[int] | None = None
+    classes: list[int] | None = None
+    names: list[str] | None = None
     real_labels: RealLabels | None = None
 
     def match(self, dataset: Dataset, with_real_labels: bool = False) -> None:
-        """Find the outputs for the classes of the data.
+        """Find the outputs for the classes of the data: all of them, or for a part of ImageNet those of the part.
 
         Raises:
             UserError: If the model does not know these classes, or the labels of ImageNet-ReaL are not for it.
         """
-        self.outputs = matching_outputs(class_names(dataset), self.model)
+        names = class_names(dataset)
+        self.outputs, self.names = matching_outputs(names, self.model), readable_names(names)
+        if self.outputs and not are_synsets(names):  # as in training
+            self.outputs, self.classes, self.names = None, self.outputs, model_class_names(self.model)
         if with_real_labels:
             self.real_labels = RealLabels(dataset)
             count = len(self.outputs or range(self.model.num_classes))
@@ -170,13 +177,14 @@ def warn_of_random_weights(models: Iterable[PreparedModel]) -> None:
 
 
 @torch.inference_mode()
-def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> Any:
+def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batch_size: int = 1) -> Any:
     """Return what a model gives for one black image of shape input_size (C, H, W).
 
     Raises:
-        UserError: If it takes no such image.
+        UserError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
     """
     try:
+        check_memory(input_size, batch_size)
         return model(torch.zeros(1, *input_size))
     except Exception as error:  # models raise anything on sizes that they cannot take
         size = size_name(input_size[1:])
@@ -206,7 +214,7 @@ def evaluate_prepared(
         torch.compiler.reset()  # every size is compiled for itself
         model = torch.compile(model)
     classifier = ClassifierView(model, prepared.outputs, mirror, settings.memory_format).to(device)
-    loader = evaluation_loader(dataset, prepared.config, device, batch_size, workers)
+    loader = evaluation_loader(dataset, prepared.config, device, batch_size, workers, classes=prepared.classes)
 
     def on_batch(*batch: Tensor) -> None:
         for collector in collectors:

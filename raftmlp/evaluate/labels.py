@@ -12,8 +12,8 @@ from ..data.images import UNREADABLE, file_name
 from ..errors import UserError
 
 __all__ = [
-    "RealLabels", "class_name", "default_num_classes", "matching_outputs", "model_class_names", "read_class_names",
-    "readable_names",
+    "RealLabels", "are_synsets", "class_name", "default_num_classes", "drawable", "matching_outputs",
+    "model_class_names", "read_class_names", "readable_names",
 ]  # fmt: skip
 
 
@@ -101,6 +101,16 @@ def read_class_names(path: str, count: int) -> list[str]:
     if len(names) != count:
         raise UserError(f"{path} has {len(names)} lines, the model {count} classes: give one name a line")
     return names
+
+
+def drawable(text: str) -> str:
+    """Return a text with escapes in place of what the font of matplotlib's pictures has no glyphs for."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return "".join(
+        char if font.get_char_index(ord(char)) else char.encode("ascii", "backslashreplace").decode() for char in text
+    )
 
 
 # ImageNet-ReaL

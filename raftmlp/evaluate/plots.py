@@ -1,6 +1,8 @@
 """Pictures of results: images with their predictions, a confusion matrix, accuracy and speed over the image size."""
 
 import math
+from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,15 +13,17 @@ from torch import Tensor
 from ..data.images import UNREADABLE
 from ..files import save_figure
 from ..sizes import parse_size, size_name
-from .labels import class_name
+from .labels import class_name, drawable
 from .results import Confusion
 from .speed import Result
 
 __all__ = ["Gallery", "draw_accuracy", "draw_confusion", "draw_cost", "draw_speed"]
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
 
 class Gallery:
-    """Collects images with their predictions, wrong ones first, and draws them.
+    """Collects images with their predictions, wrong ones first, spread over the classes, and draws them.
 
     Args:
         mean: Mean that the images were normalised with, a number a channel.
@@ -33,16 +37,24 @@ class Gallery:
         self.names, self.limit = names, limit
         self.right: list[tuple] = []
         self.wrong: list[tuple] = []
+        self._ranks: tuple[list, list] = [], []  # of the wrong ones and the right ones
+        self._seen: Counter = Counter()
 
     def add(self, images: Tensor, target: Tensor, logits: Tensor) -> None:
-        """Keep images of a batch."""
+        """Keep images of a batch: as many of every class, the first ones, those of few classes if there are many."""
         highest, predicted = logits.softmax(1).max(1)
         rows = zip(images, target.tolist(), predicted.tolist(), highest.tolist())
         for image, label, prediction, probability in rows:
-            kept = self.right if label == prediction else self.wrong
-            if label != UNREADABLE and len(kept) < self.limit:
+            is_right = label == prediction
+            kept, ranks = self.right if is_right else self.wrong, self._ranks[is_right]
+            rank = self._seen[is_right, label], label * GOLDEN_RATIO % 1  # such shares of 1 are spread evenly
+            place = bisect(ranks, rank)
+            if label != UNREADABLE and place < self.limit:
+                self._seen[is_right, label] += 1
                 pixels = (image.cpu() * self.std + self.mean).clamp(0, 1).permute(1, 2, 0).numpy()
-                kept.append((pixels, label, prediction, probability))
+                kept.insert(place, (pixels, label, prediction, probability))
+                ranks.insert(place, rank)
+                del kept[self.limit :], ranks[self.limit :]
 
     def draw(self, path: Path, title: str) -> None:
         """Write the picture."""
@@ -65,7 +77,7 @@ class Gallery:
         save_figure(figure, path)
 
     def _short_name(self, index: int) -> str:
-        name = class_name(self.names, index)
+        name = drawable(class_name(self.names, index))
         return name if len(name) <= 14 else f"{name[:13]}…"
 
 
@@ -87,7 +99,7 @@ def draw_confusion(path: Path, title: str, confusion: Confusion) -> None:
     figure.colorbar(image, ax=axis, format=PercentFormatter(1), shrink=0.8, label="share of the class's images")
     axis.set(xlabel="predicted", ylabel="class", title=title)
     ticks = range(0, count, 1 if count <= 50 else count // 10)
-    labels = [class_name(confusion.names if count <= 50 else None, classes[i]) for i in ticks]
+    labels = [drawable(class_name(confusion.names if count <= 50 else None, classes[i])) for i in ticks]
     axis.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 3 else 0, parse_math=False)
     axis.set_yticks(ticks, labels, parse_math=False)
     if count <= 20:

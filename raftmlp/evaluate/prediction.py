@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.images import open_image
+from ..data.pixels import PixelReader
 from ..errors import UserError, first_words
-from ..files import save_figure
+from ..files import printable, save_figure
+from .labels import drawable
 
 __all__ = ["MAX_BARS", "ImageFiles", "class_probabilities", "draw_predictions", "occlusion_map", "predict"]
 
@@ -31,15 +33,17 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, files: Sequence[Path], config: dict):
-        self.files, self.shape, self.transform = files, config["input_size"], create_transform(**config)
+        preparation = dict(config)
+        self.pixels = PixelReader(config["input_size"][0], preparation.pop("background", "white"))
+        self.files, self.shape, self.transform = files, config["input_size"], create_transform(**preparation)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, str]:
-        name = str(self.files[index]).encode(errors="replace").decode()  # a file's name may be no Unicode
+        name = printable(self.files[index])
         try:
-            return self.transform(open_image(self.files[index], self.shape[0])), name, ""
+            return self.transform(open_image(self.files[index], self.pixels)), name, ""
         except Exception as error:  # PIL raises anything on bytes that are no image
             return torch.zeros(self.shape), name, first_words(error)
 
@@ -72,6 +76,7 @@ def predict(
     """
     hide_bar = None if len(loader) > 1 else True  # None: a bar where there is a terminal
     for images, files, errors in tqdm(loader, desc="predicting", unit="batch", leave=False, disable=hide_bar):
+        loader.dataset.pixels.say_transparency()
         top = classify(images).topk(topk)
         for image, file, error, *best in zip(images, files, errors, top.indices.tolist(), top.values.tolist()):
             if error:
@@ -154,11 +159,11 @@ def draw_predictions(
             left.imshow(alpha, ListedColormap(["red"]), alpha=alpha, extent=extent, interpolation="bilinear")
             left.set_title(f"by up to {most:.2f}", fontsize=8)
         for i, prediction in enumerate(result["predictions"][:bars]):
-            probability, name = prediction["probability"], shorten(prediction["name"], 42, placeholder=" ...")
+            probability, name = prediction["probability"], shorten(drawable(prediction["name"]), 42, placeholder=" ...")
             right.barh(i, probability, height=0.75, color="lightsteelblue" if i else "skyblue")
             right.text(-0.02, i, f"{100 * probability:.1f} %", fontsize=8, va="center", ha="right")
             right.text(0.02, i, name, fontsize=8, va="center", parse_math=False)
-        file = result["file"]
+        file = drawable(result["file"])
         right.set(xlim=(-0.2, 1), ylim=(bars - 0.5, -0.5))
         right.set_title(file if len(file) <= 46 else f"...{file[-43:]}", loc="left", fontsize=8, parse_math=False)
     save_figure(figure, path)

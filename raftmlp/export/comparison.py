@@ -203,5 +203,5 @@ class RuntimeModule(nn.Module):
 
 def accuracy(module: nn.Module, prepared: PreparedModel, dataset: Dataset, batch_size: int, workers: int = 0) -> dict:
     """Return the figures of ``evaluate`` of a module with the outputs of a prepared model."""
-    loader = evaluation_loader(dataset, prepared.config, CPU, batch_size, workers)
+    loader = evaluation_loader(dataset, prepared.config, CPU, batch_size, workers, classes=prepared.classes)
     return evaluate(ClassifierView(module, prepared.outputs), loader, CPU)

@@ -171,7 +171,8 @@ def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
     module = kind(copy.deepcopy(model).to(settings.dtype), settings.dtype).eval()
     outputs = run_once(module, prepared.name, config["input_size"])
     weights = Path(prepared.weights).name
-    metadata = dict(model=prepared.name, weights=weights, settings=config, precision=settings.precision)
+    preparation = {key: value for key, value in config.items() if key != "background"}  # the reader's choice
+    metadata = dict(model=prepared.name, weights=weights, settings=preparation, precision=settings.precision)
     stages, names = getattr(model, "feature_info", None) or [dict(reduction=32)], ["logits"]
     if settings.features:
         names = [f"map_{i}" for i in range(len(outputs))]

@@ -29,6 +29,7 @@ from ..evaluate.evaluation import evaluate
 from ..files import write_text
 from ..processes import Processes
 from ..raftmlp import RaftMLP
+from ..sizes import check_memory
 from ..weights import load_checkpoint
 from .journal import Journal, export_path, export_pretrained, summarise
 from .learner import Learner
@@ -75,7 +76,7 @@ class Trainer:
         self.device, self.command = processes.device, command
         ranks = dict(rank=processes.rank, world_size=processes.world_size)
         share = share_batches(settings.batch_size, settings.global_batch_size, **ranks)
-        check_splits(train_data, val_data)
+        val_classes = check_splits(train_data, val_data)
         check_classes(train_data, model)
         config = data_config(settings, model, settings.size)
         self.settings = settings = replace(
@@ -103,7 +104,7 @@ class Trainer:
                 f"{count} images make no update of {share.images}: choose --global-batch-size {count} or less"
             )
         self.val_loader = evaluation_loader(
-            val_data, config, self.device, settings.batch_size, settings.workers, **ranks
+            val_data, config, self.device, settings.batch_size, settings.workers, **ranks, classes=val_classes
         )
         self.augment = BatchAugmentation(settings, share.batch_size, model.num_classes, settings.smoothing, self.device)
         self.learner = Learner(settings, model, share.steps, self.updates_per_epoch, processes)
@@ -131,6 +132,9 @@ class Trainer:
         random_seed(settings.seed)
         train_data = settings.create(settings.train_split, is_training=True, seed=settings.seed)
         val_data = settings.create(settings.val_split, seed=settings.seed)
+        if settings.size:  # before the model, whose grid has that size
+            batch_size = min(settings.batch_size, settings.global_batch_size or math.inf, image_count(train_data))
+            check_memory((settings.in_chans or 3, *settings.size), batch_size)
         names = class_names(train_data)
         if settings.num_classes is None and names:
             settings = replace(settings, num_classes=len(names))

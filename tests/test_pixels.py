@@ -1,0 +1,150 @@
+"""Pixels of every mode as 8 bits a channel, the same in training, evaluation and prediction."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, default_collate
+
+from raftmlp.data import create_dataset
+from raftmlp.data.images import UNREADABLE, evaluation_loader, open_image
+from raftmlp.data.pixels import PixelReader, _say_transparency
+from raftmlp.data.training import Share, TrainingDataSettings, TrainingLoader
+from raftmlp.errors import UserError
+from raftmlp.evaluate.prediction import ImageFiles, predict
+
+CPU = torch.device("cpu")
+GRAY = np.array([[0, 127, 255]], dtype=np.uint8)  # a bright and a dark pixel, and one between
+CONFIG = dict(
+    input_size=(3, 1, 3), interpolation="nearest", crop_pct=1, crop_mode="center", mean=(0,) * 3, std=(1,) * 3
+)
+
+
+def wide(kind):
+    """The grey pixels with 16 bits."""
+    return (GRAY.astype(np.int64) * 257).astype(kind)
+
+
+def with_alpha(mode, alpha):
+    """The grey pixels with an alpha of its own each."""
+    image = Image.fromarray(GRAY).convert(mode[:-1]).convert(mode)
+    image.putalpha(Image.fromarray(np.array([alpha], dtype=np.uint8)))
+    return image
+
+
+def with_key(image, key):
+    """An image as read from a PNG file whose pixels of one value are transparent."""
+    file = io.BytesIO()
+    image.save(file, "png", transparency=key)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.fromarray(wide("<u2")), [0, 127, 255]),
+        (Image.fromarray(wide(">u2")), [0, 127, 255]),
+        (Image.fromarray(wide("i4")), [0, 127, 255]),
+        (Image.fromarray(GRAY.astype("i4")), [0, 127, 255]),
+        (Image.fromarray(np.array([[128, 129, 65535]], "<u2")), [0, 1, 255]),
+        (Image.fromarray(GRAY), [0, 127, 255]),
+        (with_alpha("LA", (255, 255, 255)), [0, 127, 255]),
+        (with_alpha("LA", (0, 255, 0)), [255, 127, 255]),
+        (with_alpha("RGBA", (0, 255, 0)), [255, 127, 255]),
+        (with_alpha("RGBA", (51, 255, 255)), [204, 127, 255]),
+        (with_alpha("PA", (0, 255, 255)), [255, 127, 255]),
+        (with_key(Image.fromarray(GRAY).convert("P"), 0), [255, 127, 255]),
+        (with_key(Image.fromarray(GRAY), 127), [0, 255, 255]),
+        (with_key(Image.fromarray(wide("<u2")), 127 * 257), [0, 255, 255]),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_modes(image, expected):
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        read = PixelReader(channels)(image)
+        assert read.mode == mode
+        assert np.asarray(read).reshape(3, channels).tolist() == [[value] * channels for value in expected]
+
+
+@pytest.mark.parametrize("pixels", [np.int32([[-1, 9]]), np.int32([[70000, 9]]), np.float32([[0.5, 0.1]])])
+def test_pixels_of_no_known_range_are_refused(pixels):
+    with pytest.raises(ValueError, match="neither whole numbers of 8 nor of 16 bits"):
+        PixelReader(3)(Image.fromarray(pixels))
+
+
+@pytest.mark.parametrize("colour", ["whiet", "", "#12", "#ffffff80", "none", 3])
+def test_colours_that_are_none(colour):
+    with pytest.raises(UserError, match="must be the name of a colour or #rrggbb"):
+        PixelReader(3, colour)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of 16 bits and with transparency in a folder of one class."""
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    Image.fromarray(wide("<u2")).save(tmp_path / "val/a/0.png")
+    with_alpha("RGBA", (0, 255, 255)).save(tmp_path / "val/a/1.png")
+    return tmp_path
+
+
+def test_the_same_pixels_in_training_evaluation_and_prediction(folder, caplog):
+    _say_transparency.cache_clear()
+    config = {**CONFIG, "background": "#ff0000"}
+    expected = [[[0, 127, 255]] * 3, [[255, 127, 255], [0, 127, 255], [0, 127, 255]]]
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        tar.add(folder / "val", arcname=".")
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for i in range(2):
+            tar.add(folder / f"val/a/{i}.png", arcname=f"{i}.png")
+            label = tarfile.TarInfo(f"{i}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"0"))
+    sources = {
+        "folder": create_dataset("", str(folder), "val"),
+        "tar": create_dataset("", str(folder / "images.tar"), "train"),
+        "torchvision": create_dataset("torch/folder", str(folder), "val"),
+        "stream": create_dataset("wds/", str(folder), "shard.tar|2"),
+    }
+    read = {}
+    for name, dataset in sources.items():
+        workers = 0 if name == "stream" else 2
+        read[name] = next(iter(evaluation_loader(dataset, config, CPU, 2, workers)))[0]
+    settings = TrainingDataSettings(workers=1)
+    for name in ("folder", "stream"):
+        loader = TrainingLoader(
+            sources[name], lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1), config, CPU,
+            Share(2), settings, 0, folder / "bad",
+        )  # fmt: skip
+        images, _ = next(loader.epoch(0))
+        loader.end_workers()
+        read[f"training on a {name}"] = images[images.mean((1, 2, 3)).argsort(stable=True)]
+    files = ImageFiles([folder / "val/a/0.png", folder / "val/a/1.png"], config)
+    shown = predict(DataLoader(files, 2, collate_fn=default_collate), lambda x: torch.ones(len(x), 1), ["a"], 1)
+    read["prediction"] = torch.stack([image for _, image in shown])
+    for name, images in read.items():
+        assert (images[:, :, 0] * 255).round().int().tolist() == expected, name
+    (note,) = (record.getMessage() for record in caplog.records if record.name.startswith("raftmlp"))
+    assert note == "note: some images have transparency: #ff0000 shows through (--background)"
+
+
+def test_opaque_images_need_no_note(folder, caplog):
+    _say_transparency.cache_clear()
+    with_alpha("RGBA", (255, 255, 255)).save(folder / "val/a/1.png")
+    list(evaluation_loader(create_dataset("", str(folder), "val"), CONFIG, CPU, 2))
+    assert not [record for record in caplog.records if record.name.startswith("raftmlp")]
+
+
+def test_an_image_of_no_known_range_does_not_count(folder):
+    Image.fromarray(np.float32(GRAY)).save(folder / "val/a/2.tif")
+    _, target = next(iter(evaluation_loader(create_dataset("", str(folder), "val"), CONFIG, CPU, 3)))
+    assert target.tolist() == [0, 0, UNREADABLE]
+
+
+def test_orientation_in_exif_is_not_applied(tmp_path):
+    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg", PixelReader(3)).size == (4, 2)
