@@ -35,7 +35,7 @@ from ..export.comparison import (
     write_verified,
 )
 from ..export.formats import FORMATS, ExportSettings, FeatureMaps, Logits, build_graph, quantize_onnx
-from ..export.hub import model_card, training_record, write_folder
+from ..export.hub import data_name, model_card, own_tag, training_record, write_folder
 from ..files import write_text
 from ..pretrained import find_pretrained
 from ..sizes import size_name
@@ -94,7 +94,7 @@ def has_data(args: argparse.Namespace) -> bool:
 def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: PreparedModel, dataset: Dataset) -> dict:
     """Return the figures of a module and the name of the data, after printing its top-1."""
     figures = accuracy(module, prepared, dataset, args.batch or args.batch_size, args.workers)
-    figures["data"] = f"{args.dataset or args.data_dir}, {args.val_split}"
+    figures["data"] = f"{data_name(args.dataset, args.data_dir)}, {args.val_split}"
     say(f"{name}: top-1 {figures['top1']:.2f} % on {figures['images']} images of {figures['data']}")
     return figures
 
@@ -143,7 +143,9 @@ def export_folder(args: argparse.Namespace, settings: ExportSettings, prepared: 
     if args.pretrained:
         file = find_pretrained(architecture, tag)
     record = training_record(file) if file else {}
-    write_folder(model, prepared.config, model_card(model, architecture, prepared.config, record, measured), out)
+    tag = own_tag(architecture, file, record) if file else ""
+    card = model_card(model, f"{architecture}.{tag}" if tag else architecture, prepared.config, record, measured)
+    write_folder(model, prepared.config, card, out, tag)
     if not record:
         say("the weights have no record of their training: README.md says that data and recipe are not known")
     write_results(args.results_file, prepared, settings, measured=measured)
