@@ -317,7 +317,8 @@ def test_any_value_of_a_wrong_kind_in_the_metadata(files):
     """Every field with every kind of value is refused with one kind of error before a run, and so are odd texts."""
     model = onnx.load(files / "digits.onnx")
     right = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    wrong = [(field, value) for field in FIELDS for value in WRONG if not (field == "model" and isinstance(value, str))]
+    right_kind = [("model", ""), ("model", "x"), ("class_names", ["0.5"] * 3)]
+    wrong = [(field, value) for field in FIELDS for value in WRONG if (field, value) not in right_kind]
     assert len(wrong) > 200
     for field, value in wrong:
         metadata = {**right, field: value} if field in right or field == "least_size" else dict(right)
