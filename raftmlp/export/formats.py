@@ -407,10 +407,10 @@ def write_aoti(graph: Graph) -> bytes:
     """Return a package of AOTInductor: machine code for this kind of processor, and the weights."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise UserError("--format aoti needs a C++ compiler, g++ or clang++: there is none on the PATH")
-    from .inductor import compile_package  # takes a second to import
-
     program, is_free = exported(graph), graph.settings.dynamic_size
     with tempfile.TemporaryDirectory() as folder, exporter_errors("a package of AOTInductor"):
+        from .inductor import compile_package  # torch's own code generator, not the same in every version
+
         path = Path(folder, "model.pt2")
         shape = image_shape(program)
         least = graph.settings.batch or 1, graph.channels, *(graph.least_size if is_free else graph.size)
