@@ -18,6 +18,7 @@ from raftmlp.export.comparison import (
     milliseconds_in_turns,
     relative_difference,
     sample_sizes,
+    try_inputs,
 )
 from raftmlp.export.formats import ExportSettings, Graph
 
@@ -68,6 +69,36 @@ def test_a_file_that_differs_is_refused(wrong, message, monkeypatch):
     assert rows == [dict(images="1 x 4", **expected), dict(images="3 x 4x6", **expected)]
     with pytest.raises(UserError, match=message):
         compare(model, lambda images: [wrong(model(images))], "runtime", image_source(CONFIG, None), SAMPLES, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda x: x.as_strided(x.shape, x.contiguous().stride()), "for a permuted view"),
+        (
+            lambda x: x.as_strided(x.shape, x.contiguous().stride()) if x.stride(3) == 2 else x,
+            "for every second column",
+        ),
+        (lambda x: x[..., :32, :40], "for 1 x 36x52"),
+        (lambda x: x[:1], "for 2 x 32x40"),
+        (lambda x: x.float() if x.dtype == torch.float32 else x.view(torch.float32)[..., :40], "for float64"),
+    ],
+)
+def test_wrong_answers_without_an_error_are_refused(wrong, message):
+    """As compiled code does, which reads its input as memory of the type, size and strides that it was made for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    noise, wanted = image_source(CONFIG, None), graph()
+
+    def strict(images):
+        if images.shape[1:] != (3, 32, 40) or images.dtype != torch.float32:
+            raise RuntimeError
+        return [model(images)]
+
+    assert try_inputs(model, lambda x: [model(x.float())], "runtime", noise, wanted) == []
+    assert try_inputs(model, strict, "runtime", noise, wanted) == ["float64", "1 x 36x52", "1 x 16x20"]
+    with pytest.raises(UserError, match=f"gives a wrong answer, and no error, {message}: the file is not written"):
+        try_inputs(model, lambda x: [model(wrong(x).float())], "runtime", noise, wanted)
 
 
 def test_any_finite_difference_without_a_limit(monkeypatch):

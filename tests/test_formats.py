@@ -60,16 +60,24 @@ def test_feature_maps_are_named_with_their_channels_and_strides(prepared):
     assert graph.outputs == [m["name"] for m in maps] and graph.reduction == info[-1]["reduction"]
 
 
-@pytest.mark.parametrize("batch", [None, 5])
-def test_axes_are_free_where_the_settings_say_so(batch):
+@pytest.mark.parametrize("file_format, batch, least", [("onnx", None, (1, 1)), ("pt2", 5, (9, 9))])
+def test_axes_are_free_where_the_settings_say_so(file_format, batch, least):
+    """The operators of ONNX take a last map of one position too."""
     small = dict(embed_dims=(8, 16), depths=(1, 1), patch_sizes=(4, 2), patch_kernels=((4, 8), (2, 4)))
     prepared = prepare_model(ModelSettings(model="raftmlp_digits", model_kwargs=small), ImageSettings())
-    graph = build_graph(prepared, ExportSettings(batch=batch, dynamic_size=True))
+    graph = build_graph(prepared, ExportSettings(format=file_format, batch=batch, dynamic_size=True))
     program = exported(graph)
     assert [isinstance(side, int) for side in image_shape(program)] == [batch is not None, True, False, False]
     assert len(set(graph.example().shape)) == 4  # two axes of one length would be taken for one
     assert graph.reduction == 8
-    assert graph.least_size == (9, 9) and json.loads(graph.metadata["least_size"]) == [9, 9]
+    assert graph.least_size == least and json.loads(graph.metadata["least_size"]) == list(least)
+
+
+def test_sizes_that_a_model_takes(prepared):
+    graph = build_graph(prepared, ExportSettings())
+    assert graph.takes((1, 1)) and graph.takes((40, 3))
+    graph.module = torch.nn.MaxPool2d(2)
+    assert graph.takes((2, 2)) and not graph.takes((1, 1))
 
 
 def test_a_model_without_feature_maps():

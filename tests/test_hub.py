@@ -1,6 +1,7 @@
 """The Hub's folder: the record of the training, and the card."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -8,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from raftmlp.errors import UserError
-from raftmlp.export.hub import model_card, training_record, write_folder
+from raftmlp.export.hub import model_card, own_tag, training_record, write_folder
 
 CONFIG = dict(input_size=(3, 32, 48), interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.2,) * 3)
 RECORD = dict(
@@ -32,6 +33,41 @@ def test_record_of_a_run(tmp_path):
         best_top1=12.5, command="python tools/train.py", options=dict(dataset="digits", lr=0.5), data="digits"
     )
     assert training_record(tmp_path / "other.pth") == {}
+
+
+@pytest.mark.parametrize(
+    "file, record, tag",
+    [
+        ("somewhere/raftmlp_s.in1k.safetensors", {}, "in1k"),
+        ("runs/mine/model_best.pth.tar", dict(options=dict(lr=1, export=None)), "mine"),
+        ("runs/mine/model_best.pth.tar", dict(options=dict(export="flowers")), "flowers"),
+        ("somewhere/weights.pth", {}, ""),
+        ("somewhere/raftmlp_m.in1k.safetensors", {}, ""),
+    ],
+)
+def test_the_tag_is_that_of_the_weights(file, record, tag):
+    assert own_tag("raftmlp_s", Path(file), record) == tag
+
+
+def test_a_folder_names_the_data_and_no_folder_of_this_machine(tmp_path):
+    """The tag is the run's, not that of timm's default weights of the model."""
+    run = tmp_path / "private" / "myrun"
+    run.mkdir(parents=True)
+    data = tmp_path / "private" / "flowers"
+    model = timm.create_model("raftmlp_digits", pretrained=True).eval()
+    torch.save(dict(state_dict=model.state_dict(), options=dict(data_dir=str(data), dataset="")), run / "best.pth.tar")
+    command = f"python {tmp_path}/tools/train.py --data-dir {data} --output={run} --lr 0.5 --model-kwargs a=(1,2)"
+    (run / "summary.json").write_text(json.dumps(dict(command=command)))
+    record = training_record(run / "best.pth.tar")
+    tag = own_tag("raftmlp_digits", run / "best.pth.tar", record)
+    config = timm.data.resolve_model_data_config(model)
+    card = model_card(model, f"raftmlp_digits.{tag}", config, record, None)
+    write_folder(model, config, card, tmp_path / "folder", tag)
+    card, config = (Path(tmp_path, "folder", name).read_text() for name in ("README.md", "config.json"))
+    assert json.loads(config)["pretrained_cfg"]["tag"] == "myrun"
+    assert "# raftmlp_digits.myrun\n" in card and "`flowers`, as" in card
+    assert "python train.py --data-dir flowers --output=myrun --lr 0.5 --model-kwargs 'a=(1,2)'" in card
+    assert "private" not in card + config and str(tmp_path) not in card + config
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def files(tmp_path_factory):
     dataset = Digits("validation")
     for i in range(20):
         dataset[i][0].save(folder / "images" / f"{i}.png")
-    pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "images" / "odd.png")  # has transparency
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "images" / "odd.png")
     common = [*DIGITS, "--overwrite", "--out"]
     for name, options in (
         ("digits", []),
@@ -99,6 +99,52 @@ def test_unknown_preparation(wrong):
         predict_onnx.Preparation(**settings | wrong)
 
 
+GREY = np.array([[0, 127, 255]], np.uint8)
+
+
+def grey(kind):
+    """The grey pixels with 16 bits."""
+    return Image.fromarray((GREY.astype(np.int64) * 257).astype(kind))
+
+
+def with_alpha(mode, *alpha):
+    image = Image.fromarray(GREY).convert(mode[:-1]).convert(mode)
+    image.putalpha(Image.fromarray(np.array([alpha], np.uint8)))
+    return image
+
+
+def with_key(image, key, tmp_path):
+    """An image as read from a PNG file whose pixels of one value are transparent."""
+    image.save(tmp_path / "key.png", transparency=key)
+    return Image.open(tmp_path / "key.png")
+
+
+def test_16_bits_are_scaled_and_transparency_lies_over_the_background(tmp_path):
+    cases = [
+        (grey("<u2"), [0, 127, 255]),
+        (grey(">u2"), [0, 127, 255]),
+        (grey("i4"), [0, 127, 255]),
+        (Image.fromarray(GREY.astype("i4")), [0, 127, 255]),
+        (Image.fromarray(np.array([[128, 129, 65535]], "<u2")), [0, 1, 255]),
+        (with_alpha("LA", 255, 255, 255), [0, 127, 255]),
+        (with_alpha("RGBA", 0, 255, 255), [255, 127, 255]),
+        (with_alpha("RGBA", 51, 255, 255), [204, 127, 255]),
+        (with_alpha("PA", 0, 255, 255), [255, 127, 255]),
+        (with_key(Image.fromarray(GREY).convert("P"), 0, tmp_path), [255, 127, 255]),
+        (with_key(grey("<u2"), 127 * 257, tmp_path), [0, 255, 255]),
+    ]
+    for image, expected in cases:
+        for mode in ("L", "RGB"):
+            pixels, has_transparency = predict_onnx.as_8_bits(image, mode)
+            assert pixels.mode == mode and has_transparency == (expected != [0, 127, 255] and expected != [0, 1, 255])
+            assert np.asarray(pixels).reshape(3, -1)[:, 0].tolist() == expected, image.mode
+    pixels, _ = predict_onnx.as_8_bits(with_alpha("RGBA", 0, 0, 255), "RGB", "#102030")
+    assert np.asarray(pixels)[0].tolist() == [[16, 32, 48], [16, 32, 48], [255, 255, 255]]
+    for wrong in (np.int32([[-1, 9]]), np.int32([[70000, 9]]), np.float32([[0.5, 0.1]])):
+        with pytest.raises(ValueError, match="neither whole numbers of 8 nor of 16 bits"):
+            predict_onnx.as_8_bits(Image.fromarray(wrong), "RGB")
+
+
 # Predictions
 
 
@@ -151,6 +197,44 @@ def test_without_torch(files, tmp_path):
     assert done.stdout.split()[-1] == str(Digits("validation")[3][1])
 
 
+def test_deep_and_transparent_images_get_the_answer_of_the_plain_ones(run, files):
+    """On today's clients a 16-bit digit is black and white, and a transparent one a white square."""
+    plain = Image.open(files / "images" / "1.png").convert("L")
+    plain.save("plain.png")
+    Image.fromarray(np.asarray(plain).astype("<u2") * 257).save("deep.png")
+    white = Image.new("L", plain.size, 255)
+    negative = Image.merge("LA", (white, plain))  # the digit is white, and the background shows where it is not
+    negative.save("negative.png")
+    status, _, err = run(
+        files / "digits.onnx", "*.png", "--background", "black", "--topk", 10, "--results-file", "a.json"
+    )
+    assert status == 0 and err == "note: some images have transparency: black shows through (--background)\n"
+    deep, negative, plain = (
+        [p["probability"] for p in sorted(image["predictions"], key=lambda p: p["class"])]
+        for image in json.loads(Path("a.json").read_text())["images"]
+    )
+    np.testing.assert_allclose(deep, plain, atol=1e-6)
+    np.testing.assert_allclose(negative, plain, atol=1e-6)
+
+
+def test_names_that_the_terminal_cannot_show(files, tmp_path):
+    model = onnx.load(files / "digits.onnx")
+    for entry in model.metadata_props:
+        if entry.key == "class_names":
+            entry.value = json.dumps(["\x1b[2J\nzéro", "\ud800", *"αβγδεζηθ"])
+    onnx.save(model, tmp_path / "greek.onnx")
+    image = tmp_path / "Ψηφίο.png"
+    shutil.copy(files / "images" / "1.png", image)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, predict_onnx.__file__, "greek.onnx", image, "nowhere/Ω.png"]
+    for names, status in ((command[:-1], 0), (command, 2)):
+        done = subprocess.run([*names, "--topk", "10"], env=environment, cwd=tmp_path, capture_output=True)
+        assert done.returncode == status and b"Traceback" not in done.stderr
+        assert done.stdout.isascii() and done.stderr.isascii()
+        assert len(done.stdout.splitlines()) == (0 if status else 10) and b"\x1b" not in done.stdout
+    assert b"no images at" in done.stderr
+
+
 def test_images_that_cannot_be_read(run, files):
     Path("broken.png").write_bytes(b"no image")
     image = files / "images" / "1.png"
@@ -172,7 +256,9 @@ def test_images_that_cannot_be_read(run, files):
         (["digits"], "name an image, a folder of images or a pattern"),
         (["digits", "nowhere.png"], "no images at 'nowhere.png'"),
         (["digits", "IMAGE", "--img-size", "40"], "is made for images of 32x32 pixels, not 40x40"),
-        (["free", "IMAGE", "--img-size", "20", "50"], "takes images of 33 pixels or more, not 20x50"),
+        (["free", "IMAGE", "--img-size", "99999"], "input_size must be numbers from 1 to 16384"),
+        (["digits", "IMAGE", "--background", "whiet"], "must be the name of a colour or #rrggbb, not 'whiet'"),
+        (["digits", "IMAGE", "--background", "#ffffff80"], "must be the name of a colour or #rrggbb"),
         (["digits", "IMAGE", "--img-size", "1", "2", "3"], "--img-size takes one number of pixels"),
         (["digits", "IMAGE", "--results-file", "digits.onnx"], "--results-file digits.onnx must be named .json"),
         (["digits", "IMAGE", "--topk", "0"], "must be a whole number of 1 or more, not '0'"),
@@ -203,13 +289,14 @@ def test_bad_input(run, files, options, message):
         (dict(input_size=[1, 32, 32], mean=[0.5], std=[0.5]), "cannot take 1 images"),
         (dict(class_names=None), "do not describe"),
         (dict(class_names=["a", "b"]), "names 2 classes and gives a shape of (10,)"),
+        (dict(least_size=[33, 33]), "takes images of 33 pixels or more, not 32x32"),
     ],
 )
 def test_damaged_metadata(run, files, change, message):
     model = onnx.load(files / "digits.onnx")
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     del model.metadata_props[:]
-    if change.keys() & metadata.keys():
+    if change.keys() & {*metadata, "least_size"}:
         metadata.update(change)
     else:
         metadata["settings"].update(change)
@@ -218,6 +305,38 @@ def test_damaged_metadata(run, files, change, message):
     onnx.save(model, "changed.onnx")
     status, _, err = run("changed.onnx", files / "images" / "1.png")
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+WRONG = [None, True, 0, -1, 2.5, float("nan"), float("inf"), 10**400, "", "x", [], [1], [[]], {}, {"a": 1}, [None] * 3]
+WRONG += [["0.5"] * 3, [float("nan")] * 3, [True] * 3, [1e300] * 3, [-(10**30)] * 3, [3, 32, 32, 32]]
+FIELDS = ["input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"]
+FIELDS += ["model", "class_names", "settings", "least_size"]
+
+
+def test_any_value_of_a_wrong_kind_in_the_metadata(files):
+    """Every field with every kind of value is refused with one kind of error before a run, and so are odd texts."""
+    model = onnx.load(files / "digits.onnx")
+    right = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    right_kind = [("model", ""), ("model", "x"), ("class_names", ["0.5"] * 3)]
+    wrong = [(field, value) for field in FIELDS for value in WRONG if (field, value) not in right_kind]
+    assert len(wrong) > 200
+    for field, value in wrong:
+        metadata = {**right, field: value} if field in right or field == "least_size" else dict(right)
+        if field in right["settings"]:
+            metadata["settings"] = {**right["settings"], field: value}
+        try:
+            _, _, settings, _ = predict_onnx._described({key: json.dumps(v) for key, v in metadata.items()})
+            predict_onnx.Preparation(**settings)
+        except (ValueError, TypeError):
+            continue
+        pytest.fail(f"{field} = {value!r} is taken")
+    for text in ("[" * 100_000, "{", "NaN", "1" * 5000):
+        del model.metadata_props[:]
+        for key, value in (right | dict(settings=None)).items():
+            model.metadata_props.add(key=key, value=text if key == "settings" else json.dumps(value))
+        onnx.save(model, files / "odd.onnx")
+        with pytest.raises(ValueError, match="do not describe how images are prepared"):
+            predict_onnx.Classifier(str(files / "odd.onnx"))
 
 
 def test_output_that_is_not_finite(run, files):

@@ -4,8 +4,9 @@
     python tools/predict_onnx.py raftmlp_s.onnx photo.jpg photos/ --topk 3 --results-file predictions.json
 
 It needs onnxruntime, numpy and Pillow, nothing else, and no other file of this repository: it can be copied beside the
-ONNX file. Images are prepared as the file's metadata describe. Images that cannot be read are named and left out; the
-exit status is then 2.
+ONNX file. Images are prepared as the file's metadata describe: 16 bits are scaled to 8, what is transparent lies over
+the background, an EXIF orientation is not applied. Images that cannot be read are named and left out; the exit status
+is then 2.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = tuple(method.name.lower() for method in Image.Resampling)
+LARGEST_SIDE = 16384  # pixels
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -54,6 +57,55 @@ def _natural_order(name: str) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
+def as_8_bits(image: Image.Image, mode: str, background: str = "white") -> tuple[Image.Image, bool]:
+    """Return an image with 8 bits a channel, and whether it had transparency, which lies over the background.
+
+    Args:
+        image: Of any mode; 16 bits are scaled, 65535 to 255.
+        mode: "L" or "RGB".
+        background: A colour as Pillow names it.
+
+    Raises:
+        ValueError: If the range of its pixels is not known.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _scaled(image)
+    has_transparency = False
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        has_transparency = image.getchannel("A").getextrema()[0] < 255
+    if has_transparency:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert(mode), has_transparency
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Return an image of 16 or 32 bits with 8 bits, and with the transparency of a key colour as an alpha channel."""
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    if image.mode == "F" or low < 0 or high > 65535:
+        raise ValueError(f"pixels from {low} to {high} are neither whole numbers of 8 nor of 16 bits")
+    if image.mode == "I" and high <= 255:
+        return image
+    scaled = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+    if "transparency" in image.info:
+        scaled.putalpha(Image.fromarray(np.where(pixels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return scaled
+
+
+def _checked(name: str, value: object, count: int, low: float, high: float, kinds: tuple = (int, float)) -> list:
+    """Return a list of so many numbers.
+
+    Raises:
+        ValueError: If the value is something else, or a number is not in its range.
+    """
+    numbers = value if isinstance(value, (list, tuple)) else []
+    are_right = (isinstance(x, kinds) and not isinstance(x, bool) and low <= x <= high for x in numbers)
+    if len(numbers) != count or not all(are_right):
+        raise ValueError(f"{name} must be numbers from {low} to {high}, {count} of them, not {value!r}")
+    return list(numbers)
+
+
 class Preparation:
     """How an image becomes the model's input: timm's transforms for evaluation, in numpy and Pillow.
 
@@ -65,6 +117,10 @@ class Preparation:
         crop_pct: Share of the resized image in the crop.
         crop_mode: "center": the shorter side is resized, the middle cut out; "squash": both sides are resized;
             "border": the longer side is resized, the rest filled with the mean.
+        background: Colour behind transparent pixels.
+
+    Raises:
+        ValueError: If a value is of another kind or range.
     """
 
     def __init__(
@@ -75,13 +131,18 @@ class Preparation:
         interpolation: str,
         crop_pct: float,
         crop_mode: str,
+        background: str = "white",
     ):
-        channels, height, width = input_size
+        channels, height, width = _checked("input_size", input_size, 3, 1, LARGEST_SIDE, (int,))
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
-        if crop_mode not in CROP_MODES:
-            raise ValueError(f"unknown crop_mode {crop_mode!r}; there are {', '.join(CROP_MODES)}")
-        self.mode = "L" if channels == 1 else "RGB"
+        names = dict(crop_mode=(crop_mode, CROP_MODES), interpolation=(interpolation, INTERPOLATIONS))
+        for name, (value, known) in names.items():
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+        (crop_pct,) = _checked("crop_pct", [crop_pct], 1, 0.01, 2)
+        mean, std = _checked("mean", mean, channels, -1e6, 1e6), _checked("std", std, channels, 1e-6, 1e6)
+        self.mode, self.background, self.saw_transparency = "L" if channels == 1 else "RGB", background, False
         self.size = height, width
         self.resized = math.floor(height / crop_pct), math.floor(width / crop_pct)
         self.crop_mode = crop_mode
@@ -90,7 +151,8 @@ class Preparation:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Return an image as an array of shape (C, H, W), float32, normalised."""
-        image = image.convert(self.mode)
+        image, has_transparency = as_8_bits(image, self.mode, self.background)
+        self.saw_transparency |= has_transparency
         height, width = self._resized_size(image.height, image.width)
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), self.resample)
@@ -126,18 +188,39 @@ class Preparation:
         return colour[0] if self.mode == "L" else colour
 
 
+def _described(metadata: dict[str, str]) -> tuple[str, list[str], dict, list[int]]:
+    """Return what an ONNX file says of itself: its model, its classes, how images are prepared, the smallest size.
+
+    Raises:
+        ValueError: If a value is missing or of another kind; settings are left to ``Preparation``.
+    """
+    keys = ("model", "class_names", "settings")
+    if missing := [key for key in keys if key not in metadata]:
+        raise ValueError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    model, names, settings = (json.loads(metadata[key]) for key in keys)
+    if not isinstance(model, str):
+        raise ValueError(f"model must be a name, not {model!r}")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names must be a list of names, not {names!r}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings must be values by name, not {settings!r}")
+    least = json.loads(metadata.get("least_size", "[1, 1]"))
+    return model, names, settings, _checked("least_size", least, 2, 1, LARGEST_SIDE, (int,))
+
+
 class Classifier:
     """An ONNX file of the export command, whose metadata describe how images are prepared and name the classes.
 
     Args:
         path: The file.
         img_size: Height and width of the images, for a file whose sizes are free; None takes the file's.
+        background: Colour behind transparent pixels.
 
     Raises:
         ValueError: If the file is missing, damaged or no classifier of the export command, or takes no such size.
     """
 
-    def __init__(self, path: str, img_size: tuple[int, int] | None = None):
+    def __init__(self, path: str, img_size: tuple[int, int] | None = None, background: str = "white"):
         try:
             import onnxruntime
         except ImportError as error:
@@ -154,22 +237,23 @@ class Classifier:
         if "maps" in metadata:
             raise ValueError(f"{path} gives feature maps: tools/export.py makes a classifier without --features")
         try:
-            self.metadata = {key: json.loads(value) for key, value in metadata.items()}
-            self.names, settings = [str(name) for name in self.metadata["class_names"]], dict(self.metadata["settings"])
-            if img_size:
-                settings["input_size"] = (settings["input_size"][0], *img_size)
-            self.settings, self.prepare = settings, Preparation(**settings)
-            least = tuple(self.metadata.get("least_size", (1, 1)))
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            self.model, self.names, self.settings, least = _described(metadata)
+            self.prepare = Preparation(**self.settings, background=background)
+            (images,) = self.session.get_inputs()
+            batch, *_ = images.shape
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the metadata of {path} do not describe how images are prepared and name the classes, as those of "
                 f"tools/export.py do: {_first_words(error)}"
             ) from error
+        if img_size:
+            self.settings["input_size"] = [self.settings["input_size"][0], *img_size]
+            self.prepare = Preparation(**self.settings, background=background)
         self._check_size(path, least)
-        self.path, batch = path, self.session.get_inputs()[0].shape[0]
+        self.path = path
         self.batch = batch if isinstance(batch, int) else None  # None: any number of images at a time
 
-    def _check_size(self, path: str, least: tuple[int, int]) -> None:
+    def _check_size(self, path: str, least: list[int]) -> None:
         size, made_for = self.prepare.size, self.session.get_inputs()[0].shape[2:]
         for side, fixed, smallest in zip(size, made_for, least):
             if isinstance(fixed, int) and side != fixed:
@@ -239,6 +323,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _colour(text: str) -> str:
+    try:
+        if len(ImageColor.getrgb(text)) == 3:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be the name of a colour or #rrggbb, not {text!r}")
+
+
+def _printable(name: str) -> str:
+    """Return a name without characters that move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports errors in one line."""
 
@@ -271,6 +369,13 @@ def build_parser() -> Parser:
         metavar="N",
         help="size of the images in pixels, one number or height and width (default: the file's)",
     )
+    parser.add_argument(
+        "--background",
+        type=_colour,
+        default="white",
+        metavar="COLOUR",
+        help="colour behind transparent pixels, a name or '#rrggbb' (default: white)",
+    )
     parser.add_argument("--results-file", metavar="FILE", help="write the predictions, a .json file")
     return parser
 
@@ -298,7 +403,7 @@ def main() -> None:
     if args.results_file and not os.access(os.path.dirname(args.results_file) or ".", os.W_OK):
         raise ValueError(f"cannot write {args.results_file}: its folder is missing or not writable")
     files = find_images(args.images)
-    classifier = Classifier(args.model, args.img_size and (args.img_size[0], args.img_size[-1]))
+    classifier = Classifier(args.model, args.img_size and (args.img_size[0], args.img_size[-1]), args.background)
     results, width = [], max(len(str(file)) for file in files)
     for result in predict(classifier, files, args.batch_size, args.topk):
         results.append(result)
@@ -306,11 +411,12 @@ def main() -> None:
             print(f"cannot read {result['file']}: {result['error']}", file=sys.stderr)
         for i, prediction in enumerate(result.get("predictions", ())):
             file = "" if i else result["file"]
-            print(f"{file:<{width}}  {100 * prediction['probability']:9.2f} %  {prediction['name']}")
+            print(f"{file:<{width}}  {100 * prediction['probability']:9.2f} %  {_printable(prediction['name'])}")
+    if classifier.prepare.saw_transparency:
+        note = f"some images have transparency: {args.background} shows through (--background)"
+        print(f"note: {note}", file=sys.stderr)
     if args.results_file:
-        content = dict(
-            model=classifier.metadata.get("model"), weights=args.model, settings=classifier.settings, images=results
-        )
+        content = dict(model=classifier.model, weights=args.model, settings=classifier.settings, images=results)
         write_text(Path(args.results_file), json.dumps(content, indent=2) + "\n")
         print(f"predictions: {args.results_file}")
     if unread := sum("error" in result for result in results):
@@ -325,8 +431,8 @@ def run() -> int:
         return end.code
     except BrokenPipeError:  # the reader ("| head") has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {_first_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -35,7 +35,7 @@ from ..export.comparison import (
     write_verified,
 )
 from ..export.formats import FORMATS, ExportSettings, FeatureMaps, Logits, build_graph, quantize_onnx
-from ..export.hub import model_card, training_record, write_folder
+from ..export.hub import data_name, model_card, own_tag, training_record, write_folder
 from ..files import write_text
 from ..pretrained import find_pretrained
 from ..sizes import size_name
@@ -43,15 +43,28 @@ from .console import run, say
 from .options import Parser, check_output, output_file
 
 
+class Once(argparse.Action):
+    """An option that names one file: given twice, it is refused."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if (before := getattr(namespace, self.dest)) is not None and before != self.default:
+            raise argparse.ArgumentError(self, f"names one file, not both {before} and {values}")
+        setattr(namespace, self.dest, values)
+
+
 def build_parser() -> Parser:
     parser = Parser("%(prog)s --format FORMAT --out FILE [OPTION ...]", description=__doc__)
     for settings in (ModelSettings, ExportSettings, DataSettings, ImageSettings):
         parser.add_settings(settings)
     group = parser.group("file")
-    group.add_argument("--out", metavar="FILE", help="file to write (.onnx, .pt2, .pt), or folder (hf)")
+    group.add_argument("--out", action=Once, metavar="FILE", help="file to write (.onnx, .pt2, .pt), or folder (hf)")
     group.add_argument("--overwrite", action="store_true", help="write over an existing file, never over a folder")
     group.add_argument(
-        "--results-file", type=output_file(".json"), metavar="FILE", help="write what was measured, a .json file"
+        "--results-file",
+        action=Once,
+        type=output_file(".json"),
+        metavar="FILE",
+        help="write what was measured, a .json file",
     )
     group = parser.group("data")
     group.description = "With --dataset or --data-dir, the accuracy of a classifier is measured before and after."
@@ -62,6 +75,30 @@ def build_parser() -> Parser:
         help=f"split for the scales of --quantize static, {CALIBRATION_IMAGES} images or fewer",
     )
     return parser
+
+
+def check_options(args: argparse.Namespace, parser: Parser) -> None:
+    """Refuse options that would be ignored, and outputs that would be written over each other or over an input."""
+    ignored = {
+        "calibration_split": args.quantize != "static" and "--quantize static",
+        "batch_size": (args.batch and "a free batch") or (not has_data(args) and "--dataset or --data-dir"),
+    }
+    ignored |= {
+        name: not has_data(args) and "--dataset or --data-dir" for name in ("val_split", "workers", "dataset_download")
+    }
+    for name, partner in ignored.items():
+        if partner and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} goes with {partner} only: without, it would be ignored")
+    if args.quantize == "static" and not has_data(args):
+        raise UserError("--quantize static takes the scales from images: name them with --dataset or --data-dir")
+    out, results = (Path(path).resolve() if path else None for path in (args.out, args.results_file))
+    if out and results and (out == results or out in results.parents):
+        raise UserError(f"--results-file {args.results_file} and --out {args.out} are one: name another file")
+    if args.checkpoint:
+        checkpoint = Path(args.checkpoint).resolve()
+        for option, path in (("--out", out), ("--results-file", results)):
+            if path in (checkpoint, checkpoint.with_suffix(".json"), checkpoint.parent / "summary.json"):
+                raise UserError(f"{option} {path} is the checkpoint or its record: name another file")
 
 
 def check_path(args: argparse.Namespace) -> Path:
@@ -94,7 +131,7 @@ def has_data(args: argparse.Namespace) -> bool:
 def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: PreparedModel, dataset: Dataset) -> dict:
     """Return the figures of a module and the name of the data, after printing its top-1."""
     figures = accuracy(module, prepared, dataset, args.batch or args.batch_size, args.workers)
-    figures["data"] = f"{args.dataset or args.data_dir}, {args.val_split}"
+    figures["data"] = f"{data_name(args.dataset, args.data_dir)}, {args.val_split}"
     say(f"{name}: top-1 {figures['top1']:.2f} % on {figures['images']} images of {figures['data']}")
     return figures
 
@@ -125,7 +162,9 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
     make_images = image_source(prepared.config, dataset, args.workers)
     run_file, rows = write_verified(out, content, file_format, graph, reference, make_images)
     figures = {}
-    if dataset and not settings.features:
+    if dataset and settings.features:
+        say("feature maps have no accuracy: the data's images were compared only")
+    elif dataset:
         for name, module in (("PyTorch", model), (file_format.runtime, RuntimeModule(run_file, settings.batch))):
             figures[name] = measure(args, name, module, prepared, dataset)
     write_results(args.results_file, prepared, settings, bytes=len(content), rows=rows, **figures)
@@ -143,7 +182,9 @@ def export_folder(args: argparse.Namespace, settings: ExportSettings, prepared: 
     if args.pretrained and not is_folder_name(args.model):
         file = find_pretrained(architecture, tag)
     record = training_record(file) if file else {}
-    write_folder(model, prepared.config, model_card(model, architecture, prepared.config, record, measured), out)
+    tag = own_tag(architecture, file, record) if file else ""
+    card = model_card(model, f"{architecture}.{tag}" if tag else architecture, prepared.config, record, measured)
+    write_folder(model, prepared.config, card, out, tag)
     if not record:
         say("the weights have no record of their training: README.md says that data and recipe are not known")
     write_results(args.results_file, prepared, settings, measured=measured)
@@ -151,10 +192,10 @@ def export_folder(args: argparse.Namespace, settings: ExportSettings, prepared: 
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     settings = ExportSettings.select(vars(args))
-    if settings.quantize == "static" and not has_data(args):
-        raise UserError("--quantize static takes the scales from images: name them with --dataset or --data-dir")
+    check_options(args, parser)
     out = check_path(args)
     prepared = prepare_model(ModelSettings.select(vars(args)), ImageSettings.select(vars(args)))
     warn_of_random_weights([prepared])

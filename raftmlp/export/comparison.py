@@ -1,9 +1,11 @@
 """A file in its runtime beside the model in PyTorch: outputs, speed and accuracy."""
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,15 +21,23 @@ from ..evaluate.speed import clock, iterations_in
 from ..files import new_file
 from ..sizes import size_name
 from .formats import Format, Graph, Runtime, as_list
+from .stages import show_stage
 
 __all__ = [
-    "RuntimeModule", "accuracy", "calibration_batches", "compare", "image_source", "sample_sizes", "write_verified",
+    "RuntimeModule", "accuracy", "calibration_batches", "compare", "image_source", "sample_sizes", "try_inputs",
+    "write_verified",
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
 LIMIT = 1e-4  # of the largest value: what a file in float32 may differ from PyTorch
+COARSE_LIMIT = 0.1  # what a file in half or 8-bit precision may differ from itself
 CALIBRATION_IMAGES = 256
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a permuted view": lambda images: images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "channels-last": lambda images: images.to(memory_format=torch.channels_last),
+    "every second column": lambda images: images.repeat_interleave(2, 3)[..., ::2],
+}
 CPU = torch.device("cpu")
 
 
@@ -132,6 +142,73 @@ def compare(
     return rows
 
 
+@torch.inference_mode()
+def try_inputs(
+    reference: nn.Module,
+    run: Runtime,
+    runtime: str,
+    make_images: Callable[[int, tuple[int, int]], Tensor],
+    graph: Graph,
+) -> list[str]:
+    """Give a file images of other strides, type, size and number; return which it refuses, the rest being right.
+
+    Args:
+        reference: The module in PyTorch, float32.
+        run: The file in its runtime.
+        runtime: The runtime's name.
+        make_images: See ``image_source``.
+        graph: What the file shall hold.
+
+    Raises:
+        UserError: If the file gives another answer than it should.
+    """
+    is_exact = graph.settings.precision == "float32"
+    images, (height, width) = make_images(graph.settings.batch or 1, graph.size), graph.size
+    own = run(images)
+    trials = [(name, layout(images), own, LIMIT if is_exact else COARSE_LIMIT) for name, layout in LAYOUTS.items()]
+    trials.append(("float64", images.double(), own, LIMIT if is_exact else COARSE_LIMIT))
+    sizes = [(height + 4, width + 12), (-(-height // 2), -(-width // 2))]
+    if graph.settings.dynamic_size:
+        sizes += [graph.least_size, tuple(max(1, side - 1) for side in graph.least_size)]
+    shapes = [(len(images), size) for size in sizes] + [(len(images) + 1, graph.size)]
+    for number, size in shapes:
+        others = make_images(number, size)
+        try:
+            expected = as_list(reference(others))
+        except Exception:  # models raise anything on sizes that they cannot take
+            expected = []
+        trials.append((f"{number} x {size_name(size)}", others, expected, LIMIT if is_exact else sys.float_info.max))
+    refused = []
+    for name, others, expected, limit in trials:
+        try:
+            with silent_stderr():
+                outputs = run(others)
+        except Exception:  # runtimes raise anything
+            refused.append(name)
+            continue
+        is_right = [y.shape for y in outputs] == [y.shape for y in expected]
+        if not is_right or not max(map(relative_difference, outputs, expected)) <= limit:
+            raise UserError(f"{runtime} gives a wrong answer, and no error, for {name}: the file is not written")
+    return refused
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Discard what runtimes print of errors that they raise too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Return the largest difference as a share of the largest value; 0 if there is none."""
     if torch.equal(actual, expected):
@@ -171,13 +248,17 @@ def write_verified(
     with new_file(path) as temporary:
         temporary.write_bytes(content)
         try:
-            run, metadata = file_format.run(temporary)
+            with show_stage(f"loading it in {runtime}"):
+                run, metadata = file_format.run(temporary)
         except Exception as error:  # runtimes raise anything
             raise UserError(f"{runtime} cannot load the file: {first_words(error)}") from error
         if missing := graph.metadata.keys() - metadata.keys():
             raise UserError(f"{runtime} does not find {sorted(missing)} in the file: it is not written")
         limit = LIMIT if graph.settings.precision == "float32" else None
-        return run, compare(reference, run, runtime, make_images, sample_sizes(graph), limit)
+        rows = compare(reference, run, runtime, make_images, sample_sizes(graph), limit)
+        refused = try_inputs(reference, run, runtime, make_images, graph)
+        _logger.info(f"right with other strides, types, sizes and batches; refused: {', '.join(refused) or 'none'}")
+        return run, rows
 
 
 # Accuracy

@@ -28,6 +28,7 @@ from ..evaluate.evaluation import PreparedModel, run_once
 from ..evaluate.labels import model_class_names
 from ..settings import Number, Settings, option
 from ..sizes import size_name
+from .stages import show_stage
 
 __all__ = ["FORMATS", "ExportSettings", "FeatureMaps", "Format", "Graph", "Logits", "build_graph", "quantize_onnx"]
 
@@ -157,6 +158,15 @@ class Graph:
             height, width = (max(side, 2 * self.reduction) + more for side, more in zip(self.size, (3, 38)))
         return torch.randn(self.settings.batch or 2, self.channels, height, width)
 
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Whether the module takes images of this height and width."""
+        try:
+            with torch.inference_mode():
+                self.module(torch.zeros(1, self.channels, *size))
+        except Exception:  # models raise anything on sizes that they cannot take
+            return False
+        return True
+
 
 def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
     """Return what a file shall hold, of a copy of the model.
@@ -195,15 +205,15 @@ def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
 
 @contextmanager
 def exporter_errors(product: str) -> Iterator[None]:
-    """Silence an exporter's warnings and logs, and turn its errors, which are of any kind, into a user error.
+    """Show that an exporter works, silence it, and turn its errors, which are of any kind, into a user error.
 
     Args:
         product: What is made, for the message.
     """
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with show_stage(f"making {product}"), warnings.catch_warnings(), torch.no_grad():
+            logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
             yield
     except OSError:  # of the disk: its message needs no more words
@@ -216,6 +226,9 @@ def exporter_errors(product: str) -> Iterator[None]:
 
 def exported(graph: Graph) -> torch.export.ExportedProgram:
     """Return the program of torch.export, its free axes free; sets the graph's ``least_size``.
+
+    torch.export takes a free axis of length 1 for a constant, so a program's last map has more positions than one. The
+    operators of ONNX do not depend on it: there the least size is the model's.
 
     Raises:
         UserError: If the model cannot be exported, or not with these axes free.
@@ -234,14 +247,15 @@ def exported(graph: Graph) -> torch.export.ExportedProgram:
     for axis, name in ((0, "--batch dynamic"), (2, "--dynamic-size"), (3, "--dynamic-size")):
         if axis in free and isinstance(shape[axis], int):
             raise UserError(f"{name}: torch.export cannot leave axis {axis} of this model's images free")
-    if is_dynamic:
+    if is_dynamic and not (graph.settings.format == "onnx" and graph.takes((1, 1))):
         graph.least_size = tuple(int(program.range_constraints[side.node.expr].lower) for side in shape[2:])
-        graph.metadata["least_size"] = json.dumps(graph.least_size)
         if any(side < least for side, least in zip(graph.size, graph.least_size)):
             raise UserError(
                 f"--dynamic-size: the graph takes images of {size_name(graph.least_size)} pixels or more, whose last "
                 f"map has more than one position; {size_name(graph.size)} is less (--img-size names another size)"
             )
+    if is_dynamic:
+        graph.metadata["least_size"] = json.dumps(graph.least_size)
     return program
 
 
@@ -313,7 +327,7 @@ def run_onnx(path: Path) -> tuple[Runtime, dict[str, str]]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs as errors, it raises too
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> list[Tensor]:
@@ -394,11 +408,14 @@ def write_aoti(graph: Graph) -> bytes:
     """Return a package of AOTInductor: machine code for this kind of processor, and the weights."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise UserError("--format aoti needs a C++ compiler, g++ or clang++: there is none on the PATH")
-    program = exported(graph)
+    program, is_free = exported(graph), graph.settings.dynamic_size
     with tempfile.TemporaryDirectory() as folder, exporter_errors("a package of AOTInductor"):
+        from .inductor import compile_package  # torch's own code generator, not the same in every version
+
         path = Path(folder, "model.pt2")
-        configs = {"freezing": True, "aot_inductor.metadata": graph.metadata}
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        shape = image_shape(program)
+        least = graph.settings.batch or 1, graph.channels, *(graph.least_size if is_free else graph.size)
+        compile_package(program, path, shape, least, graph.metadata)
         return path.read_bytes()
 
 

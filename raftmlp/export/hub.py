@@ -1,6 +1,7 @@
 """A folder for the Hugging Face Hub: config.json, model.safetensors, and a README.md that describes the weights."""
 
 import json
+import shlex
 from pathlib import Path
 
 import timm
@@ -16,7 +17,7 @@ from ..raftmlp import RaftMLP
 from ..sizes import size_name
 from ..weights import load_checkpoint
 
-__all__ = ["model_card", "training_record", "write_folder"]
+__all__ = ["data_name", "model_card", "own_tag", "training_record", "write_folder"]
 
 CITATION = """
 
@@ -61,13 +62,36 @@ def training_record(path: Path) -> dict:
         options = load_checkpoint(path).get("options")
         if not isinstance(options, dict):  # not a run's checkpoint: the summary beside it is of another file
             return {}
-        of_checkpoint = dict(options=options, data=options.get("dataset") or "a folder of images")
+        of_checkpoint = dict(options=options)
     record = parse_json(file.read_bytes(), f"the card {file}") if file.is_file() else {}
     if not isinstance(record, dict):
         raise UserError(f"the card {file} is damaged: it must be what the training command wrote")
     record |= of_checkpoint
     check_fields(record, RECORD, f"the card {file} is damaged: ")
+    if options := record.get("options"):
+        record["data"] = data_name(options.get("dataset"), options.get("data_dir")) or "a folder of images"
     return record
+
+
+def data_name(dataset: object, folder: object) -> str:
+    """Return the name of data, which says nothing of where they lie: the data set's, or that of the folder alone."""
+    return str(dataset or (Path(str(folder)).resolve().name if folder else ""))
+
+
+def own_tag(architecture: str, file: Path, record: dict) -> str:
+    """Return the tag of weights: that of their file's name, else the one that their run exported, or the run's name.
+
+    Args:
+        architecture: The model.
+        file: The weights.
+        record: See ``training_record``; without one, a file of another name has no tag.
+    """
+    stem = file.name.removesuffix(".safetensors")
+    if file.suffix == ".safetensors" and stem.startswith(f"{architecture}."):
+        return stem.removeprefix(f"{architecture}.")
+    if not record:
+        return ""
+    return str(record.get("options", {}).get("export") or file.resolve().parent.name)
 
 
 def model_card(model: nn.Module, name: str, config: dict, record: dict, measured: dict | None) -> ModelCard:
@@ -125,7 +149,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 def _recipe(record: dict) -> str:
     parts, options = [], record.get("options") or {}
     if record.get("command"):
-        parts.append(f"Trained with raftmlp's training command:\n\n```\n{record['command']}\n```\n")
+        parts.append(f"Trained with raftmlp's training command:\n\n```\n{_without_folders(record['command'])}\n```\n")
     rows = [f"| {key} | {options[key]} |\n" for key in RECIPE if options.get(key) is not None]
     if rows:
         parts.append("| option | value |\n|---|---|\n" + "".join(rows))
@@ -133,6 +157,19 @@ def _recipe(record: dict) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         parts.append(f"With {versions}; commit {record.get('commit') or 'unknown'}.")
     return "\n".join(parts)
+
+
+def _without_folders(command: str) -> str:
+    """Return a command whose paths from the root or the home folder are shortened to their last names."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # it was not written by the training command
+        words = command.split()
+    short = []
+    for word in words:
+        option, is_pair, value = word.rpartition("=")
+        short.append(option + is_pair + (Path(value).name if value.startswith(("/", "~", "..")) else value))
+    return shlex.join(short)
 
 
 def _accuracy(record: dict, measured: dict | None) -> str:
@@ -177,8 +214,8 @@ def _has_best(record: dict) -> bool:
     return {"best_top1", "best_epoch", "epochs"} <= record.keys()
 
 
-def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path) -> None:
-    """Write the folder, after a check that timm loads it and gets the same outputs.
+def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, tag: str = "") -> None:
+    """Write the folder, after a check that timm loads it and gets the same outputs; ``tag`` is the weights' own.
 
     Raises:
         UserError: If the model cannot be written, or the loaded one differs.
@@ -198,7 +235,10 @@ def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path) 
         card.save(temporary / "README.md")
         file = temporary / "config.json"
         content = json.loads(file.read_text())
-        content["pretrained_cfg"].pop("license", None)  # timm's, of its own weights
+        for key in ("license", "tag", "file", "url"):  # of the weights that timm has for this model
+            content["pretrained_cfg"].pop(key, None)
+        if tag:
+            content["pretrained_cfg"]["tag"] = tag
         file.write_text(json.dumps(content, indent=2) + "\n")
         for file in temporary.iterdir():
             file.chmod(0o644)
