@@ -12,6 +12,7 @@ from helpers import TINY, assert_same
 from raftmlp import list_pretrained
 from raftmlp.commands import train
 from raftmlp.create import ModelSettings, create_model
+from raftmlp.train import journal
 from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
@@ -77,3 +78,19 @@ def test_tensorboard_and_wandb_are_written_when_asked(run_command, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     status, _, err = run_command(train, *options, "out2", "--log-tensorboard")
     assert status == 2 and "--log-tensorboard needs TensorBoard" in err
+
+
+def test_curves_have_whole_epochs_and_say_what_the_training_loss_is_with(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(journal, "save_figure", lambda figure, path: figures.append(figure))
+    recipe = dict(smoothing=0.1, mixup=0.8, cutmix=0.0, kd_model_name=None)
+    for parts, log in ((recipe, [1, 2]), (dict.fromkeys(recipe), [1])):
+        rows = [dict(epoch=epoch, train_loss=1.0, eval_loss=0.5, eval_top1=50.0) for epoch in log]
+        journal.Journal(tmp_path, parts, tensorboard=False, wandb=False, writes=True).write(rows)
+    for figure in figures:
+        assert all(float(tick).is_integer() for axis in figure.axes for tick in axis.get_xticks())
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in figures]
+    assert labels == [
+        ["training, with label smoothing, mixup", "validation, without"],
+        ["training", "validation"],
+    ]

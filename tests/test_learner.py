@@ -1,9 +1,13 @@
 """The ways to train: teachers, precisions, compiled models, other optimisers and schedules."""
 
+import pytest
 import torch
 
 from helpers import TINY, assert_same
 from raftmlp.commands import train
+from raftmlp.errors import UserError
+from raftmlp.train import TrainSettings
+from raftmlp.train.learner import create_optimisation
 from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
@@ -48,3 +52,16 @@ def test_the_teacher_counts(run_command):
     weights = {name: load_checkpoint(f"{name}/last.pth.tar")["state_dict"] for name in ("without", "zero", "one")}
     assert_same(weights["without"], weights["zero"])
     assert not torch.equal(weights["one"]["head.weight"], weights["zero"]["head.weight"])
+
+
+@pytest.mark.parametrize("images, base, lr", [(8, 32, 5e-4), (32, 32, 1e-3), (128, 32, 2e-3), (8, None, 1e-3)])
+def test_the_learning_rate_changes_with_the_root_of_the_images_of_an_update(images, base, lr):
+    settings = TrainSettings(lr=1e-3, lr_base_size=base, global_batch_size=images, epochs=2, warmup_epochs=0)
+    optimizer, scheduler = create_optimisation(settings, torch.nn.Linear(2, 2), 10)
+    scheduler.step_update(0)
+    assert all(group["lr"] == pytest.approx(lr) for group in optimizer.param_groups)
+
+
+def test_an_optimiser_that_cannot_be_used_is_refused_from_python_too():
+    with pytest.raises(UserError, match="adahessian cannot be used: it needs second-order gradients"):
+        create_optimisation(TrainSettings(opt="adahessian", epochs=9), torch.nn.Linear(2, 2), 10)

@@ -1,11 +1,15 @@
 """The pictures: what they show is collected right, and they are drawn whatever the classes and names."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from raftmlp.data.images import UNREADABLE
+from raftmlp.evaluate import plots
 from raftmlp.evaluate.labels import drawable
 from raftmlp.evaluate.plots import Gallery, draw_accuracy, draw_confusion, draw_cost, draw_speed
 from raftmlp.evaluate.prediction import draw_predictions
@@ -50,6 +54,20 @@ def test_accuracy_over_size_has_a_line_for_each_model(tmp_path):
     ]
     draw_accuracy(tmp_path / "a.png", rows, 3)
     assert drawn_colours(tmp_path / "a.png") == ["C0", "C1"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(32, 32), (30, 32), (32, 30), (224, 224)], [(8 * i, 8 * i + 8) for i in range(1, 31)]]
+)
+def test_the_labels_of_sizes_do_not_overlap(sizes, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    draw_accuracy(tmp_path / "a.png", [dict(model="a", img_size=size, top1=50.0) for size in sizes], len(sizes))
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    (axis,) = figure.axes
+    boxes = sorted((label.get_window_extent() for label in axis.get_xticklabels()), key=lambda box: box.x0)
+    assert len(boxes) == len(sizes) and all(left.x1 <= right.x0 for left, right in pairwise(boxes))
 
 
 def test_speed_and_cost_leave_out_what_did_not_run(tmp_path):

@@ -69,7 +69,7 @@ def test_the_configs_are_all_there_and_say_how_they_are_run():
         assert re.search(
             rf"#   (raftmlp train|torchrun .* -m raftmlp.commands.train) -c {name}( |$)", text, re.MULTILINE
         )
-        assert "Not run" in text or config.parent.name == "digits"
+        assert "Not run" in text or re.search(r"\d\.\d+ %", text)  # a figure that was seen
 
 
 @pytest.mark.parametrize("name", ["imagenet/raftmlp_s", "imagenet/raftmlp_36_r2", "finetune/cars"])

@@ -25,6 +25,12 @@ def test_the_best_epoch_and_the_state_of_a_run():
     assert other == state
 
 
+def test_before_a_loss_is_read_there_is_no_mean():
+    losses = Losses(RunState(update=1))
+    losses.add(torch.tensor([0.5, 0.0]), update=0, lr=0.1)
+    assert losses.read(keep=1) is False and losses.mean is None
+
+
 def test_losses_are_read_late_and_a_bad_one_is_found():
     state = RunState(update=2)
     losses = Losses(state)
@@ -73,13 +79,17 @@ def test_lines_of_progress(show, caplog):
     caplog.handler.setLevel(logging.INFO)
     logging.getLogger("raftmlp").addHandler(caplog.handler)
     try:
-        with Progress("epoch 1/2", 4, 8, images=16, interval=2, device=torch.device("cpu"), show=show) as progress:
+        with Progress(
+            "epoch 1/2", 4, 50.0, 8, images=16, interval=2, device=torch.device("cpu"), show=show
+        ) as progress:
             for update in range(5, 9):
-                progress.advance(update, loss=0.25)
+                progress.advance(update, loss=0.25 if update > 6 else None, lr=0.00123456)
+            assert progress.seconds > 50 and 2.56 > progress.rate(8) > 2.5  # 128 images in 50 s and a little
     finally:
         logging.getLogger("raftmlp").removeHandler(caplog.handler)
     lines = [line for line in caplog.messages if line.startswith("epoch 1/2, update ")]
     assert {line.split(":")[0] for line in lines} == (
         {"epoch 1/2, update 6/8", "epoch 1/2, update 8/8"} if show else set()
     )
-    assert all("loss 0.250" in line and "left of the epoch" in line for line in lines)
+    assert all("learning rate 0.00123" in line and "left of the epoch" in line for line in lines)
+    assert all(("loss 0.250" in line) == ("8/8" in line) and "loss 0.000" not in line for line in lines)

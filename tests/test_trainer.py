@@ -165,8 +165,16 @@ def test_a_trainer_trains_stops_and_resumes(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     with pytest.raises(UserError, match="holds a run"):
         make_trainer(tmp_path / "parts", data).fit()
+    last = tmp_path / "parts/last.pth.tar"
+    state = load_checkpoint(last)
+    assert 0 < state["seconds"] < 100
+    torch.save({**state, "seconds": 1000.0}, last)  # as if the first two updates of the epoch had taken so long
     resumed = make_trainer(tmp_path / "parts", data)
-    assert resumed.fit(resume="auto")["epochs"] == 3
+    summary = resumed.fit(resume="auto")
+    assert summary["epochs"] == 3 and 1000 < summary["seconds"] < 1100
+    rows = resumed.state.log
+    assert 1000 < rows[0]["seconds"] < 1100 and rows[0]["train_images_per_second"] == pytest.approx(0.192, rel=0.1)
+    assert rows[1]["seconds"] < 100
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     parts.fit(resume="auto")  # the one that was stopped has the last state too
     assert_same(parts.state_dict()["state_dict"], whole.state_dict()["state_dict"])

@@ -110,7 +110,7 @@ def draw_confusion(path: Path, title: str, confusion: Confusion) -> None:
 
 
 def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
-    """Write a picture of top-1 over the image size, one line a model.
+    """Write a picture of top-1 over the image size, one line a model; the sizes stand in order, equally far apart.
 
     ``rows`` are results of ``evaluate_prepared``, for each model as many in succession as there are sizes.
     """
@@ -118,12 +118,12 @@ def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    sides = [math.sqrt(math.prod(row["img_size"])) for row in rows]
+    order = sorted(range(sizes), key=lambda i: math.prod(rows[i]["img_size"]))
     for start in range(0, len(rows), sizes):
-        points = sorted((sides[i], rows[i]["top1"]) for i in range(start, start + sizes))
-        axis.plot(*zip(*points), marker="o", label=rows[start]["model"])
-    labels = [size_name(row["img_size"]) for row in rows[:sizes]]
-    axis.set_xticks(sides[:sizes], labels, rotation=45 if sizes > 8 else 0)
+        axis.plot(range(sizes), [rows[start + i]["top1"] for i in order], marker="o", label=rows[start]["model"])
+    labels = [size_name(rows[i]["img_size"]) for i in order]
+    is_wide = sum(len(label) + 2 for label in labels) > 60
+    axis.set_xticks(range(sizes), labels, rotation=90 if is_wide else 0)
     axis.set(xlabel="image size (pixels)", ylabel="top-1 (%)")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from ..errors import MissingPackageError, UserError
 from ..files import save_figure, write_text
 from ..pretrained import checkpoint_folders
 from ..weights import load_checkpoint, save_state_dict, unwrap
+
+# what a validation loss is without: settings, by their names in words
+OF_TRAINING_LOSS = dict(smoothing="label smoothing", mixup="mixup", cutmix="cutmix", kd_model_name="a teacher")
 
 __all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summarise"]
 
@@ -32,6 +36,7 @@ class Journal:
 
     def __init__(self, folder: Path, recipe: dict, tensorboard: bool, wandb: bool, writes: bool):
         self.folder, self.writes, self.tensorboard, self.wandb = folder, writes, None, None
+        self.loss_parts = [name for key, name in OF_TRAINING_LOSS.items() if recipe[key]]
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -56,7 +61,7 @@ class Journal:
         table.writeheader()
         table.writerows(log)
         write_text(self.folder / "log.csv", text.getvalue())
-        plot_curves(log, self.folder / "curves.png")
+        plot_curves(log, self.folder / "curves.png", self.loss_parts)
 
     def report(self, row: dict) -> None:
         """Send the row of an epoch to TensorBoard and to Weights & Biases."""
@@ -70,21 +75,26 @@ class Journal:
             self.wandb.log(figures, step=epoch)
 
 
-def plot_curves(log: list[dict], picture: Path) -> None:
-    """Draw loss and accuracy over the epochs of a log."""
+def plot_curves(log: list[dict], picture: Path, loss_parts: Sequence[str] = ()) -> None:
+    """Draw loss and accuracy over the epochs of a log; the training loss is said to be with ``loss_parts``."""
     from matplotlib.figure import Figure  # draws into files, no screen needed
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in log]
     figure = Figure(figsize=(9, 3.4), layout="tight")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["train_loss"] for row in log], label="training")
-    left.plot(epochs, [row["eval_loss"] for row in log], label="validation")
+    training, validation = "training", "validation"
+    if loss_parts:
+        training, validation = f"training, with {', '.join(loss_parts)}", "validation, without"
+    left.plot(epochs, [row["train_loss"] for row in log], label=training)
+    left.plot(epochs, [row["eval_loss"] for row in log], label=validation)
     left.set(xlabel="epoch", ylabel="loss")
     left.legend()
     right.plot(epochs, [row["eval_top1"] for row in log], color="tab:green")
     right.set(xlabel="epoch", ylabel="validation top-1 in %")
     for axis in (left, right):
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     save_figure(figure, picture)
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..errors import UserError, first_words
 from ..processes import Processes
-from .settings import DistillationSettings, OptimisationSettings, TrainSettings
+from .settings import DistillationSettings, OptimisationSettings, TrainSettings, known_optimizer
 
 __all__ = ["Learner", "create_optimisation", "create_task"]
 
@@ -59,10 +59,11 @@ def create_optimisation(
     """Return the optimiser and the schedule: a warm-up, then ``sched`` over the other epochs.
 
     Raises:
-        UserError: If the settings do not fit each other, or timm does not take them.
+        UserError: If the settings do not fit each other, or timm does not take them or the optimiser cannot be used.
     """
     if settings.warmup_epochs >= settings.epochs:
         raise UserError(f"--warmup-epochs {settings.warmup_epochs} must be less than --epochs {settings.epochs}")
+    known_optimizer(settings.opt)
     schedule = scheduler_kwargs(settings) | dict(
         num_epochs=settings.epochs - settings.warmup_epochs,
         warmup_prefix=True,
@@ -72,11 +73,13 @@ def create_optimisation(
     )
     try:
         optimizer = create_optimizer_v2(
-            model, **optimizer_kwargs(settings), filter_bias_and_bn=settings.filter_bias_and_bn
+            model,
+            **optimizer_kwargs(settings) | dict(lr=settings.peak_lr),
+            filter_bias_and_bn=settings.filter_bias_and_bn,
         )
         scheduler, _ = create_scheduler_v2(optimizer, **schedule)
-    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise UserError(str(error)) from error
+    except (ValueError, AssertionError, RuntimeError, TypeError, ImportError) as error:
+        raise UserError(f"--opt {settings.opt}, --sched {settings.sched}: {first_words(error)}") from error
     return optimizer, scheduler
 
 

@@ -17,14 +17,22 @@ _logger = logging.getLogger(__name__)
 class Progress:
     """The progress of an epoch of ``updates``, of so many ``images`` each; a context, after which the bar is gone.
 
-    ``first`` updates were done before; ``waited`` counts the seconds that went by without data. Lines come every
-    ``interval`` updates. Only a process that is to ``show`` it does.
+    ``first`` updates were done before, in ``seconds_before``; ``waited`` counts the seconds that went by without data.
+    Lines come every ``interval`` updates. Only a process that is to ``show`` it does.
     """
 
     def __init__(
-        self, title: str, first: int, updates: int, images: int, interval: int, device: torch.device, show: bool
+        self,
+        title: str,
+        first: int,
+        seconds_before: float,
+        updates: int,
+        images: int,
+        interval: int,
+        device: torch.device,
+        show: bool,
     ):
-        self.title, self.first, self.updates, self.images = title, first, updates, images
+        self.title, self.seconds_before, self.updates, self.images = title, seconds_before, updates, images
         self.interval, self.device, self.show = interval, device, show
         self.waited, self._start = 0.0, time.perf_counter()
         hide = None if show else True  # None: where there is no terminal
@@ -38,24 +46,25 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
+        """Seconds since the start, and those of before."""
+        return self.seconds_before + time.perf_counter() - self._start
 
     def rate(self, update: int) -> float:
         """Return images a second up to an update."""
-        return (update - self.first) * self.images / self.seconds
+        return update * self.images / self.seconds
 
-    def advance(self, update: int, loss: float) -> None:
-        """Show that an update is done, and the mean loss of the epoch's updates."""
+    def advance(self, update: int, loss: float | None, lr: float) -> None:
+        """Show that an update is done at a learning rate, and the mean loss of the epoch's updates, if it is known."""
         rate = self.rate(update)
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         figures = {
-            "loss": f"{loss:.3f}",
+            **({} if loss is None else {"loss": f"{loss:.3f}"}),
+            "learning rate": f"{lr:.3g}",
             "images/s": f"{rate:.0f}",
-            "waiting for data": f"{self.waited / self.seconds:.0%}",
+            "waiting for data": f"{self.waited / (self.seconds - self.seconds_before):.0%}",
             "memory": f"{memory / 2**30:.1f} GiB",
         }
         self.bar.update()

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 
 from timm.optim import list_optimizers
@@ -21,14 +22,22 @@ NOT_IN_RECIPE = (
     "channels_last", "checkpoint", "compile", "data_dir", "dataset_download", "device", "export", "log_interval",
     "log_tensorboard", "log_wandb", "max_bad_images", "output", "save_every", "workers",
 )  # fmt: skip
+# beginnings of names that timm lists
+UNUSABLE_OPTIMIZERS = {
+    "adahessian": "it needs second-order gradients",
+    "kron": "it compiles its steps, which takes minutes",
+}
 
 
 def known_optimizer(name: str) -> str:
     """Return the name if timm has such an optimiser.
 
     Raises:
-        UserError: If there is none; the message names similar ones.
+        UserError: If there is none, and the message names similar ones, or if it cannot be used.
     """
+    for start, reason in UNUSABLE_OPTIMIZERS.items():
+        if name.lower().startswith(start):
+            raise UserError(f"the optimiser {name} cannot be used: {reason}")
     known = list_optimizers()
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3) or ["adamw", "sgd", "lamb"]
@@ -64,6 +73,9 @@ class OptimisationSettings(Settings):
     epochs: int = option(300, "epochs to train, warm-up included", **COUNT)
     opt: str = option("adamw", "any optimiser of timm", type=known_optimizer, metavar="NAME")
     lr: float = option(1e-3, "peak learning rate", **POSITIVE)
+    lr_base_size: int | None = option(
+        None, "images an update that --lr is for: with others it changes with the root of their number", **COUNT
+    )
     weight_decay: float = option(0.05, "weight decay", **POSITIVE)
     filter_bias_and_bn: bool = option(True, "no weight decay for biases and norms")
     momentum: float = option(0.9, "momentum, where the optimiser has it", **POSITIVE)
@@ -81,6 +93,11 @@ class OptimisationSettings(Settings):
     smoothing: float = option(0.1, "label smoothing", type=Number(float, 0, 0.99), metavar="X")
     model_ema: bool = option(False, "average the weights, and evaluate the average")
     model_ema_decay: float = option(0.9998, "decay of the average", **SHARE)
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate at the images of an update, which are known here."""
+        return self.lr * math.sqrt(self.global_batch_size / self.lr_base_size) if self.lr_base_size else self.lr
 
 
 @dataclass(kw_only=True)

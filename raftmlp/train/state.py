@@ -18,12 +18,14 @@ class RunState:
         epoch: Epochs that are done.
         update: Updates that are done in the running epoch.
         loss_sum: Sum of their losses.
+        seconds: Seconds that they took, until the last checkpoint.
         log: A row an epoch.
     """
 
     epoch: int = 0
     update: int = 0
     loss_sum: float = 0.0
+    seconds: float = 0.0
     log: list[dict] = field(default_factory=list)
 
     @property
@@ -39,7 +41,7 @@ class RunState:
     def end_epoch(self, row: dict) -> None:
         """Go to the beginning of the next epoch, with the log's row of the one that is done."""
         self.log.append(row)
-        self.epoch, self.update, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.epoch, self.update, self.loss_sum, self.seconds = self.epoch + 1, 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the attributes by name."""
@@ -48,6 +50,7 @@ class RunState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned; other entries are ignored."""
         self.epoch, self.update, self.loss_sum = state["epoch"], state["update"], state["loss_sum"]
+        self.seconds = state.get("seconds", 0.0)  # older checkpoints have none
         self.log = list(state["log"])
 
 
@@ -67,9 +70,10 @@ class Losses:
         self._unread: list[tuple[Tensor, int, float]] = []
 
     @property
-    def mean(self) -> float:
-        """The mean of the running epoch's losses, as far as they are read."""
-        return self.state.loss_sum / max(1, self.state.update - len(self._unread))
+    def mean(self) -> float | None:
+        """The mean of the running epoch's losses, as far as they are read; None if there are none."""
+        count = self.state.update - len(self._unread)
+        return self.state.loss_sum / count if count else None
 
     def add(self, result: Tensor, update: int, lr: float) -> None:
         """Add the result of an update: its loss, and how many processes were asked to stop (2,)."""

@@ -119,6 +119,10 @@ class Trainer:
             f"{share.world_size} process{'es' * (share.world_size > 1)} x {share.steps} x {share.batch_size}, on "
             f"{self.device}"
         )
+        if settings.lr_base_size:
+            self.headline += (
+                f"\nlearning rate {settings.peak_lr:.3g}: {settings.lr:.3g} at {settings.lr_base_size} images an update"
+            )
 
     @classmethod
     def from_settings(cls, settings: TrainSettings, processes: Processes | None = None, command: str = "") -> "Trainer":
@@ -280,7 +284,8 @@ class Trainer:
             return False
         settings, state, title = self.settings, self.state, f"epoch {self.state.epoch + 1}/{self.settings.epochs}"
         images, interval, is_first = settings.global_batch_size, settings.log_interval, self.processes.is_first
-        progress = Progress(title, state.update, self.updates_per_epoch, images, interval, self.device, is_first)
+        done = (state.update, state.seconds)
+        progress = Progress(title, *done, self.updates_per_epoch, images, interval, self.device, is_first)
         try:
             with progress:
                 if not self._train(progress):
@@ -323,10 +328,11 @@ class Trainer:
             save = state.update == total or (every and state.update % every == 0)
             if save or stop:
                 stop = self.losses.read() or stop
+                state.seconds = progress.seconds
                 self.save()
             if stop:
                 return False
-            progress.advance(state.update, self.losses.mean)
+            progress.advance(state.update, self.losses.mean, self.learner.lr)
         return True
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress) -> None:
