@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import check_weight
 from .resize import bicubic_matrix
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def resample_grid(
                 if old == new or any(value is None for value in mlp.values()) or mlp["fc1.weight"].shape[1] != features:
                     continue
                 hidden = int(mixing.raft_size * math.prod(new) * mixing.mlp_ratio)
+                check_weight("img_size and token_mlp_ratio", mixing.raft_size * math.prod(new), hidden)
                 mlp = _resample_token_mlp(mlp, old, new, hidden, mixing.raft_size)
                 state.update({prefix + key: value for key, value in mlp.items()})
     return state
@@ -65,8 +67,9 @@ def _resample_token_mlp(mlp: StateDict, old: Sequence[int], new: Sequence[int], 
         units = (fc1.norm(dim=1) * fc2.norm(dim=0)).topk(hidden).indices.sort().values
         copies = torch.ones_like(units)
     else:
-        units = torch.arange(hidden, device=fc1.device) * len(bias1) // hidden
-        copies = units.bincount(minlength=len(bias1))[units]
+        units = torch.arange(hidden) * len(bias1) // hidden  # on the CPU: the meta device cannot count
+        copies = units.bincount(minlength=len(bias1))[units].to(fc1.device)
+        units = units.to(fc1.device)
     result = {
         "fc1.weight": fc1[units],
         "fc1.bias": bias1[units],
