@@ -195,10 +195,13 @@ class RaftMLP(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling."""
+        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling.
+
+        Nothing changes where an argument is not allowed.
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # as in set_input_size
             self._build_head(num_classes, pool, weight.device, weight.dtype)
         self.global_pool.train(self.training)
         self.head.train(self.training)

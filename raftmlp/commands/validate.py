@@ -166,9 +166,9 @@ def explain_fall(model: torch.nn.Module, rows: list[dict]) -> None:
     if isinstance(model, RaftMLP) and trained and trained.get("top1", 0) - worst.get("top1", 0) > 5:
         best, least = (f"{row['top1']:.2f} % at {size_name(row['img_size'])}" for row in (trained, worst))
         say(
-            f"{worst['model']}: top-1 falls from {best}, its trained size, to {least}: its token mixing knows one grid, to "
-            "which maps of other sizes are resized; model.set_input_size and fine-tuning at the new size, or training "
-            "at several sizes, brings it back"
+            f"{worst['model']}: top-1 falls from {best}, its trained size, to {least}: its token mixing was trained "
+            "on one grid, and other maps are resized to it; model.set_input_size and fine-tuning at the new size, or "
+            "training at several sizes, help"
         )
 
 

@@ -192,11 +192,11 @@ def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, devi
         raise UserError(f"arch {arch!r} must be the name of a variant, or a dict of arguments of raftmlp.RaftMLP")
     known = [name for name in inspect.signature(RaftMLP).parameters if name not in SET_BY_BACKBONE]
     for key in arch.keys() - set(known):
-        near = get_close_matches(key, known, n=3) or known
+        near = get_close_matches(str(key), known, n=3) or known
         raise UserError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
     try:
         return RaftMLP(**{**arch, **kwargs})
-    except TypeError as error:
+    except ValueError as error:
         raise UserError(f"arch {dict(arch)} cannot be built: {error}") from error
 
 
