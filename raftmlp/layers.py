@@ -18,6 +18,7 @@ from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor
 from torch.nn.modules import module as all_modules
 
+from .arguments import check_weight
 from .ops import add_mixed, gather_vectors, mixing, scatter_vectors, token_mlp
 from .resize import resize_bicubic
 
@@ -86,6 +87,9 @@ class MultiScalePatchEmbed(nn.Module):
                 f"patch_kernels {kernels}: each must be a multiple of its stage's stride {stride} "
                 f"and differ from it by an even number"
             )
+        check_weight(
+            "in_chans, embed_dims, patch_sizes and patch_kernels", in_chans, embed_dim, kernels[-1], kernels[-1]
+        )
         self.stride = stride
         self.kernels = kernels
         self.padding = (kernels[-1] - stride) // 2
@@ -150,9 +154,10 @@ class _ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, features: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__()
+        check_weight("img_size, embed_dims, token_mlp_ratio and mlp_ratio", features, features * mlp_ratio)
         hidden = int(features * mlp_ratio)
         if hidden < 1:
-            raise ValueError(f"an MLP ratio of {mlp_ratio} leaves {features} features no hidden unit")
+            raise ValueError(f"an mlp_ratio of {mlp_ratio} leaves {features} features no hidden unit")
         self.mlp_ratio = mlp_ratio
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.fc1 = nn.Linear(features, hidden, device=device, dtype=dtype)

@@ -5,17 +5,18 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
 """
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import SelectAdaptivePool2d, to_2tuple
+from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import arguments
+from .errors import UserError
 from .layers import RaftMLPStage, embedded_size, to_nhwc
 from .pretrained import resolve_cfg
 from .regrid import resample_grid
@@ -81,33 +82,25 @@ class RaftMLP(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        raft_sizes = (raft_size,) * len(embed_dims) if isinstance(raft_size, int) else tuple(raft_size)
-        patch_kernels = [(p,) for p in patch_sizes] if patch_kernels is None else patch_kernels
-        per_stage = dict(embed_dims=embed_dims, depths=depths, patch_sizes=patch_sizes)
-        per_stage |= dict(patch_kernels=patch_kernels, raft_size=raft_sizes)
-        if len(set(map(len, per_stage.values()))) != 1 or not embed_dims:
-            given = ", ".join(f"{name} {tuple(value)}" for name, value in per_stage.items())
-            raise ValueError(f"give one entry a stage, and the same number of stages everywhere: {given}")
-        for name in ("embed_dims", "depths", "patch_sizes"):
-            if min(per_stage[name]) < 1:
-                raise ValueError(f"{name} {tuple(per_stage[name])}: every entry must be 1 or more")
-        if token_mixing not in ("raft", "plain"):
-            raise ValueError(f"token_mixing {token_mixing!r} must be 'raft' or 'plain'")
-        if in_chans < 1:
-            raise ValueError(f"in_chans {in_chans} must be 1 or more")
-        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not isinstance(rate, int | float) or not 0 <= rate < 1:
-                raise ValueError(f"{name} {rate!r} must be at least 0 and less than 1")
+        per_stage = arguments.per_stage(embed_dims, depths, patch_sizes, patch_kernels, raft_size)
+        arguments.check_device(device)
+        arguments.check_dtype(dtype)
 
-        self.in_chans = in_chans
-        self.img_size = _image_size(img_size)
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.in_chans = arguments.whole("in_chans", in_chans)
+        self.img_size = arguments.image_size("img_size", img_size)
+        self.num_features = self.head_hidden_size = per_stage["embed_dims"][-1]
 
-        block_kwargs = dict(token_mixing=token_mixing, token_mlp_ratio=token_mlp_ratio, mlp_ratio=mlp_ratio)
-        block_kwargs |= dict(drop_path=drop_path_rate, device=device, dtype=dtype)
+        block_kwargs = dict(
+            token_mixing=arguments.choice("token_mixing", token_mixing, ("raft", "plain")),
+            token_mlp_ratio=arguments.ratio("token_mlp_ratio", token_mlp_ratio),
+            mlp_ratio=arguments.ratio("mlp_ratio", mlp_ratio),
+            drop_path=arguments.rate("drop_path_rate", drop_path_rate),
+            device=device,
+            dtype=dtype,
+        )
         self.stages = nn.ModuleList()
         self.feature_info: list[dict[str, Any]] = []
-        channels, grid, reduction = in_chans, self.img_size, 1
+        channels, grid, reduction = self.in_chans, self.img_size, 1
         for i, (dim, depth, stride, kernels, raft) in enumerate(zip(*per_stage.values())):
             grid, reduction = embedded_size(grid, stride), reduction * stride
             self.stages.append(
@@ -116,22 +109,21 @@ class RaftMLP(nn.Module):
             channels = dim
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=reduction))
         if len(self.stages) == 1:  # a network of one resolution has features after every block
-            self.feature_info = [dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depths[0])]
+            self.feature_info = [dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depth)]
         self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
-        self.head_drop = nn.Dropout(drop_rate)
+        self.head_drop = nn.Dropout(arguments.rate("drop_rate", drop_rate))
         self._build_head(num_classes, global_pool, device, dtype)
         self.register_load_state_dict_pre_hook(_adapt_on_load)
 
     def _build_head(self, num_classes: int, global_pool: str, device=None, dtype=None) -> None:
-        if global_pool not in GLOBAL_POOLS:
-            raise ValueError(f"global_pool {global_pool!r} must be one of {', '.join(map(repr, GLOBAL_POOLS))}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes {num_classes} must be 0 (no classifier) or more")
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        num_classes = arguments.whole("num_classes", num_classes, least=0)
+        global_pool = arguments.choice("global_pool", global_pool, GLOBAL_POOLS)
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        features = self.num_features * pool.feat_mult()
+        arguments.check_weight("num_classes and embed_dims", num_classes, features)
+        head = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.num_classes, self.global_pool, self.head = num_classes, pool, head
         self.dense_head = not global_pool  # without pooling every position gets its logits
-        features = self.num_features * self.global_pool.feat_mult()
-        self.head = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
 
     def grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the stages' grids, height and width in positions, for an image size in pixels."""
@@ -147,9 +139,10 @@ class RaftMLP(nn.Module):
 
         Parameters are replaced: call it before an optimiser is built.
         """
-        img_size = _image_size(img_size)
+        img_size = arguments.image_size("img_size", img_size)
         old = self.state_dict()
-        new = resample_grid(old, self, self.img_size, img_size)
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be trained later on
+            new = resample_grid(old, self, self.img_size, img_size)
         for stage, grid in zip(self.stages, self.grids(img_size)):
             for block in stage.blocks:
                 block.grid = grid
@@ -196,10 +189,14 @@ class RaftMLP(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling."""
+        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling.
+
+        Nothing changes where an argument is not allowed.
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
-        self._build_head(num_classes, pool, weight.device, weight.dtype)
+        with torch.inference_mode(False):  # as in set_input_size
+            self._build_head(num_classes, pool, weight.device, weight.dtype)
         self.global_pool.train(self.training)
         self.head.train(self.training)
 
@@ -217,7 +214,8 @@ class RaftMLP(nn.Module):
 
         Args:
             x: Images of shape (B, in_chans, H, W).
-            indices: The maps to return: the last n for a number, all for None; negative ones count from the end.
+            indices: The maps to return, in this order; negative ones count from the end. A number takes the last n,
+                None all.
             norm: Apply the final LayerNorm to the last stage's map, or to all maps in a network of one stage.
             stop_early: Stop after the last map asked for.
             output_fmt: "NCHW" or "NHWC", of the maps.
@@ -230,13 +228,12 @@ class RaftMLP(nn.Module):
         Raises:
             ValueError: If an index is out of range, or the format unknown.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
+        arguments.choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
         single = len(self.stages) == 1
         layers: Sequence[nn.Module] = self.stages[0].blocks if single else self.stages
         taken, last = _take_indices(len(layers), indices)
         x = embedded = self.stages[0].embed(to_nhwc(x, self.in_chans))
-        intermediates = []
+        maps: dict[int, Tensor] = {}
         for i, layer in enumerate(layers[: last + 1] if stop_early else layers):
             if single and self.stages[0].grad_checkpointing:
                 x = checkpoint(layer, x, use_reentrant=False)
@@ -245,9 +242,8 @@ class RaftMLP(nn.Module):
             else:
                 x = layer(x)
             if i in taken:
-                intermediates.append(self.norm(x) if norm and (single or i == len(layers) - 1) else x)
-        if with_embed:
-            intermediates.insert(0, embedded)
+                maps[i] = self.norm(x) if norm and (single or i == len(layers) - 1) else x
+        intermediates = [embedded] * with_embed + [maps[i] for i in taken]
         if output_fmt == "NCHW":
             intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
         if intermediates_only:
@@ -309,24 +305,17 @@ def _adapt_on_load(model: RaftMLP, state_dict: dict[str, Tensor], prefix: str, *
     state_dict.update({prefix + key: value for key, value in weights.items()})
 
 
-def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
-    size = tuple(to_2tuple(img_size))
-    if len(size) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in size):
-        raise ValueError(f"img_size {img_size!r} must be one number of pixels, or (height, width), 1 or more")
-    return size
-
-
 def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """Return the indices asked for, none negative, and the largest."""
-    if indices is None:
-        indices = num_layers
-    taken = range(num_layers - indices, num_layers) if isinstance(indices, int) else indices
-    taken = [i + num_layers if i < 0 and not isinstance(indices, int) else i for i in taken]
-    if not taken or min(taken) < 0 or max(taken) >= num_layers:
-        raise ValueError(
-            f"feature indices {indices}: this model takes indices from {-num_layers} to {num_layers - 1}, "
-            f"or a number of maps from 1 to {num_layers}"
+    """Return the indices asked for, in their order, none negative, and the largest."""
+    indices = num_layers if indices is None else indices
+    many = arguments.is_sequence(indices)
+    taken, bounds = (indices, (-num_layers, num_layers - 1)) if many else ([indices], (1, num_layers))
+    if not len(taken) or not all(arguments.is_whole(i, *bounds) for i in taken):
+        raise UserError(
+            f"feature indices {indices!r}: this model takes a sequence of indices from {-num_layers} to "
+            f"{num_layers - 1}, or a number of maps from 1 to {num_layers}"
         )
+    taken = [int(i) % num_layers for i in (taken if many else range(-indices, 0))]
     return taken, max(taken)
 
 
@@ -335,11 +324,14 @@ def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], 
     asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg, described = resolve_cfg(variant, pretrained, *asked)
     kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **described, **kwargs}
-    stages = len(kwargs["embed_dims"])
-    maps = tuple(range(stages)) if stages > 1 else min(3, kwargs["depths"][0])
+    stages, depths = (arguments.whole_numbers(name, kwargs[name]) for name in ("embed_dims", "depths"))
+    maps = tuple(range(len(stages))) if len(stages) > 1 else min(3, depths[0])
     feature_cfg = dict(out_indices=maps, feature_cls="getter")
     if kwargs.get("feature_cls", "getter") != "getter":  # timm's other wrappers return the NHWC maps
         feature_cfg["output_fmt"] = "NHWC"
+        taken, _ = _take_indices(len(stages) if len(stages) > 1 else depths[0], kwargs.get("out_indices", maps))
+        if taken != sorted(set(taken)):
+            raise UserError(f"out_indices {kwargs['out_indices']} must rise: only feature_cls='getter' keeps an order")
     return build_model_with_cfg(
         RaftMLP,
         variant,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import check_weight
 from .resize import bicubic_matrix
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def resample_grid(
                 made_for_old = [(units, before), (units,), (before, units), (before,)]
                 if old == new or [getattr(value, "shape", None) for value in mlp.values()] != made_for_old:
                     continue
-                mlp = _resample_token_mlp(mlp, old, new, int(after * mixing.mlp_ratio), mixing.raft_size)
+                hidden = int(after * mixing.mlp_ratio)
+                check_weight("img_size and token_mlp_ratio", after, hidden)
+                mlp = _resample_token_mlp(mlp, old, new, hidden, mixing.raft_size)
                 state.update({prefix + key: value for key, value in mlp.items()})
     return state
 
@@ -66,8 +69,9 @@ def _resample_token_mlp(mlp: StateDict, old: Sequence[int], new: Sequence[int], 
         units = (fc1.norm(dim=1) * fc2.norm(dim=0)).topk(hidden).indices.sort().values
         copies = torch.ones_like(units)
     else:
-        units = torch.arange(hidden, device=fc1.device) * len(bias1) // hidden
-        copies = units.bincount(minlength=len(bias1))[units]
+        units = torch.arange(hidden) * len(bias1) // hidden  # on the CPU: the meta device cannot count
+        copies = units.bincount(minlength=len(bias1))[units].to(fc1.device)
+        units = units.to(fc1.device)
     result = {
         "fc1.weight": fc1[units],
         "fc1.bias": bias1[units],

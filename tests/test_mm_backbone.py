@@ -344,6 +344,13 @@ def test_other_init_cfgs_are_mmengine_s():
         (dict(out_indices=(0,), first_map="embed"), r"out_indices \(0,\) takes the patch embedding alone"),
         (dict(frozen_stages=5), "frozen_stages 5 must be from -1 to 4"),
         (dict(first_map="stem"), "first_map 'stem' must be 'stage' or 'embed'"),
+        (dict(arch={1: 2}), "unknown key 1 in arch"),
+        (dict(arch={**SMALL, "depths": 2.5}), "depths 2.5 must be a sequence of whole numbers"),
+        (dict(out_indices=(True, 2)), r"out_indices \(True, 2\) must be a sequence that rises"),
+        (dict(out_indices={0}), r"out_indices \{0\} must be a sequence that rises"),
+        (dict(frozen_stages=True), "frozen_stages True must be from -1 to 4"),
+        (dict(first_map=["embed"]), r"first_map \['embed'\] must be 'stage' or 'embed'"),
+        (dict(init_cfg="weights.pth"), "init_cfg 'weights.pth' must be a dict, a list of dicts, or None"),
         (dict(arch={**SINGLE, "depths": (2,)}), "needs 3 blocks or more for its 4 maps, this one has 2"),
         (dict(arch={**SMALL, "raft_size": 3}), "raft_size 3.*8"),
     ],
@@ -351,6 +358,12 @@ def test_other_init_cfgs_are_mmengine_s():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build(**kwargs)
+
+
+def test_numbers_of_numpy():
+    backbone = build(out_indices=np.array([0, 2]), frozen_stages=np.int64(1), img_size=np.int32(32))
+    assert (backbone.out_indices, backbone.frozen_stages, backbone.model.img_size) == ((0, 2), 1, (32, 32))
+    assert {type(i) for i in backbone.out_indices} == {int}
 
 
 def test_bad_weights(tmp_path):

@@ -436,7 +436,7 @@ def test_real_labels(run, monkeypatch):
         (["--compare", "resnet_10"], "unknown model 'resnet_10'; did you mean"),
         (["--compare", "raftmlp_s"], "no pretrained weights raftmlp_s.TAG.safetensors"),
         (["--real-labels"], "ILSVRC2012_val_00000001.JPEG and so on; the data has 360 images, image 0 among them"),
-        (["--sizes", "32", "100000000"], "raftmlp_digits takes no images of 100000000 pixels"),
+        (["--sizes", "100000000", "90000000"], "raftmlp_digits takes no images of 100000000 pixels"),
     ],
 )
 def test_bad_input(run, monkeypatch, options, message):
@@ -448,14 +448,57 @@ def test_bad_input(run, monkeypatch, options, message):
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
-def test_a_size_that_a_model_cannot_take(run, monkeypatch):
+def test_sizes_of_which_a_model_can_take_none(run, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("the work began"))
-    status, out, err = run("--model", "test_vit", "--dataset", "digits", "--sizes", 32, 8)
+    status, out, err = run("--model", "test_vit", "--dataset", "digits", "--sizes", 8, 24)
     assert (status, out) == (2, "")
     assert err == (
         "raftmlp validate: error: test_vit takes no images of 8 pixels: "
         "Input height (8) should be divisible by patch size (16).\n"
     )
+
+
+def test_a_size_that_a_model_cannot_take_is_a_row(run, monkeypatch):
+    """Before the work, as a size too small, and in it, as one too large for the memory."""
+    evaluate = evaluation.evaluate
+
+    def with_little_memory(model, loader, *args):
+        if next(iter(loader))[0].shape[-1] > 48:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(model, loader, *args)
+
+    monkeypatch.setattr(evaluation, "evaluate", with_little_memory)
+    status, out, err = run(
+        "--model", "test_vit", "--dataset", "digits", "--sizes", "24x32", 32, 64, "16x48",
+        "--results-file", "r.json", "--size-plot", "plot.png",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = read_rows()
+    failures = [
+        "test_vit takes no images of 24x32 pixels: Input height (24) should be divisible by patch size (16).", None,
+        "test_vit: --batch-size 128 is too much for the memory", None,
+    ]  # fmt: skip
+    assert [row.get("failure") for row in rows] == failures
+    assert [(row["img_size"], "top1" in row) for row in rows] == [
+        ([24, 32], False), ([32, 32], True), ([64, 64], False), ([16, 48], True)
+    ]  # fmt: skip
+    for line, failure in zip(out.splitlines()[1:], failures):
+        assert failure is None or line.endswith(failure)
+    assert Image.open("plot.png").width > 500
+
+
+@pytest.mark.parametrize(
+    "sizes, falls", [((32, 16), True), (("16x24", 32, "24x32"), True), ((32,), False), ((16, 24), False)]
+)
+def test_a_fall_beside_the_trained_size_is_explained(run, shipped, sizes, falls):
+    status, out, err = run(*DIGITS, "--sizes", *sizes, "--results-file", "r.json")
+    assert status == 0, err
+    lines = [line for line in out.splitlines() if "top-1 falls" in line]
+    assert len(lines) == falls
+    if falls:
+        worst, trained = (f(row["top1"] for row in read_rows()) for f in (min, max))
+        assert f"from {trained:.2f} % at 32, its trained size, to {worst:.2f} % at 16" in lines[0]
+        assert "set_input_size" in lines[0] and "several sizes" in lines[0]
 
 
 def test_too_large_a_batch(run, monkeypatch):

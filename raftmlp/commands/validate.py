@@ -12,6 +12,7 @@ among these classes. images/s are those of the whole evaluation, with reading im
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -30,11 +31,19 @@ from ..data import class_names
 from ..data.images import DataSettings, ImageSettings, file_name, image_count
 from ..device import DeviceSettings, find_device
 from ..errors import MissingFileError, UserError
-from ..evaluate.evaluation import PreparedModel, evaluate_prepared, prepare_model, run_once, warn_of_random_weights
+from ..evaluate.evaluation import (
+    PreparedModel,
+    SizeError,
+    evaluate_prepared,
+    prepare_model,
+    run_once,
+    warn_of_random_weights,
+)
 from ..evaluate.labels import default_num_classes
 from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
 from ..evaluate.results import Predictions
 from ..files import write_text
+from ..raftmlp import RaftMLP
 from ..sizes import parse_size, size_name
 from .console import run, say
 from .options import PICTURES, Parser, option_type, output_file
@@ -50,7 +59,8 @@ def build_parser() -> Parser:
         type=option_type(parse_size),
         nargs="+",
         metavar="N|HxW",
-        help="evaluate at each of these image sizes; in place of --img-size",
+        help="evaluate at each of these image sizes, in place of --img-size; a size that a model cannot take is a row "
+        "that says so",
     )
     group.add_argument(
         "--compare",
@@ -107,6 +117,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if args.sizes and args.img_size:
         raise UserError("--sizes and --img-size exclude each other")
+    if args.pretrained and args.checkpoint and not args.compare:
+        raise UserError("--pretrained and --checkpoint exclude each other, but for the models of --compare")
     if args.size_plot and len(args.sizes or ()) < 2:
         raise UserError("--size-plot needs --sizes with two sizes or more")
     rows = len([args.model, *(args.compare or ())]) * len(args.sizes or [None])
@@ -131,10 +143,20 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
             if i and settings.checkpoint:  # which may be of the same model
                 prepared.name += f" ({Path(settings.checkpoint).name})"
             batch_size = min(args.batch_size, image_count(dataset))
-            run_once(prepared.model, prepared.name, prepared.config["input_size"], batch_size)
+            try:
+                run_once(prepared.model, prepared.name, prepared.config["input_size"], batch_size)
+            except SizeError as error:
+                prepared.failure = str(error)
             prepared.match(dataset, args.real_labels)
             models.append(prepared)
+    refuse_if_all_failed([prepared.failure for prepared in models])
     return models
+
+
+def refuse_if_all_failed(failures: list[str]) -> None:
+    """Refuse if there is nothing to show but failures."""
+    if all(failures):
+        raise SizeError(failures[0])
 
 
 # Output
@@ -161,11 +183,26 @@ def table_header(width: int, with_real_labels: bool) -> str:
 def table_line(row: dict, width: int) -> str:
     """Return a row of results as a line of the table; ``width`` is that of the longest model's name."""
     real = f"  {row['real_top1']:8.2f}  {row['real_top5']:8.2f}" if "real_top1" in row else ""
-    return (
-        f"{row['model']:<{width}}  {row['parameters'] / 1e6:8.2f} M  {size_name(row['img_size']):>9}  "
+    start = f"{row['model']:<{width}}  {row['parameters'] / 1e6:8.2f} M  {size_name(row['img_size']):>9}  "
+    if "failure" in row:
+        return start + row["failure"]
+    return start + (
         f"{row['crop_pct']:5.3g}  {row['top1']:7.2f}  {row['top5']:7.2f}  {row['loss']:7.4f}{real}  "
         f"{row['images_per_second']:8.0f}"
     )
+
+
+def explain_fall(model: torch.nn.Module, rows: list[dict]) -> None:
+    """Print why, and what helps, if a RaftMLP's top-1 falls by more than 5 points beside its trained size."""
+    trained = next((row for row in rows if tuple(row["img_size"]) == getattr(model, "img_size", None)), None)
+    worst = min(rows, key=lambda row: row.get("top1", math.inf))
+    if isinstance(model, RaftMLP) and trained and trained.get("top1", 0) - worst.get("top1", 0) > 5:
+        best, least = (f"{row['top1']:.2f} % at {size_name(row['img_size'])}" for row in (trained, worst))
+        say(
+            f"{worst['model']}: top-1 falls from {best}, its trained size, to {least}: its token mixing was trained "
+            "on one grid, and other maps are resized to it; model.set_input_size and fine-tuning at the new size, or "
+            "training at several sizes, help"
+        )
 
 
 def summary(row: dict, device: torch.device) -> str:
@@ -222,15 +259,27 @@ def main() -> None:
         predictions = Predictions()
         names, gallery = prepared.names, Gallery(prepared.config["mean"], prepared.config["std"], prepared.names)
         collectors = [predictions, gallery] if args.picture else [predictions]
-        row = evaluate_prepared(
-            prepared, dataset, device, settings, args.batch_size, args.workers, args.mirror, collectors
-        )
-        rows.append(row)
+        try:
+            if prepared.failure:
+                raise SizeError(prepared.failure)
+            row = evaluate_prepared(
+                prepared, dataset, device, settings, args.batch_size, args.workers, args.mirror, collectors
+            )
+        except SizeError as error:
+            if not args.sizes:
+                raise
+            rows.append({**prepared.description(), "failure": str(error)})
+        else:
+            rows.append(row)
+            unreadable = predictions.unreadable()
         if len(models) > 1:
-            say(table_line(row, width))
+            say(table_line(rows[-1], width))
+    refuse_if_all_failed([row.get("failure", "") for row in rows])
     if len(models) == 1:
         say(summary(row, device))
-    name_unreadable(predictions.unreadable(), row["images"] + row["unread"], dataset)
+    for start in range(0, len(rows), len(args.sizes or [None])):
+        explain_fall(models[start].model, rows[start : start + len(args.sizes or [None])])
+    name_unreadable(unreadable, row["images"] + row["unread"], dataset)
 
     results, title = dict(rows=rows), f"{row['model']}: {row['top1']:.2f} % of {row['images']} images right"
     if args.confusion:
@@ -251,7 +300,7 @@ def main() -> None:
         gallery.draw(args.picture, f"{title}, the wrong ones first")
         say(f"picture: {args.picture}")
     if args.size_plot:
-        draw_accuracy(args.size_plot, rows, len(args.sizes))
+        draw_accuracy(args.size_plot, [{"top1": math.nan, **row} for row in rows], len(args.sizes))
         say(f"accuracy over size: {args.size_plot}")
 
 

@@ -26,6 +26,7 @@ _logger = logging.getLogger(__name__)
 __all__ = [
     "ClassifierView",
     "PreparedModel",
+    "SizeError",
     "evaluate",
     "evaluate_prepared",
     "prepare_model",
@@ -117,6 +118,10 @@ class ClassifierView(nn.Module):
 # Models at an image size
 
 
+class SizeError(UserError):
+    """A model cannot take images of a size, or not as many at once."""
+
+
 @dataclass
 class PreparedModel:
     """A model ready for images of one size.
@@ -130,6 +135,7 @@ class PreparedModel:
         classes: The model's class for each class of the data, where all outputs count; None where these are the same.
         names: Names of the classes that are evaluated, None where the data tell none.
         real_labels: Counts against the labels of ImageNet-ReaL, if that is asked for.
+        failure: Why it cannot take images of this size.
     """
 
     name: str
@@ -140,6 +146,13 @@ class PreparedModel:
     classes: list[int] | None = None
     names: list[str] | None = None
     real_labels: RealLabels | None = None
+    failure: str = ""
+
+    def description(self) -> dict[str, Any]:
+        """Return the part of a row of results that says what the model is."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        size = self.config["input_size"][-2:]
+        return dict(model=self.name, weights=self.weights, parameters=parameters, img_size=size)
 
     def match(self, dataset: Dataset, with_real_labels: bool = False) -> None:
         """Find the outputs for the classes of the data: all of them, or for a part of ImageNet those of the part.
@@ -181,14 +194,14 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
     """Return what a model gives for one black image of shape input_size (C, H, W).
 
     Raises:
-        UserError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
+        SizeError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
     """
     try:
         check_memory(input_size, batch_size)
         return model(torch.zeros(1, *input_size))
     except Exception as error:  # models raise anything on sizes that they cannot take
         size = size_name(input_size[1:])
-        raise UserError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
+        raise SizeError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
 
 
 def evaluate_prepared(
@@ -206,7 +219,8 @@ def evaluate_prepared(
     ``collectors`` are objects whose ``add`` takes every batch's images, classes and logits.
 
     Raises:
-        UserError: If a batch is too large for the memory, or no image can be read.
+        SizeError: If a batch is too large for the memory.
+        UserError: If no image can be read.
     """
     collectors = [*collectors, prepared.real_labels] if prepared.real_labels else collectors
     model = prepared.model.to(device, memory_format=settings.memory_format)
@@ -223,15 +237,13 @@ def evaluate_prepared(
     try:
         figures = evaluate(classifier, loader, device, settings.autocast(device), on_batch)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{prepared.name}: --batch-size {batch_size} is too much for the memory") from error
-    prepared.model.to("cpu")
+        raise SizeError(f"{prepared.name}: --batch-size {batch_size} is too much for the memory") from error
+    finally:
+        prepared.model.to("cpu")
     if not figures["images"]:
         raise UserError(f"none of the {figures['unread']} images can be read: {file_name(dataset, 0)} ...")
     return dict(
-        model=prepared.name,
-        weights=prepared.weights,
-        parameters=sum(p.numel() for p in prepared.model.parameters()),
-        img_size=prepared.config["input_size"][-2:],
+        **prepared.description(),
         crop_pct=prepared.config["crop_pct"],
         interpolation=prepared.config["interpolation"],
         **figures,

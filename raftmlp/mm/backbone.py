@@ -17,6 +17,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from ..arguments import choice, is_sequence, is_whole
 from ..errors import UserError
 from ..pretrained import pretrained_file
 from ..raftmlp import RaftMLP
@@ -82,19 +83,20 @@ class RaftMLPBackbone(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
     ):
         super().__init__(init_cfg)
+        if init_cfg is not None and not isinstance(init_cfg, Mapping | list):
+            raise UserError(f"init_cfg {init_cfg!r} must be a dict, a list of dicts, or None")
         for name, value in (("out_norm", out_norm), ("with_cp", with_cp)):
             if not isinstance(value, bool):
                 raise UserError(f"{name} {value!r} must be True or False")
-        if first_map not in ("stage", "embed"):
-            raise UserError(f"first_map {first_map!r} must be 'stage' or 'embed'")
+        choice("first_map", first_map, ("stage", "embed"))
         self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate)
         self.model = _create(**self._network)
         self._sources = _sources(self.model, first_map)
         last = len(self._sources) - 1
         self.out_indices = _indices(range(last + 1) if out_indices is None else out_indices, last)
-        if type(frozen_stages) is not int or not -1 <= frozen_stages <= last + 1:
+        if not is_whole(frozen_stages, -1, last + 1):
             raise UserError(f"frozen_stages {frozen_stages!r} must be from -1 to {last + 1}")
-        self.frozen_stages = frozen_stages
+        self.frozen_stages = int(frozen_stages)
         sources = [self._sources[i] for i in self.out_indices]
         self.layers, self.with_embed = [index for index in sources if index != EMBEDDING], EMBEDDING in sources
         if not self.layers:
@@ -190,19 +192,19 @@ def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, devi
         raise UserError(f"arch {arch!r} must be the name of a variant, or a dict of arguments of raftmlp.RaftMLP")
     known = [name for name in inspect.signature(RaftMLP).parameters if name not in SET_BY_BACKBONE]
     for key in arch.keys() - set(known):
-        near = get_close_matches(key, known, n=3) or known
+        near = get_close_matches(str(key), known, n=3) or known
         raise UserError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
     try:
         return RaftMLP(**{**arch, **kwargs})
-    except TypeError as error:
+    except ValueError as error:
         raise UserError(f"arch {dict(arch)} cannot be built: {error}") from error
 
 
 def _indices(out_indices: Sequence[int], last: int) -> tuple[int, ...]:
     """Return the indices of maps if they rise from 0 or more to the last or less."""
-    if isinstance(out_indices, Sequence) and all(type(i) is int for i in out_indices):
-        indices = tuple(out_indices)
-        if indices and list(indices) == sorted(set(indices)) and 0 <= indices[0] <= indices[-1] <= last:
+    if is_sequence(out_indices) and all(is_whole(i, 0, last) for i in out_indices):
+        indices = tuple(map(int, out_indices))
+        if indices and list(indices) == sorted(set(indices)):
             return indices
     raise UserError(f"out_indices {out_indices!r} must be a sequence that rises from 0 or more to {last} or less")
 

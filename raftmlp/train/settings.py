@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from ..create import ModelSettings, known_model
 from ..data.augmentation import AugmentationSettings
@@ -161,7 +161,8 @@ NEEDS = {
     "distill_loss_weight": (lambda s: s.kd_model_name, "--kd-model-name"),
     "task_loss_weight": (lambda s: s.kd_model_name, "--kd-model-name"),
     "amp_dtype": (lambda s: s.amp, "--amp"),
-    "dataset_download": (lambda s: s.dataset, "--dataset"),
+    "dataset_download": (lambda s: s.dataset.startswith("torch/"), "--dataset torch/NAME"),
+    "momentum": (lambda s: get_optimizer_info(s.opt).has_momentum, "an --opt that has it"),
 }
 NEEDS["ratio"] = NEEDS["scale"]
 
