@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-RAFTMLP := $(RUN) -m raftmlp
+RAFTMLP := $(VENV)/bin/raftmlp
 INSTALLED := $(VENV)/installed
 TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits

@@ -9,6 +9,8 @@ import importlib.metadata
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 COMMANDS = {
     "classification": {
@@ -54,8 +56,9 @@ def main(name: str | None = None) -> None:
         if name is None:
             name = choose()
             sys.argv = [f"raftmlp {name}", *sys.argv[2:]]
-        module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
-        from raftmlp.commands.console import run
+        with loading_line():
+            module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
+            from raftmlp.commands.console import run
     except KeyboardInterrupt:  # while torch is loaded; later, the command handles it
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -63,6 +66,19 @@ def main(name: str | None = None) -> None:
         discard_output()
         sys.exit(1)
     run(module.main)
+
+
+@contextmanager
+def loading_line() -> Iterator[None]:
+    """Show on a terminal that torch is being loaded, which takes seconds."""
+    shown = sys.stderr if sys.stderr.isatty() else None
+    if shown:
+        print("loading PyTorch ...", end="", file=shown, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r" + " " * 19 + "\r", end="", file=shown, flush=True)
 
 
 def choose() -> str:

@@ -143,10 +143,11 @@ def create_model(
         if state and _is_ours(name):
             _check_size(plan, state, settings.checkpoint)
         model = timm.create_model(name, pretrained=settings.pretrained, pretrained_cfg_overlay=cfg or None, **arguments)
-    except UserError:
-        raise
     except Exception as error:  # constructors raise anything on arguments that they cannot take
-        raise UserError(f"cannot make {name}: {first_words(error)}") from error
+        if isinstance(error, UserError) and str(settings.checkpoint or "") in str(error):
+            raise
+        source = f"{settings.checkpoint}: " if settings.checkpoint else ""
+        raise UserError(f"{source}cannot make {name}: {first_words(error)}") from error
     if state:
         _load(model, state, settings.checkpoint, to_train, plan.described.get("model"))
     known = model.pretrained_cfg.get("num_classes")

@@ -16,7 +16,7 @@ CODE = """
 import atexit, importlib, logging, multiprocessing, os, signal, sys, warnings
 import torch, timm, torchvision, torch.utils.data, torch.distributed, torch.utils.flop_counter
 import tqdm, yaml, PIL.Image, matplotlib.figure, huggingface_hub, filelock, timm.task, timm.data
-import torch.export, torch.fx, torch.profiler
+import torch.export, torch.fx, torch.profiler, torch._inductor.codegen.cpp_wrapper_cpu
 
 def state():
     return dict(

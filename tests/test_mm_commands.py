@@ -373,7 +373,7 @@ def test_bad_input(scenes, run, tmp_path):
     torch.save(RaftMLP(img_size=32).state_dict(), tmp_path / "other.pth")
     weights = "model.backbone.init_cfg.checkpoint="
     cases = [
-        (["missing.py"], "no config at missing.py"),
+        (["missing.py"], "no config missing.py; shipped are"),
         ([broken], "cannot read the config"),
         ([part], "is a part of a config"),
         ([DETECTOR, "--data-dir", "nowhere"], "no data at nowhere/annotations/instances_training.json (train_"),

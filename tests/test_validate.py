@@ -367,7 +367,6 @@ def test_release_checkpoint(run):
     weights = release_weights("raftmlp_s")
     torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, "release.pth")
     options = ["--model", "raftmlp_s", "--checkpoint", "release.pth", "--data-dir", "images"]
-    options += ["--pretrained"]  # for models to compare: the release has no pretrained weights
     mean = ["--mean", MEAN, "--std", STD, "--interpolation", "bilinear", "--crop-pct", 1]
     status, _, err = run(*options, *mean, "--img-size", 32, "--results-file", "r.json")
     assert status == 0, err
