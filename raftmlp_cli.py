@@ -32,6 +32,8 @@ COMMANDS = {
         "benchmark": "compare how fast models are",
     },
 }
+# that a thread which waits takes its core for: by default so many that on busy cores threads wait for each other
+SPINS = "10000"
 NAMES = [name for group in COMMANDS.values() for name in group]
 
 
@@ -50,8 +52,8 @@ def help_text() -> str:
 def main(name: str | None = None) -> None:
     """Run a command, the one that the command line names if none is given here."""
     prepare_streams()
-    # threads that wait for work do not keep the cores of other processes busy; OpenMP reads this when torch is loaded
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads both when torch is loaded
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         if name is None:
             name = choose()
