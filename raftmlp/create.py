@@ -27,7 +27,7 @@ from .weights import (
     summary,
 )
 
-__all__ = ["ModelSettings", "create_model", "is_folder_name", "known_model", "model_arguments"]
+__all__ = ["ModelSettings", "create_model", "create_recorded_model", "is_folder_name", "known_model"]
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +135,18 @@ def create_model(
     Raises:
         UserError: If the model cannot be built or the weights do not fit.
     """
+    return create_recorded_model(settings, to_train, classes, **kwargs)[0]
+
+
+def create_recorded_model(
+    settings: ModelSettings, to_train: bool = False, classes: int | None = None, **kwargs: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of ``create_model``, and the ``model_kwargs`` that make it again without its checkpoint.
+
+    Arguments and errors are those of ``create_model``.
+    """
     plan = _plan(settings, to_train, classes, kwargs)
+    recorded = {**plan.described.get("model_kwargs", {}), **settings.model_kwargs}
     state = load_state_dict(settings.checkpoint) if settings.checkpoint else {}
     name, cfg = plan.name, plan.described.get("pretrained_cfg")
     arguments = {**plan.described.get("model_kwargs", {}), **plan.arguments, **settings.model_kwargs}
@@ -160,18 +171,7 @@ def create_model(
         _logger.info(
             f"the classifier starts with random weights: {model.num_classes} classes, the pretrained one has {known}"
         )
-    return model
-
-
-def model_arguments(settings: ModelSettings, to_train: bool = False, **kwargs: Any) -> dict[str, Any]:
-    """Return ``model_kwargs`` that make the model of ``create_model`` again without its checkpoint: the merged ones.
-
-    Args:
-        settings: As of ``create_model``.
-        to_train: As of ``create_model``.
-        **kwargs: As of ``create_model``.
-    """
-    return {**_plan(settings, to_train, None, kwargs).described.get("model_kwargs", {}), **settings.model_kwargs}
+    return model, recorded
 
 
 def _plan(settings: ModelSettings, to_train: bool, classes: int | None, kwargs: dict[str, Any]) -> _Plan:
@@ -190,9 +190,8 @@ def _plan(settings: ModelSettings, to_train: bool, classes: int | None, kwargs: 
         **kwargs,
     )
     default = timm.models.get_pretrained_cfg(architecture)
-    if (
-        settings.size and default and (default.fixed_input_size or (_is_ours(name) and to_train))
-    ):  # others take any size
+    has_one_size = default and (default.fixed_input_size or (_is_ours(name) and to_train))  # others take any
+    if settings.size and has_one_size:
         check_memory((settings.in_chans or 3, *settings.size))
         arguments["img_size"] = settings.size
     arguments = {key: value for key, value in arguments.items() if value is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .settings import Number
 
 __all__ = [
     "INTERPOLATIONS", "check_description", "check_fields", "mapping", "number", "parse_json", "shorten", "text",
@@ -61,14 +62,7 @@ def parse_json(content: str | bytes, source: str | Path) -> Any:
 
 
 def number(kind: type, least: float, most: float) -> Check:
-    kinds, name = ((int,), "a whole number") if kind is int else ((int, float), "a number")
-
-    def check(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise UserError(f"must be {name} from {least} to {most}, not {shorten(value)}")
-        return value
-
-    return check
+    return lambda value: Number(kind, least, most).check(value, shown=shorten(value))
 
 
 def text(value: Any) -> str:

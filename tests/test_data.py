@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from raftmlp.data import Digits, INaturalist, class_names, create_dataset
+from raftmlp.data.images import evaluation_loader
 
 
 def test_digits_are_split_by_class_and_never_shared():
@@ -140,3 +143,25 @@ def test_tar_files_beside_each_other(tmp_path):
     for split in ("train", "validation"):
         images = create_dataset("", str(tmp_path), split)
         assert len(images) == 2 and class_names(images) == ["cat", "dog"]
+
+
+class Stream(IterableDataset):
+    """Images of class 1, with timm's attributes for transforms."""
+
+    transform = target_transform = None
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        for _ in range(2):
+            image = Image.new("RGB", (8, 8))
+            yield self.transform(image), self.target_transform(1) if self.target_transform else 1
+
+
+def test_a_stream_for_several_models_counts_the_classes_of_each():
+    stream, config = Stream(), dict(input_size=(3, 8, 8), interpolation="bilinear", crop_pct=1.0, crop_mode="center")
+    config |= dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    for classes, label in ((None, 1), ([5, 7], 7), (None, 1)):
+        loader = evaluation_loader(stream, config, torch.device("cpu"), 2, classes=classes)
+        assert next(iter(loader))[1].tolist() == [label, label]

@@ -146,17 +146,19 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
             try:
                 run_once(prepared.model, prepared.name, prepared.config["input_size"], batch_size)
             except SizeError as error:
+                if not args.sizes:
+                    raise
                 prepared.failure = str(error)
             prepared.match(dataset, args.real_labels)
             models.append(prepared)
-    refuse_if_all_failed([prepared.failure for prepared in models])
+    refuse_if_all_failed(models)
     return models
 
 
-def refuse_if_all_failed(failures: list[str]) -> None:
+def refuse_if_all_failed(models: list[PreparedModel]) -> None:
     """Refuse if there is nothing to show but failures."""
-    if all(failures):
-        raise SizeError(failures[0])
+    if all(prepared.failure for prepared in models):
+        raise SizeError(models[0].failure)
 
 
 # Output
@@ -259,22 +261,20 @@ def main() -> None:
         predictions = Predictions()
         names, gallery = prepared.names, Gallery(prepared.config["mean"], prepared.config["std"], prepared.names)
         collectors = [predictions, gallery] if args.picture else [predictions]
-        try:
-            if prepared.failure:
-                raise SizeError(prepared.failure)
-            row = evaluate_prepared(
-                prepared, dataset, device, settings, args.batch_size, args.workers, args.mirror, collectors
-            )
-        except SizeError as error:
-            if not args.sizes:
-                raise
-            rows.append({**prepared.description(), "failure": str(error)})
-        else:
-            rows.append(row)
-            unreadable = predictions.unreadable()
+        if not prepared.failure:
+            try:
+                row = evaluate_prepared(
+                    prepared, dataset, device, settings, args.batch_size, args.workers, args.mirror, collectors
+                )
+                unreadable = predictions.unreadable()
+            except SizeError as error:
+                if not args.sizes:
+                    raise
+                prepared.failure = str(error)
+        rows.append({**prepared.description(), "failure": prepared.failure} if prepared.failure else row)
         if len(models) > 1:
             say(table_line(rows[-1], width))
-    refuse_if_all_failed([row.get("failure", "") for row in rows])
+    refuse_if_all_failed(models)
     if len(models) == 1:
         say(summary(row, device))
     for start in range(0, len(rows), len(args.sizes or [None])):

@@ -266,12 +266,11 @@ def evaluation_loader(
     check_memory(shape, min(batch_size, image_count(dataset)))
     common = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False)
     preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
-    pixels = PixelReader(shape[0], config.get("background", "white"))
+    pixels = PixelReader.from_config(config)
     transform = create_transform(shape, use_prefetcher=True, **preparation)
     if isinstance(dataset, IterableDataset):  # its reader shares the images out
         images = read_stream(dataset, pixels, transform, workers)
-        if classes is not None:
-            images.target_transform = classes.__getitem__
+        images.target_transform = None if classes is None else classes.__getitem__  # another model may have set it
     else:
         indices = range(rank, len(dataset), world_size)
         images = EvaluationImages(dataset, indices, pixels, transform, shape, classes)

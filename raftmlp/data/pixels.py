@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +54,11 @@ class PixelReader:
         self.mode = "L" if channels == 1 else "RGB"
         self.background = known_colour(background)
         self.transparent = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "PixelReader":
+        """Return the reader for images prepared as a ``data_config`` says."""
+        return cls(config["input_size"][0], config.get("background", "white"))
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return the image, decoded.

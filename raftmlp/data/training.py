@@ -238,7 +238,7 @@ class TrainingLoader:
         workers = settings.workers
         channels = config["input_size"][0]
         check_memory(config["input_size"], share.batch_size)
-        self.pixels = PixelReader(channels, config.get("background", "white"))
+        self.pixels = PixelReader.from_config(config)
         common = dict(collate_fn=fast_collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
         self.batches = None
         if isinstance(dataset, IterableDataset):

@@ -33,8 +33,8 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, files: Sequence[Path], config: dict):
-        preparation = dict(config)
-        self.pixels = PixelReader(config["input_size"][0], preparation.pop("background", "white"))
+        preparation = {key: value for key, value in config.items() if key != "background"}
+        self.pixels = PixelReader.from_config(config)
         self.files, self.shape, self.transform = files, config["input_size"], create_transform(**preparation)
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__
-from ..create import create_model, model_arguments
+from ..create import create_recorded_model
 from ..data.augmentation import BatchAugmentation, training_transform
 from ..data.datasets import class_names
 from ..data.images import check_classes, data_config, evaluation_loader, image_count
@@ -143,8 +143,8 @@ class Trainer:
         if settings.num_classes is None and names:
             settings = replace(settings, num_classes=len(names))
         rates = dict(drop_rate=settings.drop, drop_path_rate=settings.drop_path)
-        model = create_model(settings, to_train=True, **rates)
-        settings = replace(settings, model_kwargs=model_arguments(settings, to_train=True, **rates))
+        model, model_kwargs = create_recorded_model(settings, to_train=True, **rates)
+        settings = replace(settings, model_kwargs=model_kwargs)
         return cls(settings, model, train_data, val_data, processes, command)
 
     # A run
