@@ -2,7 +2,7 @@
 #   raftmlp scenes runs/scenes --train 4000 --val 200
 #   raftmlp train-mm detection/mask_rcnn_raftmlp_digits
 #   raftmlp eval-mm detection/mask_rcnn_raftmlp_digits runs/mask_rcnn_raftmlp_digits
-# Hardware: 2 CPU cores, 15 minutes. Seen on the 200 held-out scenes: boxes AP50 0.943, AP 0.683; masks AP50 0.917,
+# Hardware: 2 CPU cores, 15 minutes. Expected on the 200 held-out scenes: boxes AP50 0.943, AP 0.683; masks AP50 0.917,
 # AP 0.596.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["raftmlp.mm"])
