@@ -51,6 +51,6 @@ def check_memory(shape: Sequence[int], images: int = 1) -> None:
     if needed > memory:
         raise UserError(
             f"{images} image{'s' * (images > 1)} of {size_name(shape[1:])} pixels take{'s' * (images == 1)} "
-            f"{needed / 2**30:,.0f} GiB, the memory has {memory / 2**30:,.0f}: choose a smaller --img-size"
+            f"{needed / 2**30:,.0f} GiB, the memory has {memory / 2**30:,.0f}: choose a smaller image size"
             f"{' or --batch-size' * (images > 1)}"
         )

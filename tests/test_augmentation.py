@@ -47,21 +47,22 @@ def test_a_transform_that_cannot_be(settings, message):
 
 
 @pytest.mark.parametrize(
-    "settings, batch_size, message",
+    "settings, batch_sizes, message",
     [
-        (dict(mixup=0.8), 7, "must be even: 7 images"),
-        (dict(mixup=0.8, mixup_then_cutmix=True), 8, "needs --mixup and --cutmix above 0"),
+        (dict(mixup=0.8), [7], "must be even: 7 images"),
+        (dict(cutmix=0.8), [8, 5], "must be even: 5 images"),
+        (dict(mixup=0.8, mixup_then_cutmix=True), [8], "needs --mixup and --cutmix above 0"),
     ],
 )
-def test_a_batch_augmentation_that_cannot_be(settings, batch_size, message):
+def test_a_batch_augmentation_that_cannot_be(settings, batch_sizes, message):
     with pytest.raises(UserError, match=message):
-        BatchAugmentation(AugmentationSettings(**settings), batch_size, 10, 0.1, torch.device("cpu"))
+        BatchAugmentation(AugmentationSettings(**settings), batch_sizes, 10, 0.1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(mixup=1.0), dict(cutmix=1.0), dict(reprob=1.0)], ids=str)
 def test_batches_are_erased_and_mixed(settings):
     settings = AugmentationSettings(**settings)
-    augment = BatchAugmentation(settings, 8, 10, 0.0, torch.device("cpu"))
+    augment = BatchAugmentation(settings, [8], 10, 0.0, torch.device("cpu"))
     seed_everything(0)
     images, target = torch.randn(8, 3, 16, 16), torch.arange(8)
     mixed, shares = augment(images.clone(), target)

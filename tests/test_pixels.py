@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, default_collate
 from raftmlp.data import create_dataset
 from raftmlp.data.images import UNREADABLE, evaluation_loader, open_image
 from raftmlp.data.pixels import PixelReader, _say_transparency
-from raftmlp.data.training import Share, TrainingDataSettings, TrainingLoader
+from raftmlp.data.training import TrainingDataSettings, TrainingLoader
+from raftmlp.data.updates import Share, Updates
 from raftmlp.errors import UserError
 from raftmlp.evaluate.prediction import ImageFiles, predict
 
@@ -115,8 +116,8 @@ def test_the_same_pixels_in_training_evaluation_and_prediction(folder, caplog):
     settings = TrainingDataSettings(workers=1)
     for name in ("folder", "stream"):
         loader = TrainingLoader(
-            sources[name], lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1), config, CPU,
-            Share(2), settings, 0, folder / "bad",
+            sources[name], [lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)], config, CPU,
+            Updates(2, [(1, 3)], [Share(2)]), settings, 0, folder / "bad",
         )  # fmt: skip
         images, _ = next(loader.epoch(0))
         loader.end_workers()

@@ -116,7 +116,7 @@ def test_the_releases_recipe():
     assert steps[3].brightness == steps[3].contrast == steps[3].saturation == (0.6, 1.4) and steps[3].hue is None
     assert steps[4].num_layers == 2 and all(operation.prob == 1 for operation in steps[4].ops)
     assert (steps[6].p, steps[6].scale, steps[6].ratio) == (0.25, (0.02, 1 / 3), (0.3, 1 / 0.3))
-    mix = BatchAugmentation(settings, 256, 1000, settings.smoothing, torch.device("cpu")).mix
+    mix = BatchAugmentation(settings, [256], 1000, settings.smoothing, torch.device("cpu")).mix
     assert (type(mix), mix.mixup, mix.cutmix, mix.smoothing) == (MixupThenCutmix, 0.8, 0.8, 0.1)
     assert (settings.epochs, settings.global_batch_size, settings.amp, settings.model_ema, settings.seed) == (
         305, 2048, False, False, 42,

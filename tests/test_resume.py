@@ -5,6 +5,7 @@ import pytest
 from raftmlp.train.resume import changed_options, reason_not_to_resume
 from raftmlp.train.settings import TrainSettings, make_recipe
 
+SIZES = dict(train_img_sizes=[24, 32], train_size_schedule="progressive")
 RECIPE = make_recipe(TrainSettings(epochs=3, global_batch_size=8))
 CHECKPOINT = dict(optimizer={}, options=RECIPE, epoch=2, update=1, updates_per_epoch=5)
 
@@ -22,12 +23,28 @@ CHECKPOINT = dict(optimizer={}, options=RECIPE, epoch=2, update=1, updates_per_e
         (dict(options={**RECIPE, "global_batch_size": 4}), "middle of an epoch with --global-batch-size 4"),
         (dict(options={**RECIPE, "seed": 1}), "middle of an epoch with --seed 1"),
         (dict(updates_per_epoch=6), "middle of an epoch of 6 updates, of which this data makes 5"),
+        (
+            dict(options={**RECIPE, "train_img_sizes": ["24", "32"]}),
+            "with --train-img-sizes 24 32: None cannot continue",
+        ),
+        (dict(options={**RECIPE, "train_img_sizes": ["24", "32"]}, update=0), ""),
+        (dict(options={key: value for key, value in RECIPE.items() if "train_" not in key}), ""),  # of before them
         (dict(epoch=3), "is of epoch 4, --epochs says 3"),
     ],
 )
 def test_reason_not_to_resume(changes, reason):
     given = reason_not_to_resume({**CHECKPOINT, **changes}, RECIPE, updates_per_epoch=5)
     assert reason in given and bool(reason) == bool(given)
+
+
+def test_a_progressive_schedule_depends_on_the_epochs():
+    recipe = make_recipe(TrainSettings(epochs=3, global_batch_size=8, **SIZES))
+    before = dict(optimizer={}, options={**recipe, "epochs": 9}, epoch=1, updates_per_epoch=5)
+    assert "with --epochs 9: 3 cannot continue" in reason_not_to_resume({**before, "update": 1}, recipe, 5)
+    assert reason_not_to_resume({**before, "update": 0}, recipe, 5) == ""
+    before["options"] = {key: value for key, value in recipe.items() if not key.startswith("train_size")}
+    reason = reason_not_to_resume({**before, "update": 1}, recipe, 5)
+    assert "with --train-size-schedule constant: progressive cannot continue" in reason
 
 
 def test_weights_alone_cannot_be_resumed_from():

@@ -1,7 +1,6 @@
 """Batches to train on: their order and sizes, their random numbers, images that cannot be read, streams."""
 
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,44 +14,56 @@ from raftmlp.commands import predict, train, validate
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
 from raftmlp.data.pixels import PixelReader
-from raftmlp.data.training import Batches, Share, TrainingImages, check_splits, share_batches
-from raftmlp.errors import UserError
+from raftmlp.data.training import Batches, TrainingImages, check_splits
+from raftmlp.data.updates import Share, Updates
 from raftmlp.weights import load_checkpoint
 
 
-@pytest.mark.parametrize(
-    "batch_size, total, world_size, expected",
-    [
-        (128, None, 2, (128, 1)),
-        (256, 2048, 8, (256, 1)),
-        (128, 2048, 8, (128, 2)),
-        (100, 2048, 8, (64, 4)),
-        (10**11, None, 1, (10**11, 1)),
-    ],
-)
-def test_the_global_batch_is_kept(batch_size, total, world_size, expected):
-    share = share_batches(batch_size, total, world_size=world_size)
-    assert (share.batch_size, share.steps) == expected
-    assert share.images == (total or batch_size * world_size) == math.prod(expected) * world_size
-
-
-def test_a_global_batch_that_cannot_be_shared():
-    with pytest.raises(UserError, match="--global-batch-size 2048 cannot be shared among 3 processes"):
-        share_batches(128, 2048, world_size=3)
+def make_batches(images, *shares, seed=3) -> Batches:
+    """Return batches of as many sizes as there are shares."""
+    sizes = [(8 * i, 8 * i) for i in range(1, len(shares) + 1)]
+    return Batches(images, Updates(images, sizes, shares, seed=seed), seed)
 
 
 def test_batches_are_the_same_for_any_number_of_processes():
-    alone = Batches(50, Share(batch_size=4, steps=4), seed=3)
+    alone = make_batches(50, Share(batch_size=4, steps=4))
     alone.start_at(epoch=2, update=1)
-    together = [Batches(50, Share(4, 2, rank, 2), seed=3) for rank in range(2)]
+    together = [make_batches(50, Share(4, 2, rank, 2)) for rank in range(2)]
     for batches in together:
         batches.start_at(epoch=2, update=1)
     mixed = [batch for pair in zip(*together) for batch in pair]
     assert mixed == list(alone) and len(alone) == 8
-    assert [index for batch in mixed[:4] for _, index in batch] == list(alone.images_of(2, 1))
+    assert [index for batch in mixed[:4] for _, index, _ in batch] == list(alone.images_of(2, 1))
     alone.start_at(epoch=3, update=0)
-    seen = [index for batch in alone for _, index in batch]
+    seen = [index for batch in alone for _, index, _ in batch]
     assert len(set(seen)) == len(seen) == 48
+
+
+@pytest.mark.parametrize("batch_sizes", [(4, 4), (8, 2)], ids=["of as many images", "of many and few images"])
+def test_updates_of_several_sizes_are_the_same_for_any_number_of_processes(batch_sizes):
+    alone = make_batches(100, *(Share(2 * n) for n in batch_sizes))
+    together = [make_batches(100, *(Share(n, 1, rank, 2) for n in batch_sizes)) for rank in range(2)]
+    for batches in (alone, *together):
+        batches.start_at(epoch=1, update=0)
+    whole = list(alone)
+    assert [first + second for first, second in zip(*together)] == whole
+    assert len(whole) == len(alone) == alone.updates.per_epoch == 100 // (batch_sizes[0] + batch_sizes[1])
+    sizes = [{size for _, _, size in batch} for batch in whole]
+    assert sizes == [{alone.updates.choice(1, update)} for update in range(len(whole))]  # one size an update
+    assert {0} in sizes and {1} in sizes
+    for batches in (alone, *together):
+        batches.start_at(epoch=1, update=5)
+    assert list(alone) == whole[5:]
+    assert [first + second for first, second in zip(*together)] == whole[5:]
+    assert [index for _, index, _ in whole[7]] == list(alone.images_of(1, 7))
+
+
+def test_an_epoch_that_needs_more_images_begins_again():
+    batches = make_batches(60, Share(2), Share(10))
+    epoch = next(epoch for epoch in range(9) if batches.updates.mean_images(epoch) > batches.updates.average_images)
+    batches.start_at(epoch, 0)
+    seen = [index for batch in batches for _, index, _ in batch]
+    assert len(seen) > 60 and len(set(seen)) == 60 and seen[60:] == seen[: len(seen) - 60]
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone():
@@ -60,12 +71,21 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     config = dict(input_size=(3, 32, 32), interpolation="bilinear", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
     transform = training_transform(settings, config)
     images, reseeded = (
-        TrainingImages(Digits("train"), transform, PixelReader(3), seed, Path("bad"), 1) for seed in (0, 1)
+        TrainingImages(Digits("train"), [transform], PixelReader(3), seed, Path("bad"), 1) for seed in (0, 1)
     )
-    first, _ = images[(0, 5)]
-    others = [images[(1, 5)][0], images[(0, 6)][0], reseeded[(0, 5)][0]]
-    assert torch.equal(images[(0, 5)][0], first)
+    first, _ = images[(0, 5, 0)]
+    others = [images[(1, 5, 0)][0], images[(0, 6, 0)][0], reseeded[(0, 5, 0)][0]]
+    assert torch.equal(images[(0, 5, 0)][0], first)
     assert not any(torch.equal(first, image) for image in others)
+
+
+def test_every_size_has_its_transform_and_the_same_random_numbers():
+    transforms = [lambda image: (8, torch.rand(3)), lambda image: (16, torch.rand(3))]
+    images = TrainingImages(Digits("train"), transforms, PixelReader(3), 0, Path("bad"), 1)
+    (small, numbers), _ = images[(2, 5, 0)]
+    (large, same), _ = images[(2, 5, 1)]
+    assert (small, large) == (8, 16) and torch.equal(numbers, same)
+    assert not torch.equal(images[(3, 5, 1)][0][1], numbers)
 
 
 # Through the command
@@ -208,3 +228,5 @@ def test_training_on_webdataset_shards(run_command, image_folder):
     assert status == 0, err
     one, two = (load_checkpoint(f"{name}/last.pth.tar")["state_dict"] for name in ("one", "two"))
     assert_same(one, two)
+    status, _, err = run_command(train, *options, "three", "--train-img-sizes", 24, 32)
+    assert status == 2 and "--train-img-sizes takes one size for a stream" in err

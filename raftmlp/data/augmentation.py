@@ -122,11 +122,16 @@ class BatchAugmentation:
     ``smoothing`` is the label smoothing of mixed targets.
 
     Raises:
-        UserError: If the settings do not fit each other or the batch size.
+        UserError: If the settings do not fit each other or one of the batch sizes.
     """
 
     def __init__(
-        self, settings: AugmentationSettings, batch_size: int, num_classes: int, smoothing: float, device: torch.device
+        self,
+        settings: AugmentationSettings,
+        batch_sizes: Sequence[int],
+        num_classes: int,
+        smoothing: float,
+        device: torch.device,
     ):
         self.erase = self.mix = None
         if settings.reprob:
@@ -136,10 +141,10 @@ class BatchAugmentation:
                 raise UserError("--mixup-then-cutmix needs --mixup and --cutmix above 0")
             self.mix = MixupThenCutmix(settings.mixup, settings.cutmix, smoothing, num_classes)
         elif settings.makes_soft_targets:
-            if batch_size % 2:
+            if odd := [size for size in batch_sizes if size % 2]:
                 raise UserError(
-                    f"mixup and cutmix pair the images of a batch, which must be even: {batch_size} images, made of "
-                    f"--batch-size and --global-batch-size, are not"
+                    f"mixup and cutmix pair the images of a batch, which must be even: {odd[0]} images, made of "
+                    f"--batch-size or --train-batch-sizes and --global-batch-size, are not"
                 )
             self.mix = Mixup(
                 settings.mixup,

@@ -8,8 +8,9 @@ processes see the same augmented images as one that accumulates their batches.
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ from ..sizes import check_memory
 from .datasets import class_names
 from .images import DataSettings, file_name, read_image, read_stream
 from .pixels import PixelReader
+from .updates import Updates
 from .workers import ignore_signals
 
 __all__ = [
-    "Batches", "Share", "TrainingDataSettings", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
-    "share_batches",
+    "Batches", "TrainingDataSettings", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -96,52 +97,16 @@ def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
     return classes
 
 
-@dataclass(frozen=True)
-class Share:
-    """How the images of an update are shared: ``steps`` batches of ``batch_size`` for each process."""
-
-    batch_size: int
-    steps: int = 1
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def images(self) -> int:
-        """Images an update, those of all processes."""
-        return self.batch_size * self.steps * self.world_size
-
-
-def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0, world_size: int = 1) -> Share:
-    """Return how an update's images are shared, in batches of ``batch_size`` or less; None is one batch a process.
-
-    Raises:
-        UserError: If the processes cannot have equal shares.
-    """
-    total = global_batch_size or batch_size * world_size
-    images, rest = divmod(total, world_size)
-    if rest or not images:
-        raise UserError(f"--global-batch-size {total} cannot be shared among {world_size} processes")
-    largest = size = min(images, batch_size)
-    while images % size:
-        size -= 1
-    if size < largest / 2:
-        _logger.info(
-            f"note: batches of {size} images, not of {batch_size}: a process's share of an update, {images} images, "
-            f"divides into no others"
-        )
-    return Share(size, images // size, rank, world_size)
-
-
 class Batches(Sampler):
     """The order of training: every epoch shuffled by seed and epoch, cut into batches, the same for any process count.
 
     The images of an update are cut into ``steps * world_size`` batches; process r takes the batches r, r + world_size,
-    ... of them, one a step. Yields lists of (epoch, image) for ``TrainingImages``.
+    ... of them, one a step. An epoch whose updates have more images than there are begins again with its first ones.
+    Yields lists of (epoch, image, size) for ``TrainingImages``; size is the number of one of the sizes of ``updates``.
     """
 
-    def __init__(self, images: int, share: Share, seed: int):
-        self.images, self.share, self.seed = images, share, seed
-        self.updates = images // share.images
+    def __init__(self, images: int, updates: Updates, seed: int):
+        self.images, self.updates, self.seed = images, updates, seed
         self.epoch = self.first_update = 0
 
     def start_at(self, epoch: int, update: int) -> None:
@@ -150,19 +115,26 @@ class Batches(Sampler):
 
     def images_of(self, epoch: int, update: int) -> np.ndarray:
         """Return the images of an update, those of all processes."""
-        return self._order(epoch)[update * self.share.images : (update + 1) * self.share.images]
+        return next(islice(self._cut(epoch), update, None))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.images)
+    def _cut(self, epoch: int) -> Iterator[np.ndarray]:
+        """Yield the images of each update of an epoch."""
+        order, start = np.random.default_rng((self.seed, epoch)).permutation(self.images), 0
+        for update in range(self.updates.per_epoch):
+            end = start + self.updates.share(epoch, update).images
+            yield order.take(range(start, end), mode="wrap")
+            start = end
 
     def __len__(self) -> int:
-        return (self.updates - self.first_update) * self.share.steps
+        updates = range(self.first_update, self.updates.per_epoch)
+        return sum(self.updates.share(self.epoch, update).steps for update in updates)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, share = self.epoch, self.share
-        batches = self._order(epoch)[: self.updates * share.images].reshape(-1, share.batch_size)
-        for batch in batches[share.rank :: share.world_size][self.first_update * share.steps :]:
-            yield [(epoch, int(index)) for index in batch]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, first = self.epoch, self.first_update
+        for update, images in enumerate(islice(self._cut(epoch), first, None), first):
+            share, size = self.updates.share(epoch, update), self.updates.choice(epoch, update)
+            for batch in images.reshape(-1, share.batch_size)[share.rank :: share.world_size]:
+                yield [(epoch, int(index), size) for index in batch]
 
 
 class TooManyUnreadable(Exception):
@@ -170,8 +142,9 @@ class TooManyUnreadable(Exception):
 
 
 class TrainingImages(Dataset):
-    """The augmented images of a data set as uint8 tensors (C, H, W), by (epoch, index): the same at every call.
+    """The augmented images of a data set as uint8 tensors (C, H, W), by (epoch, index, size): the same at every call.
 
+    Each size has a transform of its own; the random numbers of an image are the same for all of them.
     An image that cannot be read is replaced by the next one, ``max_bad_images`` in a row at most; a line in the file
     ``bad_images`` has its name and the reason.
     """
@@ -179,17 +152,17 @@ class TrainingImages(Dataset):
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable,
+        transforms: Sequence[Callable],
         pixels: PixelReader,
         seed: int,
         bad_images: Path,
         max_bad_images: int,
     ):
-        self.dataset, self.transform, self.pixels, self.seed = dataset, transform, pixels, seed
+        self.dataset, self.transforms, self.pixels, self.seed = dataset, transforms, pixels, seed
         self.bad_images, self.max_bad_images = bad_images, max_bad_images
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+        epoch, index, size = key
         for offset in range(min(self.max_bad_images + 1, len(self.dataset))):
             candidate = (index + offset) % len(self.dataset)
             try:
@@ -200,7 +173,7 @@ class TrainingImages(Dataset):
                     file.write(f"{file_name(self.dataset, candidate)}\t{reason}\n")
                 continue
             seed_everything(self.seed, 0, epoch, index)
-            return self.transform(image), target
+            return self.transforms[size](image), target
         raise TooManyUnreadable
 
 
@@ -209,71 +182,76 @@ class TrainingLoader:
 
     Args:
         dataset: Any data set of images and classes.
-        transform: Makes an augmented uint8 tensor (C, H, W) of an image.
-        config: How images are prepared, see ``data_config``.
+        transforms: For each size of the updates, what makes an augmented uint8 tensor (C, H, W) of an image.
+        config: How images are prepared, see ``data_config``; its size does not count.
         device: Where the batches go.
-        share: How the images of an update are shared.
+        updates: The sizes and the numbers of images of the updates.
         settings: Those of the workers, and of images that cannot be read.
         seed: Random seed.
         bad_images: The file that names the images that could not be read.
 
     Raises:
-        UserError: If the processes are more than the shards of a stream, or a batch is larger than the memory.
+        UserError: If the processes are more than the shards of a stream, a stream is to have several sizes, or a batch
+            is larger than the memory.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable,
+        transforms: Sequence[Callable],
         config: dict,
         device: torch.device,
-        share: Share,
+        updates: Updates,
         settings: TrainingDataSettings,
         seed: int,
         bad_images: Path,
     ):
-        self.dataset, self.share, self.seed = dataset, share, seed
+        self.dataset, self.updates, self.seed = dataset, updates, seed
         self.bad_images, self.max_bad_images = bad_images, settings.max_bad_images
         self._named, self._read_bytes = set(), 0
         workers = settings.workers
         channels = config["input_size"][0]
-        check_memory(config["input_size"], share.batch_size)
+        for size, share in zip(updates.sizes, updates.shares):
+            check_memory((channels, *size), share.batch_size)
         self.pixels = PixelReader.from_config(config)
         common = dict(collate_fn=fast_collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
         self.batches = None
         if isinstance(dataset, IterableDataset):
             # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch
+            if len(updates.sizes) > 1:
+                raise UserError("--train-img-sizes takes one size for a stream: its readers make batches of one size")
             workers = self._stream_workers(workers)
-            images = read_stream(dataset, self.pixels, transform, workers)
+            images = read_stream(dataset, self.pixels, transforms[0], workers)
             loader = DataLoader(images, share.batch_size, num_workers=workers, drop_last=True, **common)
             self.updates_per_epoch = len(loader) // share.steps
         else:
-            self.batches = Batches(len(dataset), share, seed)
-            images = TrainingImages(dataset, transform, self.pixels, seed, bad_images, self.max_bad_images)
+            self.batches = Batches(len(dataset), updates, seed)
+            images = TrainingImages(dataset, transforms, self.pixels, seed, bad_images, self.max_bad_images)
             loader = DataLoader(
                 images, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0, **common
             )
-            self.updates_per_epoch = self.batches.updates
+            self.updates_per_epoch = updates.per_epoch
         self.loader = PrefetchLoader(loader, config["mean"], config["std"], channels=channels, device=device)
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch from one of its updates on, ``steps`` for every update.
+        """Yield the batches of an epoch from one of its updates on, the ``steps`` of its share for every update.
 
         Raises:
             UserError: If too many images cannot be read, a worker is killed, or the data set ends too early.
         """
-        seed_everything(self.seed, 1, epoch, self.share.rank)  # of the workers of a stream
+        seed_everything(self.seed, 1, epoch, self.updates.shares[0].rank)  # of the workers of a stream
         if self.batches is not None:
             self.batches.start_at(epoch, first_update)
-            batches = iter(self.loader)
+            batches, count = iter(self.loader), len(self.batches)
         else:
+            steps = self.updates.shares[0].steps
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-            batches = iter(self.loader)
-            for _ in range(first_update * self.share.steps):
+            batches, count = iter(self.loader), (self.updates_per_epoch - first_update) * steps
+            for _ in range(first_update * steps):
                 next(batches)
         try:
-            for _ in range((self.updates_per_epoch - first_update) * self.share.steps):
+            for _ in range(count):
                 yield next(batches)
                 self.pixels.say_transparency()
                 self.check_bad_images()
@@ -301,9 +279,10 @@ class TrainingLoader:
         shards = len(getattr(split, "filenames", ()))
         if not shards:
             return max(1, wanted)
-        if shards < self.share.world_size:
-            raise UserError(f"{shards} shards cannot be shared among {self.share.world_size} processes")
-        return max(1, min(wanted, shards // self.share.world_size))
+        processes = self.updates.shares[0].world_size
+        if shards < processes:
+            raise UserError(f"{shards} shards cannot be shared among {processes} processes")
+        return max(1, min(wanted, shards // processes))
 
     def check_bad_images(self) -> None:
         """Name the images that could not be read since the last call.

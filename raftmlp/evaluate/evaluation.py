@@ -198,7 +198,7 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
     """
     try:
         check_memory(input_size, batch_size)
-        return model(torch.zeros(1, *input_size))
+        return model(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     except Exception as error:  # models raise anything on sizes that they cannot take
         size = size_name(input_size[1:])
         raise SizeError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error

@@ -57,7 +57,8 @@ class Journal:
         if not self.writes:
             return
         text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=log[-1], lineterminator="\n")
+        columns = dict.fromkeys(key for row in log for key in row)  # a resumed run may have other sizes than before
+        table = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
         table.writeheader()
         table.writerows(log)
         write_text(self.folder / "log.csv", text.getvalue())
@@ -100,12 +101,16 @@ def plot_curves(log: list[dict], picture: Path, loss_parts: Sequence[str] = ()) 
 
 def summarise(log: list[dict], best: dict) -> dict[str, Any]:
     """Return the figures of a finished run, of its log and the best row of it, and the versions that made it."""
+    counts = {key.removeprefix("updates_"): 0 for row in log for key in row if key.startswith("updates_")}
+    for size in counts:
+        counts[size] = sum(row.get(f"updates_{size}") or 0 for row in log)
     last, versions = log[-1], dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__)
     return dict(
         best_epoch=best["epoch"],
         best_top1=best["eval_top1"],
         best={key: value for key, value in best.items() if key.startswith("eval_")},
         last={key: value for key, value in last.items() if key.startswith("eval_")},
+        **(dict(updates_by_size=counts) if counts else {}),
         bad_images=last["bad_images"],
         seconds=round(sum(row["seconds"] for row in log), 1),
         commit=git_commit(),

@@ -87,16 +87,14 @@ class Learner:
     """A model with its loss, optimiser and schedule, averaged weights and gradient scaler where there are such.
 
     The model is moved to the device. Its targets are classes (B,), those of a run that mixes images shares of classes
-    (B, num_classes). ``steps`` batches are an update in this process; ``lr`` is the learning rate of the last one.
+    (B, num_classes). ``lr`` is the learning rate of the last update.
 
     Raises:
         UserError: If the settings do not fit each other.
     """
 
-    def __init__(
-        self, settings: TrainSettings, model: nn.Module, steps: int, updates_per_epoch: int, processes: Processes
-    ):
-        self.settings, self.steps, self.world_size = settings, steps, processes.world_size
+    def __init__(self, settings: TrainSettings, model: nn.Module, updates_per_epoch: int, processes: Processes):
+        self.settings, self.world_size = settings, processes.world_size
         self.device = device = processes.device
         model.to(device, memory_format=settings.memory_format)
         if settings.grad_checkpointing:
@@ -134,19 +132,22 @@ class Learner:
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step_update(updates)
 
-    def update(self, batches: Iterable[tuple[Tensor, Tensor]], number: int) -> Tensor:
-        """Take one step of the optimiser on the mean gradient of batches, images (B, C, H, W) and targets.
+    def update(
+        self, batches: Iterable[tuple[Tensor, Tensor]], steps: int, number: int, loss_scale: float = 1.0
+    ) -> Tensor:
+        """Take one step of the optimiser on the mean gradient of ``steps`` batches, images (B, C, H, W) and targets.
 
-        ``number`` counts the updates of the run, this one too. Returns this process's share of the mean loss.
+        ``number`` counts the updates of the run, this one too; ``loss_scale`` multiplies the gradient. Returns this
+        process's share of the mean loss, which is not scaled.
         """
         total = torch.zeros((), device=self.device)
         for step, (images, target) in enumerate(batches, 1):
             images = images.contiguous(memory_format=self.settings.memory_format)
-            is_last = step == self.steps
+            is_last = step == steps
             with nullcontext() if is_last else self.task.no_sync():
                 with self.settings.autocast(self.device):
-                    loss = self.task(images, target)["loss"] / self.steps
-                self._backward(loss, is_last)
+                    loss = self.task(images, target)["loss"] / steps
+                self._backward(loss * loss_scale, is_last)
             total += loss.detach() / self.world_size
         if self.settings.model_ema:
             self.task.update_ema(step=number)

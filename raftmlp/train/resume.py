@@ -1,7 +1,10 @@
 """Whether a run may be resumed from a checkpoint: decided by what the checkpoint says alone."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+from .settings import TrainSettings
 
 __all__ = ["changed_options", "reason_not_to_resume"]
 
@@ -9,8 +12,11 @@ __all__ = ["changed_options", "reason_not_to_resume"]
 STRUCTURAL = (
     "model", "model_kwargs", "num_classes", "in_chans", "opt", "layer_decay", "filter_bias_and_bn", "model_ema",
 )  # fmt: skip
-# options that decide the order of an epoch's images
-ORDER = ("global_batch_size", "seed")
+# options that decide the order of an epoch's images, and their sizes
+ORDER = (
+    "global_batch_size", "seed", "train_img_sizes", "train_batch_sizes", "train_size_probs", "train_size_schedule",
+)  # fmt: skip
+DEFAULTS = {entry.name: entry.default for entry in fields(TrainSettings)}  # older checkpoints do not name all options
 
 
 def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any], updates_per_epoch: int) -> str:
@@ -32,10 +38,12 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
             )
     epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)
     if update:
-        for key in ORDER:
-            if before.get(key) != recipe[key]:
-                option = f"--{_name(key)} {before.get(key)}"
-                return f"is of the middle of an epoch with {option}: {recipe[key]} cannot continue from there"
+        is_progressive = recipe["train_size_schedule"] == "progressive"
+        for key in (*ORDER, "epochs") if is_progressive else ORDER:
+            then = before.get(key, DEFAULTS[key])
+            if then != recipe[key]:
+                option = f"--{_name(key)} {_shown(then)}"
+                return f"is of the middle of an epoch with {option}: {_shown(recipe[key])} cannot continue from there"
         if checkpoint.get("updates_per_epoch") != updates_per_epoch:
             return (
                 f"is of the middle of an epoch of {checkpoint.get('updates_per_epoch')} updates, of which this data "
@@ -53,3 +61,7 @@ def changed_options(before: Mapping[str, Any], recipe: Mapping[str, Any]) -> lis
 
 def _name(key: str) -> str:
     return key.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -11,6 +11,7 @@ from ..create import ModelSettings, known_model
 from ..data.augmentation import AugmentationSettings
 from ..data.images import ImageSettings
 from ..data.training import TrainingDataSettings
+from ..data.updates import SizeSettings
 from ..device import DeviceSettings
 from ..errors import UserError
 from ..settings import Number, Settings, option
@@ -136,6 +137,7 @@ class TrainSettings(  # the fields come in the order of the bases from the last 
     RunSettings,
     DistillationSettings,
     AugmentationSettings,
+    SizeSettings,
     OptimisationSettings,
     ImageSettings,
     TrainingDataSettings,
@@ -153,6 +155,11 @@ NEEDS = {
     "mixup_prob": (lambda s: s.makes_soft_targets and not s.mixup_then_cutmix, "--mixup or --cutmix, one at a time"),
     "mixup_switch_prob": (lambda s: s.mixup and s.cutmix and not s.mixup_then_cutmix, "--mixup and --cutmix in turn"),
     "mixup_then_cutmix": (lambda s: s.makes_soft_targets, "--mixup and --cutmix"),
+    "train_batch_sizes": (lambda s: s.train_img_sizes, "--train-img-sizes"),
+    "variable_batch_loss_scale": (
+        lambda s: s.train_img_sizes and s.train_batch_sizes and not s.global_batch_size,
+        "--train-img-sizes and --train-batch-sizes, without --global-batch-size",
+    ),
     "clip_mode": (lambda s: s.clip_grad, "--clip-grad"),
     "model_ema_decay": (lambda s: s.model_ema, "--model-ema"),
     "warmup_lr": (lambda s: s.warmup_epochs, "--warmup-epochs"),
@@ -165,6 +172,7 @@ NEEDS = {
     "momentum": (lambda s: get_optimizer_info(s.opt).has_momentum, "an --opt that has it"),
 }
 NEEDS["ratio"] = NEEDS["scale"]
+NEEDS["train_size_probs"] = NEEDS["train_size_schedule"] = NEEDS["train_batch_sizes"]
 
 
 def without_effect(settings: TrainSettings) -> list[str]:

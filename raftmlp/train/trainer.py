@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -22,14 +22,15 @@ from ..create import create_recorded_model
 from ..data.augmentation import BatchAugmentation, training_transform
 from ..data.datasets import class_names
 from ..data.images import check_classes, data_config, evaluation_loader, image_count
-from ..data.training import TrainingLoader, check_splits, seed_everything, share_batches
+from ..data.training import TrainingLoader, check_splits, seed_everything
+from ..data.updates import Updates, share_batches
 from ..device import find_device
 from ..errors import UserError, first_words
-from ..evaluate.evaluation import evaluate
+from ..evaluate.evaluation import evaluate, run_once
 from ..files import write_text
 from ..processes import Processes
 from ..raftmlp import RaftMLP
-from ..sizes import check_memory
+from ..sizes import check_memory, parse_size, size_name
 from ..weights import load_checkpoint
 from .journal import Journal, export_path, export_pretrained, summarise
 from .learner import Learner
@@ -75,16 +76,19 @@ class Trainer:
         self.processes = processes = processes or Processes(find_device(settings.device))
         self.device, self.command = processes.device, command
         ranks = dict(rank=processes.rank, world_size=processes.world_size)
-        share = share_batches(settings.batch_size, settings.global_batch_size, **ranks)
         val_classes = check_splits(train_data, val_data)
         check_classes(train_data, model)
-        config = data_config(settings, model, settings.size)
+        config, count = data_config(settings, model, settings.size), image_count(train_data)
+        self.updates = updates = plan_updates(settings, config["input_size"][-2:], count, **ranks)
+        is_fixed = len({share.images for share in updates.shares}) == 1
+        if settings.lr_base_size and not is_fixed:
+            raise UserError("--lr-base-size is for updates of one number of images: give --global-batch-size")
         self.settings = settings = replace(
             settings,
             model=settings.name(model),
             num_classes=model.num_classes,
             in_chans=config["input_size"][0],
-            global_batch_size=share.images,
+            global_batch_size=updates.shares[0].images if is_fixed else None,
         )
         cfg = training_cfg(model, config, class_names(train_data))
         model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
@@ -93,21 +97,26 @@ class Trainer:
         self.folder, self.state = RunFolder(settings.output), RunState()
         self.summary_file = self.folder.path / "summary.json"
 
-        transform, bad_images = training_transform(settings, config), self.folder.path / "bad_images.txt"
+        shapes = [(config["input_size"][0], *size) for size in updates.sizes]
+        transforms = [training_transform(settings, {**config, "input_size": shape}) for shape in shapes]
+        bad_images = self.folder.path / "bad_images.txt"
         self.loader = TrainingLoader(
-            train_data, transform, config, self.device, share, settings, settings.seed, bad_images
+            train_data, transforms, config, self.device, updates, settings, settings.seed, bad_images
         )
         self.updates_per_epoch = self.loader.updates_per_epoch
-        count = image_count(train_data)
-        if not self.updates_per_epoch:
-            raise UserError(
-                f"{count} images make no update of {share.images}: choose --global-batch-size {count} or less"
-            )
+        largest = max(share.images for share in updates.shares)
+        if not self.updates_per_epoch or largest > count:
+            raise UserError(f"{count} images make no update of {largest}: choose --global-batch-size {count} or less")
         self.val_loader = evaluation_loader(
             val_data, config, self.device, settings.batch_size, settings.workers, **ranks, classes=val_classes
         )
-        self.augment = BatchAugmentation(settings, share.batch_size, model.num_classes, settings.smoothing, self.device)
-        self.learner = Learner(settings, model, share.steps, self.updates_per_epoch, processes)
+        batch_sizes = [share.batch_size for share in updates.shares]
+        self.augment = BatchAugmentation(settings, batch_sizes, model.num_classes, settings.smoothing, self.device)
+        if settings.train_img_sizes:
+            check_sizes(model, settings.model, shapes)
+        self.learner = Learner(settings, model, self.updates_per_epoch, processes)
+        if settings.train_img_sizes and settings.kd_model_name:
+            check_sizes(self.learner.task.teacher, settings.kd_model_name, shapes)
         self.saved: tuple[int, int] | None = None  # the position of the last checkpoint in the folder
         self.stop = StopSignals()
         height, width = config["input_size"][-2:]
@@ -115,10 +124,11 @@ class Trainer:
         self.headline = (
             f"{settings.model}, {parameters:,} parameters, {model.num_classes} classes, {height}x{width}: "
             f"{count} images to train on, {image_count(val_data)} to evaluate on\n"
-            f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {share.images} images: "
-            f"{share.world_size} process{'es' * (share.world_size > 1)} x {share.steps} x {share.batch_size}, on "
+            f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {shares_in_words(updates)}, on "
             f"{self.device}"
         )
+        if settings.train_img_sizes:
+            self.headline += f"\nimage sizes of the updates: {sizes_in_words(updates)}"
         if settings.lr_base_size:
             self.headline += (
                 f"\nlearning rate {settings.peak_lr:.3g}: {settings.lr:.3g} at {settings.lr_base_size} images an update"
@@ -283,7 +293,8 @@ class Trainer:
             self.save()
             return False
         settings, state, title = self.settings, self.state, f"epoch {self.state.epoch + 1}/{self.settings.epochs}"
-        images, interval, is_first = settings.global_batch_size, settings.log_interval, self.processes.is_first
+        images = self.updates.mean_images(state.epoch)
+        interval, is_first = settings.log_interval, self.processes.is_first
         done = (state.update, state.seconds)
         progress = Progress(title, *done, self.updates_per_epoch, images, interval, self.device, is_first)
         try:
@@ -291,6 +302,8 @@ class Trainer:
                 if not self._train(progress):
                     return False
             row = dict(epoch=state.epoch + 1, train_loss=state.loss_sum / self.updates_per_epoch)
+            if len(self.updates.sizes) > 1:
+                row |= {f"updates_{size}": count for size, count in self.updates.counts(state.epoch).items()}
             row["train_images_per_second"] = progress.rate(state.update)
             row |= {f"eval_{key}": value for key, value in self.evaluate().items()}
         except DivergedError as error:
@@ -336,8 +349,12 @@ class Trainer:
         return True
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress) -> None:
-        """Take one step of the optimiser, on the gradient of ``global_batch_size`` images."""
-        loss = self.learner.update(self._augmented(batches, progress), self._updates_done + 1)
+        """Take one step of the optimiser, on the gradient of an update's images."""
+        share, scale = self.updates.share(self.state.epoch, self.state.update), 1.0
+        if self.settings.variable_batch_loss_scale:
+            scale = share.images / self.updates.average_images
+        images = self._augmented(batches, share.steps, progress)
+        loss = self.learner.update(images, share.steps, self._updates_done + 1, scale)
         result = torch.stack([loss, torch.full_like(loss, self.stop.number is not None)])
         if self.processes.world_size > 1:
             torch.distributed.all_reduce(result)
@@ -348,10 +365,10 @@ class Trainer:
         return self.state.epoch * self.updates_per_epoch + self.state.update
 
     def _augmented(
-        self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress
+        self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an update; what is random about each, in the model too, is seeded by its position."""
-        for step in range(self.loader.share.steps):
+        for step in range(steps):
             start = time.perf_counter()
             images, target = next(batches)
             progress.waited += time.perf_counter() - start
@@ -402,6 +419,53 @@ class Trainer:
         if not checkpoint:
             return f"there is no checkpoint from before; {hint}"
         return f"--resume continues from {checkpoint}, which is from before; {hint}"
+
+
+def plan_updates(settings: TrainSettings, size: tuple[int, int], images: int, rank: int, world_size: int) -> Updates:
+    """Return the updates of a run on so many images, at ``size`` where the settings do not name others.
+
+    Raises:
+        UserError: If the processes cannot have equal shares of an update.
+    """
+    sizes = [parse_size(text) for text in settings.train_img_sizes or ()] or [size]
+    batch_sizes = (settings.train_img_sizes and settings.train_batch_sizes) or [settings.batch_size] * len(sizes)
+    shares = {n: share_batches(n, settings.global_batch_size, rank, world_size) for n in batch_sizes}
+    schedule = dict(probs=settings.train_size_probs, schedule=settings.train_size_schedule)
+    return Updates(
+        images, sizes, [shares[n] for n in batch_sizes], **schedule, epochs=settings.epochs, seed=settings.seed
+    )
+
+
+def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Refuse images of shapes (C, H, W) that a model cannot take; it is in eval mode after that.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for shape in shapes:
+        try:
+            run_once(model.eval(), name, shape)
+        except UserError as error:
+            raise UserError(f"--train-img-sizes: {error}") from error
+
+
+def shares_in_words(updates: Updates) -> str:
+    """Return how the images of an update are shared: "64 images: 1 process x 1 x 64"."""
+    first = updates.shares[0]
+    processes = f"{first.world_size} process{'es' * (first.world_size > 1)}"
+    if len(set(updates.shares)) > 1:
+        return f"{updates.average_images:.4g} images on average: {processes}"
+    return f"{first.images} images: {processes} x {first.steps} x {first.batch_size}"
+
+
+def sizes_in_words(updates: Updates) -> str:
+    """Return the sizes, with probabilities and batches where there are several: "24 (30 %, 1 x 128), ..."."""
+    words = []
+    for i, (size, share) in enumerate(zip(updates.sizes, updates.shares)):
+        notes = [f"{100 * updates.probs[i] / sum(updates.probs):.3g} %"] if updates.probs else []
+        notes += [f"{share.steps} x {share.batch_size}"] if len(set(updates.shares)) > 1 else []
+        words.append(f"{size_name(size)} ({', '.join(notes)})" if notes else size_name(size))
+    return ", ".join(words) + ", from the first to the last" * (updates.schedule == "progressive")
 
 
 def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dict[str, Any]:
