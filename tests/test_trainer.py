@@ -39,6 +39,8 @@ RANDOM = [
     "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.5", "--drop-path", "0.2", "--drop", "0.1", "--aa", "rand-m5-n2",
     "--cutout", "0.5", "--model-ema", "--model-ema-decay", "0.9",
 ]  # fmt: skip
+# sizes with batches of their own, so that an update has 256 images or 128
+SIZES = ["--train-img-sizes", "24", "32x40", "--train-batch-sizes", "256", "128", "--train-size-probs", "2", "1"]
 SHORT = [*DIGITS, *RANDOM, "--batch-size", "256", "--warmup-epochs", "1"]  # 5 updates an epoch
 
 # A process that has imported all and computed nothing: every line of options it reads becomes a run in a fork of it.
@@ -180,6 +182,40 @@ def test_a_trainer_trains_stops_and_resumes(tmp_path):
     assert_same(parts.state_dict()["state_dict"], whole.state_dict()["state_dict"])
 
 
+TWO_SIZES = dict(epochs=2, train_img_sizes=[16, 24], train_batch_sizes=[24, 8], variable_batch_loss_scale=True)
+
+
+def test_a_trainer_of_several_sizes_stops_and_resumes(tmp_path):
+    data = Subset(StoppingDigits("train"), range(96))
+    whole = make_trainer(tmp_path / "whole", data, **TWO_SIZES)
+    counts = whole.fit()["updates_by_size"]
+    assert counts == {size: sum(row[f"updates_{size}"] for row in whole.state.log) for size in ("16", "24")}
+    StoppingDigits.stop_at = int(whole.loader.batches.images_of(0, 2)[0])
+    parts = make_trainer(tmp_path / "parts", data, **TWO_SIZES)
+    assert parts.fit() is None and parts.state.position == (0, 3)  # of (2, 6)
+    resumed = make_trainer(tmp_path / "parts", data, **TWO_SIZES, workers=2)
+    assert resumed.fit(resume="auto")["updates_by_size"] == counts
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_every_update_has_one_size_and_its_share_of_the_loss(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, Subset(Digits("train"), range(96)), **TWO_SIZES)
+    seen, update = [], trainer.learner.update
+
+    def watch(batches, steps, number, scale):
+        batches = list(batches)
+        seen.append([steps, scale, *((len(images), *images.shape[2:]) for images, _ in batches)])
+        return update(batches, steps, number, scale)
+
+    monkeypatch.setattr(trainer.learner, "update", watch)
+    trainer.fit()
+    choices = [trainer.updates.choice(epoch, number) for epoch in range(2) for number in range(6)]
+    assert set(choices) == {0, 1} and trainer.updates.average_images == 16
+    assert seen == [[[1, 1.5, (24, 16, 16)], [1, 0.5, (8, 24, 24)]][choice] for choice in choices]
+    assert [row["updates_24"] for row in trainer.state.log] == [sum(choices[:6]), sum(choices[6:])]
+    assert trainer.val_loader.dataset.shape == (3, 32, 32)
+
+
 def test_a_program_with_workers_ends(tmp_path):
     (tmp_path / "program.py").write_text(FROM_PYTHON)
     command, environment = [sys.executable, "program.py"], {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -240,6 +276,22 @@ def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_p
     assert not list((tmp_path / "run").glob(".*.tar"))  # left by kills in saves
 
 
+def test_killed_between_updates_of_several_sizes_a_run_ends_the_same(nursery, tmp_path):
+    options = [*SHORT, *SIZES, "--variable-batch-loss-scale", "--epochs", 2, "--log-interval", 1, "--save-every", 1]
+    status, output = nursery.run(*options, "--output", tmp_path / "whole")
+    assert status == 0, output
+    assert "2 epochs of 6 updates of 213.3 images on average: 1 process, on cpu" in output
+    assert "image sizes of the updates: 24 (66.7 %, 1 x 256), 32x40 (33.3 %, 1 x 128)" in output
+    for words, workers in (("epoch 1/2, update 3/6", 2), ("epoch 2/2, update 2/6", 0)):
+        child = nursery.start(*options, "--output", tmp_path / "run", "--resume", "--workers", workers)
+        assert nursery.wait_for(words)
+        os.kill(child, signal.SIGKILL)
+        assert nursery.wait()[0] == -signal.SIGKILL
+    status, output = nursery.run(*options, "--output", tmp_path / "run", "--resume", "--workers", 2)
+    assert status == 0 and "resuming from" in output, output
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
 def test_sigterm_saves_and_names_the_way_to_resume(nursery, uninterrupted, tmp_path):
     options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
@@ -291,25 +343,23 @@ def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run_command):
 # Several processes
 
 
-@pytest.fixture(scope="module")
-def one_process(nursery, tmp_path_factory):
-    """The options of a run, and its end in one process."""
-    folder = tmp_path_factory.mktemp("one")
+@pytest.mark.parametrize("program", ["script", "-m, several sizes"])
+def test_two_processes_train_as_one_does(program, nursery, tmp_path):
     options = [*DIGITS, *RANDOM, "--batch-size", 64, "--global-batch-size", 256, "--epochs", 2, "--warmup-epochs", 1]
-    status, output = nursery.run(*options, "--output", folder)
+    start, shares = [ROOT / "tools/train.py"], ["1 process x 4 x 64", "2 processes x 2 x 64"]
+    if program != "script":
+        start = ["-m", "raftmlp.commands.train"]
+        options += ["--train-img-sizes", 24, 32, "--train-batch-sizes", 128, 32]
+        shares = ["24 (2 x 128), 32 (8 x 32)", "24 (1 x 128), 32 (4 x 32)"]
+    status, output = nursery.run(*options, "--output", tmp_path / "one")
     assert status == 0, output
-    assert "2 epochs of 5 updates of 256 images: 1 process x 4 x 64" in output
-    return options, outcome(folder)
-
-
-@pytest.mark.parametrize("program", [[ROOT / "tools/train.py"], ["-m", "raftmlp.commands.train"]], ids=["script", "-m"])
-def test_two_processes_train_as_one_does(program, one_process, tmp_path):
-    options, one = one_process
+    assert "2 epochs of 5 updates of 256 images: 1 process" in output and shares[0] in output
+    one = outcome(tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    command = [*torchrun, *program, *options, "--output", tmp_path / "two"]
+    command = [*torchrun, *start, *options, "--output", tmp_path / "two"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 epochs of 5 updates of 256 images: 2 processes x 2 x 64") == 1
+    assert done.stdout.count("2 epochs of 5 updates of 256 images: 2 processes") == 1 and shares[1] in done.stdout
     two = outcome(tmp_path / "two")
     for key in ("state_dict", "state_dict_ema"):
         for name, weight in one[key].items():

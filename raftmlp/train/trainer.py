@@ -450,12 +450,13 @@ def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, in
 
 
 def shares_in_words(updates: Updates) -> str:
-    """Return how the images of an update are shared: "64 images: 1 process x 1 x 64"."""
-    first = updates.shares[0]
-    processes = f"{first.world_size} process{'es' * (first.world_size > 1)}"
-    if len(set(updates.shares)) > 1:
-        return f"{updates.average_images:.4g} images on average: {processes}"
-    return f"{first.images} images: {processes} x {first.steps} x {first.batch_size}"
+    """Return how the images of an update are shared: "64 images: 1 process x 1 x 64"; batches where all are alike."""
+    first, are_alike = updates.shares[0], len(set(updates.shares)) == 1
+    varies = len({share.images for share in updates.shares}) > 1
+    return (
+        f"{updates.average_images:.4g} images{' on average' * varies}: {first.world_size} "
+        f"process{'es' * (first.world_size > 1)}{f' x {first.steps} x {first.batch_size}' * are_alike}"
+    )
 
 
 def sizes_in_words(updates: Updates) -> str:
