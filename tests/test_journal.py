@@ -1,5 +1,6 @@
 """What a run writes beside its checkpoints: pretrained weights with a card, TensorBoard, Weights & Biases."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -78,6 +79,21 @@ def test_tensorboard_and_wandb_are_written_when_asked(run_command, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     status, _, err = run_command(train, *options, "out2", "--log-tensorboard")
     assert status == 2 and "--log-tensorboard needs TensorBoard" in err
+
+
+def test_the_log_of_a_run_that_goes_on_at_other_sizes(tmp_path):
+    figures = dict(train_loss=1.0, eval_loss=0.5, eval_top1=50.0, bad_images=0, seconds=1.0)
+    log = [
+        dict(figures, epoch=1),
+        dict(figures, epoch=2, updates_24=3, updates_32=4),
+        dict(figures, epoch=3, updates_24=7),
+    ]
+    recipe = dict(smoothing=0.0, mixup=0.0, cutmix=0.0, kd_model_name=None)
+    journal.Journal(tmp_path, recipe, tensorboard=False, wandb=False, writes=True).write(log)
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [(row["updates_24"], row["updates_32"]) for row in rows] == [("", ""), ("3", "4"), ("7", "")]
+    assert journal.summarise(log, log[-1])["updates_by_size"] == {"24": 10, "32": 4}
+    assert "updates_by_size" not in journal.summarise(log[:1], log[0])
 
 
 def test_curves_have_whole_epochs_and_say_what_the_training_loss_is_with(monkeypatch, tmp_path):

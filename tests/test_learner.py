@@ -1,13 +1,15 @@
 """The ways to train: teachers, precisions, compiled models, other optimisers and schedules."""
 
 import pytest
+import timm
 import torch
 
 from helpers import TINY, assert_same
 from raftmlp.commands import train
 from raftmlp.errors import UserError
+from raftmlp.processes import Processes
 from raftmlp.train import TrainSettings
-from raftmlp.train.learner import create_optimisation
+from raftmlp.train.learner import Learner, create_optimisation
 from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
@@ -60,6 +62,22 @@ def test_the_learning_rate_changes_with_the_root_of_the_images_of_an_update(imag
     optimizer, scheduler = create_optimisation(settings, torch.nn.Linear(2, 2), 10)
     scheduler.step_update(0)
     assert all(group["lr"] == pytest.approx(lr) for group in optimizer.param_groups)
+
+
+def test_the_scale_of_the_loss_scales_the_step_and_not_the_figure():
+    settings = dict(opt="momentum", momentum=0.0, lr=0.1, sched="constant", warmup_epochs=0, epochs=1, weight_decay=0.0)
+    images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    steps = []
+    for scale in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = timm.create_model("raftmlp_digits", embed_dims=(8,) * 4, depths=(1,) * 4)
+        learner = Learner(TrainSettings(**settings), model, 1, Processes(torch.device("cpu")))
+        before = model.head.weight.detach().clone()
+        learner.start_at(0)
+        loss = learner.update(iter([(images, target)]), 1, 1, scale)
+        steps.append((loss, model.head.weight.detach() - before))
+    assert steps[0][0] == steps[1][0] and steps[0][1].abs().max() > 0
+    torch.testing.assert_close(steps[1][1], 0.5 * steps[0][1])
 
 
 def test_an_optimiser_that_cannot_be_used_is_refused_from_python_too():

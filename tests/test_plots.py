@@ -56,6 +56,16 @@ def test_accuracy_over_size_has_a_line_for_each_model(tmp_path):
     assert drawn_colours(tmp_path / "a.png") == ["C0", "C1"]
 
 
+def test_models_of_one_name_are_told_apart_by_their_weights(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    names = [("a", "pretrained"), ("b (last.pth.tar)", "one/last.pth.tar"), ("b (last.pth.tar)", "two/last.pth.tar")]
+    rows = [dict(model=model, weights=file, img_size=(32, 32), top1=50.0) for model, file in names]
+    draw_accuracy(tmp_path / "a.png", rows, 1)
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert labels == ["a", "b (last.pth.tar), one/last.pth.tar", "b (last.pth.tar), two/last.pth.tar"]
+
+
 @pytest.mark.parametrize(
     "sizes", [[(32, 32), (30, 32), (32, 30), (224, 224)], [(8 * i, 8 * i + 8) for i in range(1, 31)]]
 )

@@ -167,6 +167,43 @@ def test_train_on_a_folder_of_images(image_folder, run_command):
     assert "its classifier is missing or another task's" in out
 
 
+def test_train_at_several_sizes(run_command):
+    sizes = ["--train-img-sizes", 24, "16x32", 32, "--train-size-probs", 2, 1, 1]
+    status, out, err = run_command(train, *DIGITS, *sizes, "--train-size-schedule", "progressive", "--epochs", 2)
+    assert status == 0 and not err
+    assert "2 epochs of 5 updates of 256 images: 1 process x 1 x 256, on cpu" in out
+    assert "image sizes of the updates: 24 (50 %), 16x32 (25 %), 32 (25 %), from the first to the last" in out
+    rows = list(csv.DictReader(Path("runs/train/log.csv").read_text().splitlines()))
+    counts = [[int(row[f"updates_{size}"]) for size in ("24", "16x32", "32")] for row in rows]
+    assert [sum(count) for count in counts] == [5, 5] and counts[0][0] > counts[1][0]
+    summary = json.loads(Path("runs/train/summary.json").read_text())
+    assert list(summary["updates_by_size"].values()) == [sum(count) for count in zip(*counts)]
+    state = torch.load("runs/train/last.pth.tar", weights_only=True)
+    assert state["pretrained_cfg"]["input_size"] == (3, 32, 32)  # of the grid, and of the evaluation
+    assert state["options"]["train_img_sizes"] == ["24", "16x32", "32"]
+    status, _, err = run_command(train, "-c", "runs/train/args.yaml", "--resume", "--epochs", 3)
+    assert status == 0, err
+    options = [*DIGITS, "--train-size-probs", 2, 1, "--variable-batch-loss-scale", "--epochs", 1, "--output", "one"]
+    status, _, err = run_command(train, *options)
+    assert status == 0 and "updates_" not in Path("one/log.csv").read_text()
+    assert err.count("needs --train-img-sizes") == 2 and "--train-size-probs (needs" in err
+
+
+def test_another_model_of_timm_trains_at_several_sizes(run_command):
+    options = ["--dataset", "digits", "--workers", 0, "--device", "cpu", "--batch-size", 256, "--img-size", 32]
+    options += ["--epochs", 1, "--warmup-epochs", 0, "--train-img-sizes", 32, 48, "--model"]
+    status, _, err = run_command(train, *options, "test_resnet")
+    assert status == 0, err
+    options += ["vit_tiny_patch16_224", "--overwrite", "--model-kwargs", "depth=1"]
+    status, _, err = run_command(train, *options)
+    assert status == 2 and "--train-img-sizes: vit_tiny_patch16_224 takes no images of 48 pixels: " in err
+    status, _, err = run_command(train, *options, "dynamic_img_size=True")
+    assert status == 0, err
+    options = [*DIGITS, "--epochs", 1, "--train-img-sizes", 32, 48, "--kd-model-name", "raftmlp_digits"]
+    status, _, err = run_command(train, *options, "--overwrite")
+    assert status == 0, err
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(run_command):
     options = [*CONFIG, "--warmup-epochs", 0, "--epochs", 3, "--lr", "1e30", "--output", "out"]
     status, _, err = run_command(train, *options)
@@ -227,6 +264,28 @@ def test_bad_input(run_command):
         (["--affine", "10", "2", "0.1"], "SHIFT up to 1"),
         (["--mixup", "0.8", "--batch-size", "7"], "must be even: 7 images"),
         (["--lr", "-1"], "must be a number of 0 or more, not '-1'"),
+        (["--train-img-sizes"], "expected at least one argument"),
+        (["--train-img-sizes", 24, "32x"], "'32x' must be a number of pixels or HEIGHTxWIDTH"),
+        (["--train-img-sizes", 24, 0], "'0' must be a number of pixels or HEIGHTxWIDTH"),
+        (["--train-img-sizes", 24, "24x24"], "--train-img-sizes must differ, not 24 24"),
+        (
+            ["--train-img-sizes", 24, 32, "--train-batch-sizes", 8],
+            "--train-batch-sizes takes a number for each of the 2",
+        ),
+        (["--train-img-sizes", 24, 32, "--train-size-probs", 1, -1], "must be a number of 0 or more, not '-1'"),
+        (["--train-img-sizes", 24, 32, "--train-size-probs", 1, "nan"], "must be a number of 0 or more, not 'nan'"),
+        (["--train-img-sizes", 24, 32, "--train-size-probs", 0, 0], "--train-size-probs must not all be 0"),
+        (["--train-img-sizes", 24, "--train-size-schedule", "progressive"], "takes two --train-img-sizes or more"),
+        (["--train-img-sizes", 24, 200_000], "choose a smaller image size or --batch-size"),
+        (["--train-img-sizes", 24, 32, "--train-batch-sizes", 8, 2000], "1437 images make no update of 2000"),
+        (
+            ["--train-img-sizes", 24, 32, "--train-batch-sizes", 8, 5, "--mixup", 1],
+            "must be even: 5 images, made of --batch-size or --train-batch-sizes",
+        ),
+        (
+            ["--train-img-sizes", 24, 32, "--train-batch-sizes", 8, 4, "--lr-base-size", 8],
+            "--lr-base-size is for updates of one number of images: give --global-batch-size",
+        ),
         (["--epochs", "1.5"], "must be a whole number of 1 or more, not '1.5'"),
     ]:
         status, _, err = run_command(train, *digits, *options)

@@ -497,7 +497,7 @@ def test_a_fall_beside_the_trained_size_is_explained(run, shipped, sizes, falls)
     if falls:
         worst, trained = (f(row["top1"] for row in read_rows()) for f in (min, max))
         assert f"from {trained:.2f} % at 32, its trained size, to {worst:.2f} % at 16" in lines[0]
-        assert "set_input_size" in lines[0] and "several sizes" in lines[0]
+        assert "set_input_size" in lines[0] and "--train-img-sizes" in lines[0]
 
 
 def test_too_large_a_batch(run, monkeypatch):

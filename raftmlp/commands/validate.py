@@ -203,7 +203,7 @@ def explain_fall(model: torch.nn.Module, rows: list[dict]) -> None:
         say(
             f"{worst['model']}: top-1 falls from {best}, its trained size, to {least}: its token mixing was trained "
             "on one grid, and other maps are resized to it; model.set_input_size and fine-tuning at the new size, or "
-            "training at several sizes, help"
+            "training at several sizes (raftmlp train --train-img-sizes), help"
         )
 
 

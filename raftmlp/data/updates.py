@@ -132,6 +132,8 @@ def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0,
 class Updates:
     """The updates of a run on so many images, each at one of some sizes; all epochs have as many updates.
 
+    ``fixed_images`` is the number of images of every update, None where it changes with the size.
+
     Args:
         images: Images to train on.
         sizes: The sizes, as (height, width).
@@ -157,8 +159,9 @@ class Updates:
     ):
         self.sizes, self.shares = sizes, shares
         self.images, self.probs, self.schedule, self.epochs, self.seed = images, probs, schedule, epochs, seed
-        is_fixed = len({share.images for share in shares}) == 1
-        self.average_images = shares[0].images if is_fixed else self._sampler(1).average_batch_size
+        counts = {share.images for share in shares}
+        self.fixed_images = counts.pop() if len(counts) == 1 else None
+        self.average_images = self.fixed_images or self._sampler(1).average_batch_size
         self.per_epoch = int(images // self.average_images)
         self._epoch, self._choices = -1, []
 

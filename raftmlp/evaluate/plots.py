@@ -112,15 +112,19 @@ def draw_confusion(path: Path, title: str, confusion: Confusion) -> None:
 def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
     """Write a picture of top-1 over the image size, one line a model; the sizes stand in order, equally far apart.
 
-    ``rows`` are results of ``evaluate_prepared``, for each model as many in succession as there are sizes.
+    ``rows`` are results of ``evaluate_prepared``, for each model as many in succession as there are sizes. Models of
+    one name are told apart by their weights.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     order = sorted(range(sizes), key=lambda i: math.prod(rows[i]["img_size"]))
-    for start in range(0, len(rows), sizes):
-        axis.plot(range(sizes), [rows[start + i]["top1"] for i in order], marker="o", label=rows[start]["model"])
+    lines = [rows[start : start + sizes] for start in range(0, len(rows), sizes)]
+    names = [line[0]["model"] for line in lines]
+    for name, line in zip(names, lines):
+        label = name if names.count(name) == 1 else f"{name}, {line[0]['weights']}"
+        axis.plot(range(sizes), [line[i]["top1"] for i in order], marker="o", label=drawable(label))
     labels = [size_name(rows[i]["img_size"]) for i in order]
     is_wide = sum(len(label) + 2 for label in labels) > 60
     axis.set_xticks(range(sizes), labels, rotation=90 if is_wide else 0)

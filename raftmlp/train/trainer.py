@@ -80,15 +80,14 @@ class Trainer:
         check_classes(train_data, model)
         config, count = data_config(settings, model, settings.size), image_count(train_data)
         self.updates = updates = plan_updates(settings, config["input_size"][-2:], count, **ranks)
-        is_fixed = len({share.images for share in updates.shares}) == 1
-        if settings.lr_base_size and not is_fixed:
+        if settings.lr_base_size and not updates.fixed_images:
             raise UserError("--lr-base-size is for updates of one number of images: give --global-batch-size")
         self.settings = settings = replace(
             settings,
             model=settings.name(model),
             num_classes=model.num_classes,
             in_chans=config["input_size"][0],
-            global_batch_size=updates.shares[0].images if is_fixed else None,
+            global_batch_size=updates.fixed_images,
         )
         cfg = training_cfg(model, config, class_names(train_data))
         model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
@@ -452,11 +451,11 @@ def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, in
 def shares_in_words(updates: Updates) -> str:
     """Return how the images of an update are shared: "64 images: 1 process x 1 x 64"; batches where all are alike."""
     first, are_alike = updates.shares[0], len(set(updates.shares)) == 1
-    varies = len({share.images for share in updates.shares}) > 1
-    return (
-        f"{updates.average_images:.4g} images{' on average' * varies}: {first.world_size} "
-        f"process{'es' * (first.world_size > 1)}{f' x {first.steps} x {first.batch_size}' * are_alike}"
+    images = (
+        f"{updates.fixed_images} images" if updates.fixed_images else f"{updates.average_images:.1f} images on average"
     )
+    batches = f" x {first.steps} x {first.batch_size}" if are_alike else ""
+    return f"{images}: {first.world_size} process{'es' * (first.world_size > 1)}{batches}"
 
 
 def sizes_in_words(updates: Updates) -> str:
