@@ -47,6 +47,15 @@ def test_a_progressive_schedule_depends_on_the_epochs():
     assert "with --train-size-schedule constant: progressive cannot continue" in reason
 
 
+def test_batch_sizes_count_where_they_say_how_many_images_an_update_has():
+    sizes = dict(train_img_sizes=[24, 32], train_batch_sizes=[8, 4])
+    for total, reason in ((None, "with --train-batch-sizes 9 4: 8 4 cannot continue"), (8, "")):
+        recipe = make_recipe(TrainSettings(epochs=3, global_batch_size=total, **sizes))
+        before = dict(optimizer={}, options={**recipe, "train_batch_sizes": [9, 4]}, update=1, updates_per_epoch=5)
+        given = reason_not_to_resume(before, recipe, 5)
+        assert reason in given and bool(reason) == bool(given)
+
+
 def test_weights_alone_cannot_be_resumed_from():
     assert "holds weights only: --checkpoint" in reason_not_to_resume(dict(state_dict={}), RECIPE, 5)
 

@@ -274,7 +274,7 @@ def test_bad_input(run_command):
         ),
         (["--train-img-sizes", 24, 32, "--train-size-probs", 1, -1], "must be a number of 0 or more, not '-1'"),
         (["--train-img-sizes", 24, 32, "--train-size-probs", 1, "nan"], "must be a number of 0 or more, not 'nan'"),
-        (["--train-img-sizes", 24, 32, "--train-size-probs", 0, 0], "--train-size-probs must not all be 0"),
+        (["--train-img-sizes", 24, 32, "--train-size-probs", 0, 0], "must add up to a number above 0, not 0.0 0.0"),
         (["--train-img-sizes", 24, "--train-size-schedule", "progressive"], "takes two --train-img-sizes or more"),
         (["--train-img-sizes", 24, 200_000], "choose a smaller image size or --batch-size"),
         (["--train-img-sizes", 24, 32, "--train-batch-sizes", 8, 2000], "1437 images make no update of 2000"),

@@ -5,6 +5,7 @@ that is resumed.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,10 +88,13 @@ class SizeSettings(Settings):
                     f"--train-{name} takes a number for each of the {len(sizes)} --train-img-sizes {shown}, not "
                     f"{len(values)}: {' '.join(map(str, values))}"
                 )
-        if self.train_size_probs is not None and not sum(self.train_size_probs):
-            raise UserError("--train-size-probs must not all be 0")
+        if self.train_size_probs is not None and not 0 < sum(self.train_size_probs) < math.inf:
+            shown = " ".join(map(str, self.train_size_probs))
+            raise UserError(f"--train-size-probs must add up to a number above 0, not {shown}")
         if self.train_size_schedule == "progressive" and len(sizes) == 1:
-            raise UserError(f"--train-size-schedule progressive takes two --train-img-sizes or more, not {shown} alone")
+            raise UserError(
+                f"--train-size-schedule progressive takes two --train-img-sizes or more, not {sizes[0]} alone"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ STRUCTURAL = (
     "model", "model_kwargs", "num_classes", "in_chans", "opt", "layer_decay", "filter_bias_and_bn", "model_ema",
 )  # fmt: skip
 # options that decide the order of an epoch's images, and their sizes
-ORDER = (
-    "global_batch_size", "seed", "train_img_sizes", "train_batch_sizes", "train_size_probs", "train_size_schedule",
-)  # fmt: skip
+ORDER = ("global_batch_size", "seed", "train_img_sizes", "train_size_probs", "train_size_schedule")
 DEFAULTS = {entry.name: entry.default for entry in fields(TrainSettings)}  # older checkpoints do not name all options
 
 
@@ -38,8 +36,11 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
             )
     epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)
     if update:
-        is_progressive = recipe["train_size_schedule"] == "progressive"
-        for key in (*ORDER, "epochs") if is_progressive else ORDER:
+        progressive = ["epochs"] * (recipe["train_size_schedule"] == "progressive")
+        variable = ["train_batch_sizes"] * (
+            recipe["global_batch_size"] is None
+        )  # they say how many images updates have
+        for key in (*ORDER, *progressive, *variable):
             then = before.get(key, DEFAULTS[key])
             if then != recipe[key]:
                 option = f"--{_name(key)} {_shown(then)}"
