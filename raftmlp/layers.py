@@ -20,7 +20,7 @@ from torch.nn.modules import module as all_modules
 
 from .arguments import check_weight
 from .ops import add_mixed, gather_vectors, mixing, scatter_vectors, token_mlp
-from .resize import resize_bicubic
+from .resize import from_trained_grid, resize_bicubic
 
 __all__ = [
     "ChannelMixing",
@@ -33,7 +33,8 @@ __all__ = [
     "to_nhwc",
 ]
 
-torch.fx.wrap("resize_bicubic")  # a leaf for every tracer: it looks at sizes
+torch.fx.wrap("resize_bicubic")  # leaves for every tracer: they look at sizes
+torch.fx.wrap("from_trained_grid")
 # torch 2.6 cannot distinguish an export from a compilation
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
@@ -315,8 +316,8 @@ class ChannelMixing(_ResidualMLP):
 class RaftMLPBlock(nn.Module):
     """A block: vertical, then horizontal raft-token mixing (or plain token mixing), then channel mixing.
 
-    Token mixing works on the trained grid: a map of another size is resized to it bicubically, residual included, and
-    resized back before channel mixing.
+    Token mixing works on the trained grid; what it does with a map of another size is the rule ``resizing``, see
+    ``RaftMLP``. Channel mixing runs on the map's own grid.
 
     Args:
         dim: Channels C.
@@ -326,6 +327,7 @@ class RaftMLPBlock(nn.Module):
         token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
         mlp_ratio: Hidden units per channel of the channel-mixing MLP.
         drop_path: Rate of stochastic depth, for each of the mixings.
+        resizing: The rule for maps of another size, one of ``raftmlp.resize.RESIZINGS``.
     """
 
     def __init__(
@@ -337,12 +339,14 @@ class RaftMLPBlock(nn.Module):
         token_mlp_ratio: float = 2.0,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        resizing: str = "map",
         device=None,
         dtype=None,
     ):
         super().__init__()
         kwargs = dict(drop_path=drop_path, device=device, dtype=dtype)
         self.grid = grid
+        self.resizing = resizing
         if token_mixing == "raft":
             tokens = OrderedDict(
                 vertical=RaftTokenMixing(dim, grid[0], raft_size, False, token_mlp_ratio, **kwargs),
@@ -355,10 +359,8 @@ class RaftMLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x of shape (B, H, W, C), any H and W: returns the same shape."""
-        H, W = x.shape[1], x.shape[2]
-        x = resize_bicubic(x, self.grid[0], self.grid[1])
-        x = self.tokens(x)
-        x = resize_bicubic(x, H, W)
+        before = resize_bicubic(x, self.grid[0], self.grid[1])
+        x = from_trained_grid(x, before, self.tokens(before), self.resizing)
         return self.channels(x)
 
 

@@ -20,6 +20,7 @@ from .errors import UserError
 from .layers import RaftMLPStage, embedded_size, to_nhwc
 from .pretrained import resolve_cfg
 from .regrid import resample_grid
+from .resize import RESIZINGS
 from .weights import adapt_state_dict, checkpoint_filter_fn
 
 __all__ = ["RaftMLP"]  # register_model adds the entry points
@@ -33,8 +34,8 @@ class RaftMLP(nn.Module):
     """RaftMLP, the network of arXiv 2108.04384, for images of any size.
 
     Images go through 1 to 4 stages, each a patch embedding and a row of blocks, then LayerNorm, pooling and a Linear.
-    The token-mixing weights are made for the trained grid that img_size gives; other sizes are resized bicubically to
-    it inside every block, call by call: ``forward`` writes nothing on the module.
+    The token-mixing weights are made for the trained grid that img_size gives. Every block takes maps of other sizes by
+    the rule ``resizing``, call by call: ``forward`` writes nothing on the module.
 
     Between layers feature maps are NHWC, contiguous; ``raftmlp.layers`` gives the reason. Images, intermediate feature
     maps and the result of ``forward_features`` are NCHW.
@@ -52,6 +53,9 @@ class RaftMLP(nn.Module):
         raft_size: Channel groups in raft-token mixing, one number or one a stage.
         token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
         mlp_ratio: Hidden units per channel of the channel-mixing MLPs.
+        resizing: What a block does with a map of another size than its trained grid: "map" resizes the whole map to
+            the grid, mixes, and resizes it back, which is the paper's rule; "update" resizes only what token mixing
+            adds to the map, so that its detail stays.
         drop_rate: Rate of dropout before the classifier.
         drop_path_rate: Rate of stochastic depth, the same for every block.
         device: Where the parameters are made.
@@ -76,6 +80,7 @@ class RaftMLP(nn.Module):
         raft_size: int | Sequence[int] = 2,
         token_mlp_ratio: float = 2.0,
         mlp_ratio: float = 4.0,
+        resizing: str = "map",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -94,6 +99,7 @@ class RaftMLP(nn.Module):
             token_mixing=arguments.choice("token_mixing", token_mixing, ("raft", "plain")),
             token_mlp_ratio=arguments.ratio("token_mlp_ratio", token_mlp_ratio),
             mlp_ratio=arguments.ratio("mlp_ratio", mlp_ratio),
+            resizing=arguments.choice("resizing", resizing, RESIZINGS),
             drop_path=arguments.rate("drop_path_rate", drop_path_rate),
             device=device,
             dtype=dtype,

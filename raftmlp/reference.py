@@ -63,11 +63,14 @@ def channel_mixing(x: Tensor, layer: nn.Module) -> Tensor:
 
 def block(x: Tensor, module: RaftMLPBlock) -> Tensor:
     """Map x, (B, C, H, W), to the same shape; token mixing runs on the trained grid."""
-    size = x.shape[2:]
-    x = resize(x, module.grid)
+    before = after = resize(x, module.grid)
     for name, layer in module.tokens.named_children():
-        x = token_mixing(x, layer) if name == "plain" else raft_token_mixing(x, layer)
-    return channel_mixing(resize(x, size), module.channels)
+        after = token_mixing(after, layer) if name == "plain" else raft_token_mixing(after, layer)
+    if module.resizing == "map":
+        x = resize(after, x.shape[2:])
+    else:
+        x = x + resize(after - before, x.shape[2:])
+    return channel_mixing(x, module.channels)
 
 
 def features(x: Tensor, model: RaftMLP) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
-__all__ = ["bicubic_matrix", "resize_bicubic", "same_length"]
+__all__ = ["RESIZINGS", "bicubic_matrix", "from_trained_grid", "resize_bicubic"]
 
+RESIZINGS = ("map", "update")  # rules for maps of another size than the trained grid
 BAND = 64  # outputs that a large resizing computes at a time
 
 
@@ -182,3 +183,26 @@ def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return _resize_both(x, height, width)
     return _resize_both(x, height, width)
+
+
+# Rules for maps of another size than the trained grid
+
+
+def from_trained_grid(x: Tensor, before: Tensor, after: Tensor, resizing: str) -> Tensor:
+    """Return maps x as token mixing leaves them.
+
+    Args:
+        x: Maps of shape (B, H, W, C).
+        before: The same resized to the trained grid; x itself where it has that size.
+        after: The same after token mixing.
+        resizing: The rule, one of RESIZINGS.
+
+    Returns:
+        Maps of x's shape.
+    """
+    H, W = x.shape[1], x.shape[2]
+    if resizing == "map":
+        return resize_bicubic(after, H, W)
+    if same_length(before.shape[1], H) and same_length(before.shape[2], W):
+        return after
+    return x + resize_bicubic(after - before, H, W)

@@ -131,7 +131,7 @@ def test_digits_with_any_batch(run, digits, how, size):
     assert [path.name for path in Path().iterdir()] == [out.name]
 
 
-@pytest.mark.parametrize("how", SUFFIXES)
+@pytest.mark.parametrize("how", ["onnx", "torchscript"])
 def test_s_at_any_size(run, tmp_path, how):
     torch.manual_seed(0)
     model = timm.create_model("raftmlp_s").eval()
@@ -142,18 +142,18 @@ def test_s_at_any_size(run, tmp_path, how):
     assert status == 0, err
     assert "height and width free" in printed
     file, _ = load(Path(f"s.{SUFFIXES[how]}"), how)
-    for size in ((224, 224), (160, 288), (97, 131)):
+    for size in ((224, 224), (97, 131)):
         images = torch.randn(2, 3, *size)
         assert_same(file(images), model(images))
 
 
-@pytest.mark.parametrize("how", ["onnx", "pt2", "torchscript"])
+@pytest.mark.parametrize("how", SUFFIXES)
 def test_any_size(run, small, how):
     model, path = small
     out = f"model.{SUFFIXES[how]}"
     status, printed, err = run("--checkpoint", path, "--format", how, "--dynamic-size", "--out", out)
     assert status == 0, err
-    least = " from 9" if how == "pt2" else ""
+    least = " from 9" if how in ("pt2", "aoti") else ""
     assert f"written: {out}, batch and height and width free{least}\n" in printed
     file, metadata = load(Path(out), how)
     assert json.loads(metadata.get("least_size", "[1, 1]")) == ([9, 9] if least else [1, 1])

@@ -6,6 +6,7 @@ import torch
 
 import raftmlp
 from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing, reference
+from raftmlp.resize import RESIZINGS
 
 
 def assert_equal_with_gradients(fast, slow, x, module):
@@ -65,10 +66,12 @@ def test_channel_mixing():
     assert_equal_with_gradients(mixing, lambda x: reference.channel_mixing(x, mixing), x, mixing)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (45, 30)])
-def test_whole_network(size):
+@pytest.mark.parametrize("resizing", RESIZINGS)
+@pytest.mark.parametrize("size", [(32, 32), (45, 30), (80, 100), (9, 17), (32, 71), (1, 40)])
+def test_whole_network(size, resizing):
     for kwargs in (dict(), dict(token_mixing="plain")):
-        model = timm.create_model("raftmlp_digits", embed_dims=(8, 12, 16, 20), dtype=torch.float64, **kwargs)
+        kwargs |= dict(embed_dims=(8, 12, 16, 20), dtype=torch.float64, resizing=resizing)
+        model = timm.create_model("raftmlp_digits", **kwargs)
         fast = lambda x: model(x.permute(0, 3, 1, 2))[:, None, None]
         slow = lambda x: reference.logits(x, model)[:, :, None, None]
         assert_equal_with_gradients(fast, slow, torch.randn(2, *size, 3), model)

@@ -12,8 +12,10 @@ from timm.optim import param_groups_layer_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import raftmlp
+from raftmlp.resize import RESIZINGS
 
 VARIANTS = timm.list_models("raftmlp*")
+OTHER_RULES = [(name, rule) for rule in RESIZINGS[1:] for name in ("raftmlp_digits", "raftmlp_mixer_b16")]
 SIZES = [(64, 64), (33, 49), (96, 40)]  # the trained grid's, an odd one, a rectangle
 
 
@@ -26,17 +28,18 @@ def narrow(name, **kwargs):
     return timm.create_model(name, **{**small, **kwargs})
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[*((name, "map") for name in VARIANTS), *OTHER_RULES], ids="-".join)
 def model(request):
     torch.manual_seed(0)
-    return narrow(request.param).eval()
+    name, resizing = request.param
+    return narrow(name, resizing=resizing).eval()
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture(scope="module", params=RESIZINGS)
+def small(request):
     """Two stages, raft sizes 2 and 4, odd depths: enough of everything for the compilers."""
     torch.manual_seed(0)
-    return tiny().eval()
+    return tiny(resizing=request.param).eval()
 
 
 def tiny(**kwargs):
@@ -132,6 +135,7 @@ def test_the_callers_arguments_win():
         (dict(patch_kernels=((8, 4), (2, 4), (2, 4), (2,))), "patch_kernels \\(8, 4\\).*ascending"),
         (dict(patch_sizes=(3, 2, 2, 2), patch_kernels=((3, 6), (2,), (2,), (2,))), "\\(3, 6\\).*even number"),
         (dict(token_mixing="mlp"), "token_mixing 'mlp' must be 'raft' or 'plain'"),
+        (dict(resizing="crop"), "resizing 'crop' must be .*'map'.*'update'"),
         (dict(global_pool="mean"), "global_pool 'mean' must be one of '', 'avg'"),
         (dict(num_classes=-1), "num_classes -1"),
         (dict(img_size=0), "img_size 0"),
@@ -209,6 +213,26 @@ def test_two_threads_with_different_sizes(small):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, rule", OTHER_RULES)
+def test_every_rule_gives_the_same_bits_at_the_trained_size(name, rule):
+    model, other = narrow(name).eval(), narrow(name, resizing=rule).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(batch((64, 64))), model(batch((64, 64))))
+    assert not torch.allclose(other(batch((96, 80))), model(batch((96, 80))))
+
+
+@torch.no_grad()
+def test_update_keeps_what_token_mixing_does_not_change():
+    """Where the second Linear of token mixing is zero, a block sees every pixel by itself: nothing is blurred."""
+    block = raftmlp.layers.RaftMLPBlock(8, (4, 4), resizing="update")
+    for mixing in (*block.tokens, block.channels):
+        torch.nn.init.zeros_(mixing.fc2.weight)
+        torch.nn.init.zeros_(mixing.fc2.bias)
+    x = torch.randn(2, 9, 13, 8)
+    assert torch.equal(block(x), x)
 
 
 def test_training_after_inference_mode_at_an_odd_size():
@@ -439,8 +463,8 @@ def test_set_input_size_larger(model, size):
 
 
 def narrow_like(model, **kwargs):
-    dims = tuple(stage.embed.bias.numel() for stage in model.stages)
-    return narrow(model.pretrained_cfg["architecture"], embed_dims=dims, **kwargs)
+    dims, rule = tuple(stage.embed.bias.numel() for stage in model.stages), model.stages[0].blocks[0].resizing
+    return narrow(model.pretrained_cfg["architecture"], embed_dims=dims, resizing=rule, **kwargs)
 
 
 @torch.no_grad()
@@ -549,19 +573,21 @@ def test_export(small, size, strict):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["raftmlp_digits", "raftmlp_mixer_b16"])
-def test_compile_makes_one_graph(name):
+@pytest.mark.parametrize("resizing", RESIZINGS)
+def test_compile_makes_one_graph(name, resizing):
     torch._dynamo.reset()
-    model = narrow(name).eval()
+    model = narrow(name, resizing=resizing).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     for size in SIZES:
         assert_same(compiled(batch(size)), model(batch(size)))
 
 
 @torch.no_grad()
-def test_compile_with_dynamic_sizes_does_not_make_a_graph_a_size():
+@pytest.mark.parametrize("resizing", RESIZINGS)
+def test_compile_with_dynamic_sizes_does_not_make_a_graph_a_size(resizing):
     torch._dynamo.reset()
     graphs = []
-    model = tiny(embed_dims=(8, 8), depths=(1, 1), raft_size=2).eval()
+    model = tiny(embed_dims=(8, 8), depths=(1, 1), raft_size=2, resizing=resizing).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g)
     for size in [*SIZES, (64, 65), (50, 70), (31, 31), (40, 40), (77, 13), (100, 90), (66, 30)]:
         assert_same(compiled(batch(size)), model(batch(size)))

@@ -1,6 +1,7 @@
 """Compare how fast models are, in turns: A B A B, so that other work on the machine affects all of them alike.
 
     raftmlp benchmark raftmlp_s reference:raftmlp_s convnext_nano --output runs/benchmark
+    raftmlp benchmark raftmlp_s raftmlp_s,resizing=update --sizes 512 800x1333 -b 1
     raftmlp benchmark raftmlp_s --modes eager compile --tasks inference training --sizes 224 800x1333 -b 4
 
 Ratios are to the first model in the first mode. reference:NAME is one of ours computed with the sequence of operations
@@ -25,7 +26,7 @@ from ..create import known_model
 from ..device import find_device
 from ..errors import UserError
 from ..evaluate.plots import draw_cost, draw_speed
-from ..evaluate.speed import MODES, REFERENCE, TASKS, Result, SpeedSettings, measure
+from ..evaluate.speed import MODES, REFERENCE, TASKS, Result, SpeedSettings, measure, split_name
 from ..files import write_text
 from ..settings import Number
 from ..sizes import parse_size, size_name
@@ -43,7 +44,7 @@ def build_parser() -> Parser:
         nargs="+",
         type=option_type(model_name),
         metavar="MODEL",
-        help=f"models of timm's list, or {REFERENCE}NAME",
+        help=f"models of timm's list, or {REFERENCE}NAME; with arguments as in NAME,KEY=VALUE",
     )
     for name, choices in (("mode", MODES), ("task", TASKS)):
         group.add_argument(
@@ -78,12 +79,12 @@ def build_parser() -> Parser:
 
 
 def model_name(text: str) -> str:
-    """Return the name of a model that timm makes, or reference:NAME for one of ours.
+    """Return the name of a model that timm makes, or reference:NAME for one of ours; either may have arguments.
 
     Raises:
         UserError: If there is none.
     """
-    known_model(text.removeprefix(REFERENCE), "raftmlp*" if text.startswith(REFERENCE) else "")
+    known_model(split_name(text)[0], "raftmlp*" if text.startswith(REFERENCE) else "")
     return text
 
 

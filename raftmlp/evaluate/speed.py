@@ -5,6 +5,7 @@ round also times a large matrix product and a large copy: at that pace, the arit
 results of its matrix products and convolutions, would take a share of its time.
 """
 
+import ast
 import json
 import tempfile
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from ..create import ModelSettings, create_model
-from ..errors import first_words
+from ..errors import UserError, first_words
 from ..reference import Reference
 from ..settings import Number, Settings, option
 from ..sizes import size_name
 
-__all__ = ["MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "iterations_in", "measure"]
+__all__ = [
+    "MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "iterations_in", "measure", "split_name",
+]  # fmt: skip
 
 REFERENCE = "reference:"
 MODES = ("eager", "compile")
@@ -126,11 +130,30 @@ class DevicePace:
 # A model
 
 
+def split_name(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the model and its arguments that NAME,KEY=VALUE,... or reference:NAME,... names.
+
+    Raises:
+        UserError: If an argument is no KEY=VALUE.
+    """
+    name, *pairs = text.removeprefix(REFERENCE).split(",")
+    arguments = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not (separator and key.isidentifier() and value):
+            raise UserError(f"{text!r}: {pair!r} must be KEY=VALUE, as in raftmlp_s,resizing=update")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            arguments[key] = value
+    return name, arguments
+
+
 class Meter:
     """Runs a model on one batch of noise, forward or forward and backward.
 
     Args:
-        name: A model of timm's list, or reference:NAME.
+        name: A model of timm's list, or reference:NAME, with arguments as in NAME,KEY=VALUE.
         mode: One of MODES.
         task: "inference" or "training": forward, cross entropy and backward, without an optimiser.
         size: Height and width of the images.
@@ -145,8 +168,8 @@ class Meter:
         self.autocast = torch.autocast(device.type, dtype, enabled=is_amp)
         self.device, self.training = device, task == "training"
         torch.manual_seed(0)
-        timm_name = name.removeprefix(REFERENCE)
-        model = create_model(ModelSettings(model=timm_name, img_size=size))
+        timm_name, arguments = split_name(name)
+        model = create_model(ModelSettings(model=timm_name, img_size=size, model_kwargs=arguments))
         self.parameters = sum(p.numel() for p in model.parameters())
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         dtype = torch.float32 if is_amp else dtype

@@ -35,7 +35,7 @@ from .stand_ins import STAND_INS
 __all__ = ["RaftMLPBackbone"]
 
 EMBEDDING = -1  # stands for the first patch embedding among the indices of stages or blocks
-SET_BY_BACKBONE = ("num_classes", "global_pool", "drop_path_rate")  # arguments of the network
+SET_BY_BACKBONE = ("num_classes", "global_pool", "drop_path_rate", "resizing")  # arguments of the network
 HEAD = ("norm.", "head.", "heads.0.1.", "classifier.")  # keys of the final norm and the classifier, ours and theirs
 
 
@@ -58,6 +58,7 @@ class RaftMLPBackbone(BaseModule):
             network of one stage, all that its first k maps need.
         with_cp: Gradient checkpointing: compute the blocks again in the backward pass, to save memory.
         drop_path_rate: Rate of stochastic depth.
+        resizing: What blocks do with maps of another size than the trained grid's, see ``raftmlp.RaftMLP``.
         first_map: "stage", or "embed" to return the first patch embedding's output in place of the first stage's, as
             the release does.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)``, with a file (ours, the release's, or that of a whole
@@ -79,6 +80,7 @@ class RaftMLPBackbone(BaseModule):
         frozen_stages: int = -1,
         with_cp: bool = False,
         drop_path_rate: float = 0.0,
+        resizing: str = "map",
         first_map: str = "stage",
         init_cfg: Mapping[str, Any] | None = None,
     ):
@@ -89,7 +91,7 @@ class RaftMLPBackbone(BaseModule):
             if not isinstance(value, bool):
                 raise UserError(f"{name} {value!r} must be True or False")
         choice("first_map", first_map, ("stage", "embed"))
-        self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate)
+        self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate, resizing=resizing)
         self.model = _create(**self._network)
         self._sources = _sources(self.model, first_map)
         last = len(self._sources) - 1
@@ -174,9 +176,9 @@ class RaftMLPBackbone(BaseModule):
         self.load_state_dict(state)
 
 
-def _create(arch: str | Mapping[str, Any], img_size, drop_path_rate: float, device=None) -> RaftMLP:
+def _create(arch: str | Mapping[str, Any], img_size, **kwargs: Any) -> RaftMLP:
     """Return the network without a classifier."""
-    kwargs = dict(num_classes=0, global_pool="", drop_path_rate=drop_path_rate, device=device)
+    kwargs |= dict(num_classes=0, global_pool="")
     if img_size is not None:
         kwargs["img_size"] = img_size
     if isinstance(arch, str):
