@@ -61,15 +61,30 @@ def channel_mixing(x: Tensor, layer: nn.Module) -> Tensor:
     return x + mlp(layer_norm(x, layer.norm).permute(0, 2, 3, 1), layer).permute(0, 3, 1, 2)
 
 
+def mix_tokens(x: Tensor, module: RaftMLPBlock) -> Tensor:
+    """Apply a block's token mixing to x, (B, C, h, w), of the trained grid's size."""
+    for name, layer in module.tokens.named_children():
+        x = token_mixing(x, layer) if name == "plain" else raft_token_mixing(x, layer)
+    return x
+
+
 def block(x: Tensor, module: RaftMLPBlock) -> Tensor:
     """Map x, (B, C, H, W), to the same shape; token mixing runs on the trained grid."""
-    before = after = resize(x, module.grid)
-    for name, layer in module.tokens.named_children():
-        after = token_mixing(after, layer) if name == "plain" else raft_token_mixing(after, layer)
-    if module.resizing == "map":
-        x = resize(after, x.shape[2:])
+    size, grid = x.shape[2:], module.grid
+    if module.resizing == "map" or tuple(size) == tuple(grid):
+        x = resize(mix_tokens(resize(x, grid), module), size)
     else:
-        x = x + resize(after - before, x.shape[2:])
+        small = resize(x, grid)
+        update = resize(mix_tokens(small, module) - small, size)
+        if module.resizing == "scales":
+            twice = resize(x, (2 * grid[0], 2 * grid[1]))
+            updates = torch.zeros_like(twice)
+            for i in range(2):
+                for j in range(2):
+                    quarter = (..., slice(i * grid[0], (i + 1) * grid[0]), slice(j * grid[1], (j + 1) * grid[1]))
+                    updates[quarter] = mix_tokens(twice[quarter], module) - twice[quarter]
+            update = (update + resize(updates, size)) / 2
+        x = x + update
     return channel_mixing(x, module.channels)
 
 

@@ -30,7 +30,8 @@ from ..settings import Number, Settings, option
 from ..sizes import size_name
 
 __all__ = [
-    "MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "iterations_in", "measure", "split_name",
+    "MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "iterations_in", "measure",
+    "split_name",
 ]  # fmt: skip
 
 REFERENCE = "reference:"
