@@ -1,0 +1,154 @@
+"""The ablation of docs/any-size.md: rules for other sizes, trained grids, layouts and peers, on scenes of digits.
+
+    raftmlp scenes runs/scenes --train 4000 --val 200
+    python docs/any_size.py --jobs 2
+
+Every arm is an ordinary run of `raftmlp train-mm` and three of `raftmlp eval-mm`, in a folder of its own in
+runs/any-size; what is done is not run again, and an arm that was interrupted goes on. The figures go into
+docs/any-size.json, the pictures beside it. `--arms NAME ...` runs some of the arms.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from raftmlp.files import save_figure, write_text
+
+RUNS, DOCS = Path("runs/any-size"), Path(__file__).parent
+SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 128 pixels
+TASKS = {
+    "segmentation": dict(
+        config="segmentation/fpn_raftmlp_digits",
+        options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
+        scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
+        figures=dict(mIoU="mIoU"),
+    ),
+    "detection": dict(
+        config="detection/mask_rcnn_raftmlp_digits",
+        options=["train_cfg.max_epochs=1", "param_scheduler.1.end=1"],
+        scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
+        figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
+    ),
+}
+# networks pretrained on the digits by the recipe of raftmlp_digits: options of `raftmlp train`
+PEERS = {
+    "mixer": ["--model-kwargs", "token_mixing=plain"],
+    "resnet": [
+        *("--model", "resnet18", "--model-kwargs", "channels=[16,32,64,128]", "--img-size", 32, "--crop-pct", 1),
+        *("--mean", *[0.5] * 3, "--std", *[0.5] * 3, "--interpolation", "bilinear"),
+    ],
+}
+# what an arm changes in the config's backbone, or in the whole config
+ARMS = {
+    "map": dict(resizing="map"),
+    "update": dict(resizing="update"),
+    "scales": dict(resizing="scales"),
+    "weights resampled to 128": dict(resizing="map", img_size=128),
+    "map, first map the embedding": dict(resizing="map", first_map="embed"),
+    "mixer, update": {
+        "arch._delete_": True,
+        "arch.embed_dims": "[32,64,128,128]",
+        "arch.depths": "[1,2,2,1]",
+        "arch.token_mixing": "plain",
+        "resizing": "update",
+        "img_size": 32,
+        "init_cfg.checkpoint": RUNS / "mixer" / "model_best.pth.tar",
+    },
+    "ResNet-18, a quarter as wide": {
+        "_delete_": True,
+        "type": "mmseg.TIMMBackbone",
+        "model_name": "resnet18",
+        "channels": "[16,32,64,128]",
+        "out_indices": "[1,2,3,4]",
+        "pretrained_cfg_overlay.file": RUNS / "resnet" / "model_best.pth.tar",
+        "pretrained_cfg_overlay.num_classes": 10,
+        "/model.neck.in_channels": "[16,32,64,128]",
+        "/custom_imports.imports": "[raftmlp.mm,mmseg.models]",
+    },
+}
+
+
+def run(*command: object, log: Path) -> None:
+    """Run a command of raftmlp on one thread; what it prints goes into a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        command = [sys.executable, "-m", "raftmlp", *map(str, command)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
+            raise SystemExit(f"{' '.join(command)} failed: see {log}")
+
+
+def pretrain(name: str) -> None:
+    """Pretrain a peer on the digits."""
+    if not (RUNS / name / "summary.json").exists():
+        options = ["--config", "digits/raftmlp_digits", *PEERS[name], "--output", RUNS / name, "--resume"]
+        run("train", *options, log=RUNS / f"{name}.log")
+
+
+def run_arm(task: str, arm: str, seed: int) -> dict:
+    """Train and evaluate an arm; return its figures by size."""
+    settings, folder = TASKS[task], RUNS / f"{task}-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    options = [*settings["options"], f"randomness.seed={seed}"]
+    for key, value in ARMS[arm].items():
+        options.append(f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}")
+    rows = dict(task=task, arm=arm, seed=seed)
+    for size in SIZES:
+        results = folder / f"{size}.json"
+        if not results.exists():
+            print(f"{task}: {arm}, seed {seed}, {size} pixels", flush=True)
+            common = [settings["config"], "--cfg-options", *options]
+            log = folder.with_suffix(".log")
+            if size == SIZES[0]:
+                run("train-mm", *common, "--work-dir", folder, "--resume", log=log)
+            at_size = [*common[:1], folder, *common[1:], settings["scale"].format(size=size)]
+            run("eval-mm", *at_size, "--work-dir", folder / "test", "--results-file", results, log=log)
+        found = json.loads(results.read_text())
+        rows |= {f"{name} at {size}": found[key] for name, key in settings["figures"].items()}
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw the figures of the first seed over the size of the scenes, a panel a figure."""
+    from matplotlib.figure import Figure
+
+    panels = [(task, name) for task, settings in TASKS.items() for name in settings["figures"]]
+    panels = [(task, name) for task, name in panels if any(row["task"] == task for row in rows)]
+    figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
+    for axis, (task, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for row in rows:
+            if row["task"] == task and row["seed"] == 0:
+                axis.plot(SIZES, [row[f"{name} at {size}"] for size in SIZES], "o-", label=row["arm"])
+        axis.set(xlabel="size of the scenes (pixels)", ylabel=name, title=task, xticks=SIZES)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each")
+    args = parser.parse_args()
+    for name in PEERS:
+        if any(name in arm.lower() for arm in args.arms):
+            pretrain(name)
+    table = DOCS / "any-size.json"
+    rows = json.loads(table.read_text())["rows"] if table.exists() else []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [(task, arm, seed) for seed in args.seeds for task in args.tasks for arm in args.arms]
+        for row in pool.map(lambda job: run_arm(*job), jobs):
+            rows = [old for old in rows if any(old[key] != row[key] for key in ("task", "arm", "seed"))] + [row]
+            write_text(table, json.dumps(dict(rows=rows), indent=1) + "\n")
+            print(row, flush=True)
+    draw(rows, DOCS / "any-size.png")
+
+
+if __name__ == "__main__":
+    main()
