@@ -230,6 +230,11 @@ def from_trained_grid(x: Tensor, before: Tensor, after: Tensor, resizing: str) -
     if resizing == "update":
         return x + resize_bicubic(update, H, W)
     h, w = before.shape[1], before.shape[2]
+    whole = resize_bicubic(update[:B], H, W)
     quarters = update[B:].reshape(2, 2, B, h, w, C).permute(2, 0, 3, 1, 4, 5)
-    twice = quarters.reshape(B, 2 * h, 2 * w, C)
-    return x + (resize_bicubic(update[:B], H, W) + resize_bicubic(twice, H, W)) / 2
+    twice = resize_bicubic(quarters.reshape(B, 2 * h, 2 * w, C), H, W)
+    if _plain_sizes(x) or torch.jit.is_tracing():
+        return x + (whole + twice) / 2
+    # a graph of any size does not know whether it is the trained one, at which the quarters do not count
+    other = (torch.full((1,), H, device=x.device) != h) | (torch.full((1,), W, device=x.device) != w)
+    return x + torch.where(other, (whole + twice) / 2, whole)

@@ -24,8 +24,8 @@ KINDS = [
 TAKEN = dict(
     num_classes=[0, 1], img_size=[1], in_chans=[1], global_pool=["avg", ""], embed_dims=[], depths=[], patch_sizes=[],
     patch_kernels=[None], token_mixing=[], raft_size=[1], token_mlp_ratio=[1, 2.5, np.float32(2.5)],
-    mlp_ratio=[1, 2.5, np.float32(2.5)], drop_rate=[0], drop_path_rate=[0], device=[None, torch.device("cpu"), 0, 1],
-    dtype=[None],
+    mlp_ratio=[1, 2.5, np.float32(2.5)], resizing=[], drop_rate=[0], drop_path_rate=[0],
+    device=[None, torch.device("cpu"), 0, 1], dtype=[None],
 )  # fmt: skip
 
 

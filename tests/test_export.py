@@ -38,14 +38,19 @@ def run(run_command, monkeypatch):
     return partial(run_command, export)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def save_small(path, **kwargs):
     """A model that exporters are quick with, and a checkpoint that describes it."""
     torch.manual_seed(0)
-    model = timm.create_model("raftmlp_digits", **SMALL).eval()
-    path = tmp_path_factory.mktemp("small") / "small.pth"
-    torch.save(dict(arch="raftmlp_digits", state_dict=model.state_dict(), model_kwargs=SMALL), path)
+    kwargs = SMALL | kwargs
+    model = timm.create_model("raftmlp_digits", **kwargs).eval()
+    torch.save(dict(arch="raftmlp_digits", state_dict=model.state_dict(), model_kwargs=kwargs), path)
     return model, path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Return what ``save_small`` does, for many tests."""
+    return save_small(tmp_path_factory.mktemp("small") / "small.pth")
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +152,9 @@ def test_s_at_any_size(run, tmp_path, how):
         assert_same(file(images), model(images))
 
 
-@pytest.mark.parametrize("how", SUFFIXES)
-def test_any_size(run, small, how):
-    model, path = small
+@pytest.mark.parametrize("how, resizing", [*((how, "map") for how in SUFFIXES), ("onnx", "scales"), ("pt2", "scales")])
+def test_any_size(run, how, resizing):
+    model, path = save_small(Path("small.pth"), resizing=resizing)
     out = f"model.{SUFFIXES[how]}"
     status, printed, err = run("--checkpoint", path, "--format", how, "--dynamic-size", "--out", out)
     assert status == 0, err
@@ -278,8 +283,8 @@ def test_hub_round_trip(run, digits, options):
     assert kept == {torch.bfloat16 if options else torch.float32}
     card = Path("folder/README.md").read_text()
     for words in (
-        f"0.76 million parameters in {'bfloat16' if options else 'float32'}", "after epoch 14 of 24", "| lr | 0.002 |",
-        "python tools/train.py -c configs/digits/raftmlp_digits.yaml", "## Limits", "import raftmlp",
+        f"0.76 million parameters in {'bfloat16' if options else 'float32'}", "after epoch 30 of 30", "| lr | 0.002 |",
+        "raftmlp train -c digits/raftmlp_digits", "| train_img_sizes |", "## Limits", "import raftmlp",
         "top-1 100.00 %, top-5 100.00 % on 360 images of digits, validation", "the grid of 32 pixels",
         "tatsunami2022raftmlp",
     ):  # fmt: skip

@@ -184,7 +184,7 @@ def test_sizes():
 def test_sizes_that_cannot_fit_into_the_memory(monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**18}[name])  # 1 GiB
     check_memory((1, 16384, 16384))
-    with pytest.raises(UserError, match="^1 image of 16384 pixels takes 3 GiB, the memory has 1: .*--img-size$"):
+    with pytest.raises(UserError, match="^1 image of 16384 pixels takes 3 GiB, the memory has 1: .*image size$"):
         check_memory((3, 16384, 16384))
     with pytest.raises(UserError, match="^700 images of 512x800 pixels take 3 GiB, the memory has 1: .*--batch-size$"):
         check_memory((3, 512, 800), 700)

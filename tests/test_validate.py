@@ -146,11 +146,11 @@ def test_crop_pct(run, shipped):
 @torch.no_grad()
 def test_predictions_confusion_and_worst_classes(run, shipped):
     status, out, err = run(
-        *DIGITS, "--img-size", 24, "--batch-size", 100, "--predictions", "p.csv", "--confusion", "c.png",
+        *DIGITS, "--img-size", 20, "--batch-size", 100, "--predictions", "p.csv", "--confusion", "c.png",
         "--picture", "g.png", "--results-file", "r.json",
     )  # fmt: skip
     assert status == 0, err
-    images, labels = digits_at((24, 24))
+    images, labels = digits_at((20, 20))
     probabilities = shipped(images).softmax(1)
     predicted = probabilities.argmax(1)
     rows = read_csv("p.csv")
@@ -165,7 +165,7 @@ def test_predictions_confusion_and_worst_classes(run, shipped):
     worst = json.loads(Path("r.json").read_text())["worst_classes"]
     assert len(worst) == 10
     assert [row["accuracy"] for row in worst] == sorted(row["accuracy"] for row in worst)
-    assert worst[0]["accuracy"] < 90
+    assert worst[0]["accuracy"] < 95  # or there is nothing to see
     for row in worst:
         guesses = predicted[labels == row["class"]].tolist()
         assert row["name"] == str(row["class"]) and row["images"] == len(guesses)
@@ -257,7 +257,7 @@ def test_every_model_has_its_own_settings_and_size(run):
         *TINY_MODEL, "--data-dir", "images", "--compare", "vit_tiny_patch16_224", "--sizes", 32, "48x64"
     )
     assert status == 0, err
-    assert [line.split()[3] for line in out.splitlines()[1:]] == ["32", "48x64"] * 2
+    assert [line.split()[3] for line in out.splitlines()[1:5]] == ["32", "48x64"] * 2
 
 
 def test_channels_last_and_compile(run, monkeypatch):
@@ -384,6 +384,10 @@ def test_real_labels(run, monkeypatch):
         """Gives class 65 of every image; the label of 50 images of ImageNet's, and of some more by ReaL."""
 
         num_classes, pretrained_cfg, in_chans = 1000, dict(input_size=(3, 1, 1), crop_pct=1.0), 3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x):
             return torch.eye(1000)[65].expand(len(x), 1000)

@@ -33,7 +33,7 @@ CITATION = """
 ```"""
 RECIPE = (
     "epochs", "global_batch_size", "opt", "lr", "weight_decay", "sched", "warmup_epochs", "layer_decay", "smoothing",
-    "drop_path", "aa", "mixup", "cutmix", "reprob", "model_ema", "img_size", "seed",
+    "drop_path", "aa", "mixup", "cutmix", "reprob", "model_ema", "img_size", "train_img_sizes", "seed",
 )  # fmt: skip
 COUNT = number(int, 0, 10**9)
 RECORD = dict(
