@@ -509,7 +509,7 @@ def test_torchscript(model):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_trace(model):
-    for size in SIZES:
+    for size in SIZES[:2]:
         traced = torch.jit.trace(model, batch(size))
         assert_same(traced(batch(size, count=3)), model(batch(size, count=3)))
 
@@ -562,8 +562,7 @@ def test_fx_backward(small):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("size, strict", [(SIZES[0], False), (SIZES[1], True), (SIZES[2], False)])
 def test_export(small, size, strict):
     dynamic = {0: torch.export.Dim("batch", min=1, max=64)}
     exported = torch.export.export(small, (batch(size),), dynamic_shapes=(dynamic,), strict=strict).module()
@@ -572,7 +571,7 @@ def test_export(small, size, strict):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, resizing", [("raftmlp_digits", "map"), ("raftmlp_mixer_b16", "map"), *OTHER_RULES])
+@pytest.mark.parametrize("name, resizing", [("raftmlp_digits", "map"), ("raftmlp_mixer_b16", "map"), OTHER_RULES[1]])
 def test_compile_makes_one_graph(name, resizing):
     torch._dynamo.reset()
     model = narrow(name, resizing=resizing).eval()
