@@ -23,11 +23,7 @@ SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 12
 TASKS = {
     "segmentation": dict(
         config="segmentation/fpn_raftmlp_digits",
-        options=[
-            *("train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"),
-            *("optim_wrapper.optimizer._delete_=True", "optim_wrapper.optimizer.type=AdamW"),
-            *("optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.weight_decay=0.05"),
-        ],
+        options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
         scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
         figures=dict(mIoU="mIoU"),
     ),
@@ -38,6 +34,7 @@ TASKS = {
         figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
     ),
 }
+ADAMW = [f"optim_wrapper.optimizer.{value}" for value in ("_delete_=True", "type=AdamW", "lr=1e-3", "weight_decay=0.05")]
 # networks pretrained on the digits by the recipe of raftmlp_digits: options of `raftmlp train`
 PEERS = {
     "mixer": ["--model-kwargs", "token_mixing=plain"],
@@ -96,7 +93,7 @@ def pretrain(name: str) -> None:
 def run_arm(task: str, arm: str, seed: int) -> dict:
     """Train and evaluate an arm; return its figures by size."""
     settings, folder = TASKS[task], RUNS / f"{task}-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-    options = [*settings["options"], f"randomness.seed={seed}"]
+    options = [*settings["options"], *ADAMW, f"randomness.seed={seed}"]
     for key, value in ARMS[arm].items():
         options.append(f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}")
     rows = dict(task=task, arm=arm, seed=seed)
