@@ -34,7 +34,9 @@ TASKS = {
         figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
     ),
 }
-ADAMW = [f"optim_wrapper.optimizer.{value}" for value in ("_delete_=True", "type=AdamW", "lr=1e-3", "weight_decay=0.05")]
+ADAMW = [
+    f"optim_wrapper.optimizer.{value}" for value in ("_delete_=True", "type=AdamW", "lr=1e-3", "weight_decay=0.05")
+]
 # networks pretrained on the digits by the recipe of raftmlp_digits: options of `raftmlp train`
 PEERS = {
     "mixer": ["--model-kwargs", "token_mixing=plain"],
