@@ -179,7 +179,7 @@ def test_load_from_is_where_training_starts_and_nothing_to_evaluation(trained, s
     status, out, error = run(train_mm, DETECTOR, *options(scenes, tmp_path / "fewer", *fewer, epochs=1))
     assert status == 0 and "fits in part" in out and "roi_head.bbox_head.shared_fcs" in out, error
     assert max(value.abs().max() for key, value in state.items() if key.endswith(("weight", "bias"))) < 1e-3
-    arguments = [*options(scenes, tmp_path / "test", load_from), "--results-file", "results.json"]
+    arguments = [*options(scenes, tmp_path / "test", load_from, *EVERYTHING), "--results-file", "results.json"]
     status, _, error = run(eval_mm, DETECTOR, trained, *arguments)
     assert status == 0, error
     _, results = read_log(trained)
@@ -319,7 +319,8 @@ def test_a_segmentor_is_trained_and_evaluated(scenes, run, tmp_path):
 
 
 def test_evaluation_gives_the_figures_of_training(trained, scenes, run):
-    arguments = [*options(scenes, "test"), "--show-dir", "shown", "--results-file", "results.json", "--score-thr", "0"]
+    arguments = [*options(scenes, "test", *EVERYTHING), "--results-file", "results.json"]
+    arguments += ["--show-dir", "shown", "--score-thr", "0"]
     status, out, error = run(eval_mm, DETECTOR, trained / "epoch_6.pth", *arguments)
     assert status == 0, error
     _, results = read_log(trained)

@@ -120,7 +120,7 @@ def test_configs_are_the_same_wherever_the_folder_is(tmp_path):
 
 def test_changes():
     config = read_config(DETECTOR, {"optim_wrapper.optimizer.lr": 0.5}, data_dir="mine", work_dir="w", launcher="slurm")
-    assert config.optim_wrapper.optimizer == dict(type="AdamW", lr=0.5, weight_decay=0.05)
+    assert config.optim_wrapper.optimizer == dict(type="timm.optim.Muon", lr=0.5, weight_decay=0.05, nesterov=True)
     assert (config.work_dir, config.launcher) == ("w", "slurm")
     assert config.data_root == config.train_dataloader.dataset.data_root == "mine/"
     assert config.val_evaluator.ann_file == "mine/annotations/instances_validation.json"
