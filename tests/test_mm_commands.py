@@ -202,10 +202,12 @@ def test_resuming_needs_a_run_of_the_same_model(trained, scenes, run, tmp_path):
     strange = zeroed(trained / "epoch_6.pth", tmp_path / "strange.pth", state_dict=[1, 2])
     other = "model.roi_head.bbox_head.fc_out_channels=128"
     gone = "model.backbone.init_cfg.checkpoint=gone.pth"
+    adamw = [f"optim_wrapper.optimizer.{setting}" for setting in ("_delete_=True", "type=AdamW", "lr=1e-3")]
     cases = [
         ([], zero, 2, f"{zero} cannot be resumed: it has no message_hub; to start from its weights give --cfg-options"),
         ([], strange, 2, "holds no weights of a model of mmdet or mmseg"),
         ([other], trained, 2, "does not fit the config's model: roi_head.bbox_head"),
+        (adamw, trained, 2, "cannot be resumed: it is of a run with timm.optim.Muon, the config has AdamW; to start"),
         ([gone], trained, 0, ""),  # what the backbone started from is no longer needed
     ]
     for number, (changes, file, expected, message) in enumerate(cases):
@@ -222,6 +224,7 @@ def test_a_run_survives_an_overwrite_that_cannot_begin(trained, scenes, run, tmp
     cases = [
         ("model.backbone.arch=raftmlp_q", "unknown arch"),
         ("optim_wrapper.optimizer.type=AdamWW", "cannot build the optimizer or its schedules"),
+        ("optim_wrapper.optimizer.type=timm.optim.Muonn", "timm.optim.Muonn is no optimizer of mmengine and no class"),
         ("optim_wrapper.optimizer.lr=fast", "cannot build the optimizer or its schedules"),
         ("param_scheduler.0.type=LinearLRR", "cannot build the optimizer or its schedules"),
         (f"load_from={tmp_path}/missing.pth", "no checkpoint at"),

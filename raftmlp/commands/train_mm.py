@@ -64,7 +64,7 @@ def main() -> None:
     with shared_errors():
         runner = build_runner(config, ("train", "val"))
         if last:
-            runs.check_resume(runner.model, last, config.train_cfg)
+            runs.check_resume(runner.model, last, config)
         elif config.get("load_from"):
             runs.check_start(runner.model, config.load_from)
     if is_first_process() and not last:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
 from mmengine.runner import Runner
 
 from ..errors import MissingFileError, UserError, first_words
@@ -171,6 +171,9 @@ def _check_backbone(config: Config, load_weights: bool) -> None:
 def _try_schedules(runner: Runner) -> None:
     """Build the optimizer and its schedules, and drop them again: mmengine builds them when it trains."""
     settings = runner.optim_wrapper, runner.param_schedulers
+    kind = settings[0].get("optimizer", {}).get("type")
+    if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # of a name with dots mmengine would say None
+        raise UserError(f"optim_wrapper.optimizer.type {kind} is no optimizer of mmengine and no class to import")
     runner.optim_wrapper = runner.build_optim_wrapper(deepcopy(settings[0]))
     runner.build_param_scheduler(deepcopy(settings[1]))
     runner.optim_wrapper, runner.param_schedulers = settings

@@ -1,5 +1,6 @@
 """The folder of a training run: what it is resumed or started from, its files, its log and curves."""
 
+import ast
 import json
 import logging
 import shutil
@@ -47,23 +48,45 @@ def find_resume(folder: Path, resume: str = "", overwrite: bool = False) -> Path
     return newest
 
 
-def check_resume(model: nn.Module, path: Path, train_cfg: Config) -> None:
+def check_resume(model: nn.Module, path: Path, config: Config) -> None:
     """Refuse a checkpoint that a run cannot be resumed from, as mmengine would not; log it if it is the run's end.
 
     Raises:
-        UserError: If it is another model's, or not of a run.
+        UserError: If it is another model's or another optimizer's, or not of a run.
     """
     checkpoint = load_from_local(path)
     check_weights(model, checkpoint, path)
+    hint = f"to start from its weights give --cfg-options load_from={path}"
     for part in ("meta", "message_hub", "optimizer", "param_schedulers"):
         if part not in checkpoint:
-            hint = f"to start from its weights give --cfg-options load_from={path}"
             raise UserError(f"{path} cannot be resumed: it has no {part}; {hint}")
-    if not isinstance(checkpoint["meta"], dict):
+    meta = checkpoint["meta"]
+    if not isinstance(meta, dict):
         raise UserError(f"{path} is damaged: its meta is no dict")
-    ends = dict(epoch=train_cfg.get("max_epochs"), iter=train_cfg.get("max_iters"))
-    if any(end is not None and checkpoint["meta"].get(unit, 0) >= end for unit, end in ends.items()):
+    before, now = optimizer_types(meta.get("cfg")), optimizer_types(config.pretty_text)
+    if before and before != now:
+        names = [" and ".join(types) for types in (before, now)]
+        raise UserError(f"{path} cannot be resumed: it is of a run with {names[0]}, the config has {names[1]}; {hint}")
+    ends = dict(epoch=config.train_cfg.get("max_epochs"), iter=config.train_cfg.get("max_iters"))
+    if any(end is not None and meta.get(unit, 0) >= end for unit, end in ends.items()):
         _logger.info(f"{path} is the end of its run: nothing is left to train")
+
+
+def optimizer_types(text: object) -> list[str]:
+    """Return the types of the optimizers in a config's text, which is read and not run; none where it is no config."""
+    try:
+        statements = ast.parse(text).body if isinstance(text, str) else []
+    except SyntaxError:
+        return []
+    return [
+        ast.unparse(argument.value).strip("'")
+        for statement in statements
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "optim_wrapper"
+        for keyword in ast.walk(statement)
+        if isinstance(keyword, ast.keyword) and keyword.arg == "optimizer"
+        for argument in getattr(keyword.value, "keywords", [])
+        if argument.arg == "type"
+    ]
 
 
 def check_start(model: nn.Module, path: str) -> None:
