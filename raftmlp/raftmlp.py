@@ -4,6 +4,7 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
     Yuki Tatsunami, Masato Taki. ACCV 2022, https://arxiv.org/abs/2108.04384
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -326,19 +328,47 @@ def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple
     return taken, max(taken)
 
 
+class FeatureDict(FeatureGetterNet):
+    """timm's wrapper for feature maps, NCHW, as a dict: each under its index, "0", "1", ..."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the feature maps of images (B, in_chans, H, W)."""
+        return dict(zip(map(str, self.out_indices), super().forward(x)))
+
+
+# what timm's wrappers are here: its "list" and "dict" call a model's children in turn, which "getter" does not need
+FEATURE_CLASSES = {"getter": "getter", "list": "getter", "dict": FeatureDict, "hook": "hook", "fx": "fx"}
+
+
 def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> RaftMLP:
     """Create a variant: S's arguments, those in which the variant and its weights differ, and the caller's."""
     asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg, described = resolve_cfg(variant, pretrained, *asked)
     kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **described, **kwargs}
-    stages, depths = (arguments.whole_numbers(name, kwargs[name]) for name in ("embed_dims", "depths"))
-    maps = tuple(range(len(stages))) if len(stages) > 1 else min(3, depths[0])
+    stages, depths, strides = (
+        arguments.whole_numbers(name, kwargs[name]) for name in ("embed_dims", "depths", "patch_sizes")
+    )
+    if (output_stride := kwargs.pop("output_stride", None)) not in (None, math.prod(strides)):
+        raise UserError(
+            f"output_stride {output_stride} must be {math.prod(strides)}, the product of patch_sizes {strides}: stages "
+            f"are not dilated; for another stride give other patch_sizes, and patch_kernels that fit them"
+        )
+    single = len(stages) == 1
+    num_maps = depths[0] if single else len(stages)
+    maps = min(3, num_maps) if single else tuple(range(num_maps))
     feature_cfg = dict(out_indices=maps, feature_cls="getter")
-    if kwargs.get("feature_cls", "getter") != "getter":  # timm's other wrappers return the NHWC maps
-        feature_cfg["output_fmt"] = "NHWC"
-        taken, _ = _take_indices(len(stages) if len(stages) > 1 else depths[0], kwargs.get("out_indices", maps))
+    if isinstance(kwargs.get("feature_cls"), str):
+        kwargs["feature_cls"] = FEATURE_CLASSES[
+            arguments.choice("feature_cls", kwargs["feature_cls"], tuple(FEATURE_CLASSES))
+        ]
+    if kwargs.get("feature_cls", "getter") != "getter":
+        if kwargs["feature_cls"] is not FeatureDict:  # timm's other wrappers return the NHWC maps
+            feature_cfg["output_fmt"] = "NHWC"
+        taken, _ = _take_indices(num_maps, kwargs.get("out_indices", maps))
         if taken != sorted(set(taken)):
-            raise UserError(f"out_indices {kwargs['out_indices']} must rise: only feature_cls='getter' keeps an order")
+            raise UserError(
+                f"out_indices {kwargs['out_indices']} must rise: only feature_cls='getter' and 'list' keep an order"
+            )
     return build_model_with_cfg(
         RaftMLP,
         variant,

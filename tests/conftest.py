@@ -1,10 +1,11 @@
-"""What the tests share: commands run in this process, one thread for a test process of several."""
+"""What the tests share: commands run in this process, one thread for a test process of several, no network."""
 
 import os
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; torch reads this when it is imported
     os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the network
 
 import pytest
 import torch

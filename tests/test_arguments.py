@@ -165,6 +165,42 @@ def test_features_only_in_any_order_or_refused():
     model = timm.create_model("raftmlp_digits", **small, out_indices=(2, 0, 2)).eval()
     maps = model(torch.randn(1, 3, 32, 32))
     assert [y.shape[1] for y in maps] == model.feature_info.channels() == [24, 8, 24]
-    for indices in ((2, 0), (1, 1), (-1, 0)):
-        with pytest.raises(ValueError, match="out_indices .* must rise"):
-            timm.create_model("raftmlp_digits", **small, out_indices=indices, feature_cls="list")
+    same = timm.create_model("raftmlp_digits", **small, out_indices=(2, 0, 2), feature_cls="list").eval()
+    same.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert all(map(torch.equal, same(images), model(images)))
+    for cls in ("dict", "hook", "fx"):
+        for indices in ((2, 0), (1, 1), (-1, 0)):
+            with pytest.raises(ValueError, match="out_indices .* must rise: only feature_cls='getter' and 'list'"):
+                timm.create_model("raftmlp_digits", **small, out_indices=indices, feature_cls=cls)
+    with pytest.raises(ValueError, match="feature_cls 'tuple' must be one of 'getter', 'list', 'dict', 'hook' or 'fx'"):
+        timm.create_model("raftmlp_digits", **small, feature_cls="tuple")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, widths, depths, keys",
+    [
+        ("raftmlp_digits", (8,) * 4, (1,) * 4, ["0", "1", "2", "3"]),
+        ("raftmlp_12_r2", (8,), (4,), ["1", "2", "3"]),  # after the last three blocks
+    ],
+)
+def test_features_as_a_dict(name, widths, depths, keys):
+    kwargs = dict(embed_dims=widths, depths=depths, img_size=32, features_only=True)
+    model = timm.create_model(name, **kwargs, feature_cls="dict").eval()
+    as_list = timm.create_model(name, **kwargs).eval()
+    as_list.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 40, 56)
+    maps = model(images)
+    assert list(maps) == keys and str(model.output_fmt) == "Format.NCHW"
+    assert all(map(torch.equal, maps.values(), as_list(images)))
+
+
+def test_output_stride_is_that_of_the_patch_sizes():
+    small = dict(embed_dims=(8,) * 4, depths=(1,) * 4)
+    timm.create_model("raftmlp_digits", **small, output_stride=32)
+    narrow = dict(patch_sizes=(4, 2, 2, 1), patch_kernels=((4,), (2,), (2,), (1,)), output_stride=16)
+    model = timm.create_model("raftmlp_digits", **small, **narrow, features_only=True)
+    assert model.feature_info.reduction() == [4, 8, 16, 16]
+    with pytest.raises(ValueError, match="output_stride 8 must be 32, the product of patch_sizes .4, 2, 2, 2."):
+        timm.create_model("raftmlp_digits", **small, output_stride=8)

@@ -223,6 +223,7 @@ def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, 
     with new_folder(folder) as temporary:
         try:
             save_for_hf(model, str(temporary), safe_serialization=True, data_config=config)
+            _rewrite_config(temporary / "config.json", tag)
             loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
         except OSError:
             raise
@@ -233,12 +234,20 @@ def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, 
             if not torch.equal(loaded.to(images.dtype)(images), model(images)):
                 raise UserError(f"the model that timm loads from {folder} gives other outputs: it is not written")
         card.save(temporary / "README.md")
-        file = temporary / "config.json"
-        content = json.loads(file.read_text())
-        for key in ("license", "tag", "file", "url"):  # of the weights that timm has for this model
-            content["pretrained_cfg"].pop(key, None)
-        if tag:
-            content["pretrained_cfg"]["tag"] = tag
-        file.write_text(json.dumps(content, indent=2) + "\n")
         for file in temporary.iterdir():
             file.chmod(0o644)
+
+
+def _rewrite_config(file: Path, tag: str) -> None:
+    """Make timm's config.json one that transformers reads too, of weights with this tag."""
+    content = json.loads(file.read_text())
+    cfg = content["pretrained_cfg"]
+    content.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice, it stands at the root
+    for key in ("label_names", "label_descriptions"):  # both look at the root
+        if key in cfg:
+            content[key] = cfg.pop(key)
+    for key in ("license", "tag", "file", "url"):  # of the weights that timm has for this model
+        cfg.pop(key, None)
+    if tag:
+        cfg["tag"] = tag
+    file.write_text(json.dumps(content, indent=2) + "\n")
