@@ -9,7 +9,7 @@ TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
 SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo demo-detection demo-segmentation bench scenes test test-core lint clean
+.PHONY: help demo demo-detection demo-segmentation bench scenes test test-core lint release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ test-core: $(INSTALLED) ## run the tests that need neither mmdet nor mmseg
 lint: $(INSTALLED) ## check style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+release-check: $(INSTALLED) ## build sdist and wheel, try both in new environments of the Pythons at hand (into dist)
+	$(RUN) tools/release_check.py
 
 clean: ## remove what the other commands made, the environment too
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
