@@ -38,7 +38,7 @@ def imagenet(tmp_path_factory):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_trains_two_steps(config, run_command, imagenet):
     options = ["-c", config, "--dataset", "", "--data-dir", imagenet, "--epochs", 1, "--warmup-epochs", 0]
-    options += ["--global-batch-size", 2, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--output", "out"]
+    options += ["--img-size", 64, "--global-batch-size", 2, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--output", "out"]
     content = yaml.safe_load(config.read_text())
     status, out, err = run_command(train, *options)
     assert status == 0, err
@@ -48,7 +48,7 @@ def test_every_config_trains_two_steps(config, run_command, imagenet):
     state = load_checkpoint("out/last.pth.tar")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     shutil.rmtree("out")  # gigabytes, all in all
-    expected = timm.create_model(model, num_classes=2)
+    expected = timm.create_model(model, num_classes=2, img_size=64)
     assert {k: v.shape for k, v in state["state_dict"].items()} == {
         k: v.shape for k, v in expected.state_dict().items()
     }
