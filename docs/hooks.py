@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)\)")  # neither pictures, nor anchors, nor addresses
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")  # neither pictures nor addresses
 
 _logger = logging.getLogger("mkdocs.hooks.links")  # --strict counts warnings below "mkdocs"
 
@@ -22,10 +22,10 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         markdown = re.sub(r"(!\[[^\]]*\]\()docs/", r"\1", markdown)
 
     def change(match: re.Match) -> str:
-        text, target = match.groups()
+        text, target, anchor = match.groups(default="")
         path = Path(os.path.normpath(folder / target))
         if path.is_relative_to(ROOT / "docs"):
-            return f"[{text}]({path.relative_to(ROOT / 'docs')})"
+            return f"[{text}]({path.relative_to(ROOT / 'docs')}{anchor})"
         if not path.exists():
             _logger.warning(f"{page.file.src_uri} names {target}, which is not there")
         return text if "`" in text else f"`{text}`" if "/" in text or "." in text else text
