@@ -105,9 +105,13 @@ def draw_rules(path: Path, model: RaftMLP) -> None:
     save_figure(figure, path, dpi=90)
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.manual_seed(0)
     draw_mixing(DOCS / "mixing.png")
     trained = timm.create_model("raftmlp_digits", pretrained=True).eval()
     draw_embedding(DOCS / "embedding.png", trained)
     draw_rules(DOCS / "rules.png", trained)
+
+
+if __name__ == "__main__":
+    main()
