@@ -22,7 +22,7 @@ GRID, CHANNELS = 7, 8
 
 def panel(axis, values, title, xlabel="", ylabel="", **kwargs):
     """Draw an array as an image."""
-    axis.imshow(values, **{"cmap": "viridis", **kwargs})
+    axis.imshow(np.asarray(values), **{"cmap": "viridis", **kwargs})
     axis.set_title(title, fontsize=9)
     axis.set_xlabel(xlabel, fontsize=8)
     axis.set_ylabel(ylabel, fontsize=8)
