@@ -45,7 +45,7 @@ test-core: $(INSTALLED) ## run the tests that need neither mmdet nor mmseg
 	$(RUN) -m pytest -n 2 --dist loadfile --ignore-glob='tests/test_mm_*'
 
 docs: $(INSTALLED) ## build the site of the documentation (into build/site); a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(INSTALLED) ## check style
 	$(RUN) -m ruff check .

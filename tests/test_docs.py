@@ -211,17 +211,34 @@ def test_the_readme_has_two_screens():
 # The site
 
 
-def test_the_site_is_built_strictly(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+def build_site(folder, to):
+    """Build the site of a checkout as `make docs` does."""
+    (options,) = re.findall(r"\$\(RUN\) (-m mkdocs .*)", (ROOT / "Makefile").read_text())
+    command = [sys.executable, *options.split(), "--site-dir", to]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_site_is_built(tmp_path):
+    done = build_site(ROOT, tmp_path)
     assert done.returncode == 0, done.stderr
-    pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
+    pages = {path.name: path.read_text() for path in tmp_path.glob("*.html")}
     assert {page.stem + ".html" for page in PAGES[1:]} <= set(pages)
     assert "set_input_size" in pages["api.html"] and "There are no ImageNet weights" in pages["index.html"]
     for name, page in pages.items():  # nothing is loaded from another server
         assert not re.search(r'<(script|img|link)[^>]* (src|href)="?(https?:)?//', page), name
-    assert not list((tmp_path / "site").rglob("*.py"))
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_a_broken_link_fails(tmp_path):
+    for path in ROOT.iterdir():
+        if path.name not in ("docs", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    with (tmp_path / "docs" / "train.md").open("a") as page:
+        page.write("\n[a](export.md#nowhere)\n")
+    done = build_site(tmp_path, tmp_path / "site")
+    assert done.returncode == 1 and "does not contain an anchor '#nowhere'" in done.stderr
 
 
 def test_links_out_of_the_pages(caplog):
