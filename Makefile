@@ -9,7 +9,7 @@ TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
 SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo demo-detection demo-segmentation bench scenes test test-core lint release-check clean
+.PHONY: help demo demo-detection demo-segmentation bench scenes test test-core docs lint release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ test: $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
 
 test-core: $(INSTALLED) ## run the tests that need neither mmdet nor mmseg
 	$(RUN) -m pytest -n 2 --dist loadfile --ignore-glob='tests/test_mm_*'
+
+docs: $(INSTALLED) ## build the site of the documentation (into build/site); a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(INSTALLED) ## check style
 	$(RUN) -m ruff check .

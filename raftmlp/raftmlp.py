@@ -86,8 +86,8 @@ class RaftMLP(nn.Module):
         resizing: str = "map",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         per_stage = arguments.per_stage(embed_dims, depths, patch_sizes, patch_kernels, raft_size)

@@ -208,7 +208,7 @@ def test_multiplications_are_counted(name):
     backbone = build(name).eval()
     info = get_model_complexity_info(backbone, (3, 224, 224), show_table=False, show_arch=False)
     assert info["params"] == sum(p.numel() for p in backbone.parameters())
-    expected = dict(raftmlp_s=2.026e9, raftmlp_mixer_b16=12.631e9)  # README, with the kernels of an embedding merged
+    expected = dict(raftmlp_s=2.026e9, raftmlp_mixer_b16=12.631e9)  # docs/choosing.md, with merged kernels
     assert info["flops"] == pytest.approx(expected[name], rel=0.02)  # LayerNorms are counted too, no classifier
     analyzer = FlopAnalyzer(backbone, torch.randn(1, 3, 224, 224))
     assert analyzer.total() == info["flops"]

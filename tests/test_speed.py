@@ -19,7 +19,7 @@ def meter(name, task="inference", size=(32, 32), **settings):
 
 
 @pytest.mark.parametrize(
-    "name, gmacs, parameters",  # README's table of variants: the release's arithmetic
+    "name, gmacs, parameters",  # the table of variants in docs/choosing.md: the release's arithmetic
     [("raftmlp_s", 2.087, 9868768), ("raftmlp_m_ss", 3.747, 19920640), ("raftmlp_digits", 0.005, 756454)],
 )
 def test_multiplications_are_those_of_the_table(name, gmacs, parameters):

@@ -2,6 +2,7 @@
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from timm.data import ImageDataset
@@ -19,7 +20,7 @@ __all__ = ["class_names", "create_dataset"]
 FOLDERS = ("", "folder", "tar")  # names for images in folders or a tar
 
 
-def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs) -> Dataset:
+def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs: Any) -> Dataset:
     """Return a data set by name.
 
     Args:
