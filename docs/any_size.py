@@ -34,9 +34,6 @@ TASKS = {
         figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
     ),
 }
-ADAMW = [
-    f"optim_wrapper.optimizer.{value}" for value in ("_delete_=True", "type=AdamW", "lr=1e-3", "weight_decay=0.05")
-]
 # networks pretrained on the digits by the recipe of raftmlp_digits: options of `raftmlp train`
 PEERS = {
     "mixer": ["--model-kwargs", "token_mixing=plain"],
@@ -49,8 +46,22 @@ PEERS = {
 ARMS = {
     "map": dict(resizing="map"),
     "update": dict(resizing="update"),
-    "scales": dict(resizing="scales"),
     "weights resampled to 128": dict(resizing="map", img_size=128),
+    # whole images one by one, each at one of four sizes, eight to an update
+    "update, several sizes": {
+        "resizing": "update",
+        "/train_dataloader.batch_size": 1,
+        "/optim_wrapper.accumulative_counts": 8,
+        "/train_dataloader.dataset.pipeline.2.type": "RandomChoiceResize",
+        "/train_dataloader.dataset.pipeline.2.scales": "[(96,96),(128,128),(160,160),(192,192)]",
+        "/train_dataloader.dataset.pipeline.2.keep_ratio": True,
+        "/model.data_preprocessor.size": None,
+        "/model.data_preprocessor.size_divisor": 1,
+        "/train_cfg.max_iters": 12000,
+        "/train_cfg.val_interval": 12000,
+        "/param_scheduler.0.end": 800,
+        "/param_scheduler.1.end": 12000,
+    },
     "map, first map the embedding": dict(resizing="map", first_map="embed"),
     "mixer, update": {
         "arch._delete_": True,
@@ -92,12 +103,21 @@ def pretrain(name: str) -> None:
         run("train", *options, log=RUNS / f"{name}.log")
 
 
+def folder_of(task: str, arm: str, seed: int) -> Path:
+    """Return the folder of an arm's run."""
+    return RUNS / f"{task}-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def options_of(task: str, arm: str, seed: int) -> list[str]:
+    """Return what an arm changes in its task's config, as --cfg-options."""
+    changes = ARMS[arm].items()
+    changes = [f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}" for key, value in changes]
+    return [*TASKS[task]["options"], f"randomness.seed={seed}", *changes]
+
+
 def run_arm(task: str, arm: str, seed: int) -> dict:
     """Train and evaluate an arm; return its figures by size."""
-    settings, folder = TASKS[task], RUNS / f"{task}-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-    options = [*settings["options"], *ADAMW, f"randomness.seed={seed}"]
-    for key, value in ARMS[arm].items():
-        options.append(f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}")
+    settings, folder, options = TASKS[task], folder_of(task, arm, seed), options_of(task, arm, seed)
     rows = dict(task=task, arm=arm, seed=seed)
     for size in SIZES:
         results = folder / f"{size}.json"
@@ -132,6 +152,27 @@ def draw(rows: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_scenes(arms: list[str], path: Path) -> None:
+    """Draw held-out scenes, and below them what the segmentors of some arms find in them."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    scenes = [Path(f"runs/scenes/images/validation/{number:05}.jpg") for number in range(5)]
+    rows = {"scene": scenes}
+    for arm in arms:
+        folder, config = folder_of("segmentation", arm, 0), TASKS["segmentation"]["config"]
+        options = ["--cfg-options", *options_of("segmentation", arm, 0), "--out", folder / "predictions"]
+        run("predict-mm", config, folder, *scenes, *options, log=folder.with_suffix(".log"))
+        rows[arm] = sorted((folder / "predictions").glob("*[0-9].png"))
+    figure = Figure(figsize=(8, 1.65 * len(rows)), layout="constrained")
+    for axes, (name, files) in zip(figure.subplots(len(rows), len(scenes)), rows.items()):
+        axes[0].set_ylabel(name, fontsize=8)
+        for axis, file in zip(axes, files):
+            axis.imshow(Image.open(file))
+            axis.set(xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
@@ -151,6 +192,9 @@ def main() -> None:
             write_text(table, json.dumps(dict(rows=rows), indent=1) + "\n")
             print(row, flush=True)
     draw(rows, DOCS / "any-size.png")
+    drawn = [arm for arm in ("map", "update", "ResNet-18, a quarter as wide") if arm in args.arms]
+    if "segmentation" in args.tasks and drawn:
+        draw_scenes(drawn, DOCS / "any-size-scenes.jpg")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch.nn.modules import module as all_modules
 
 from .arguments import check_weight
 from .ops import add_mixed, gather_vectors, mixing, scatter_vectors, token_mlp
-from .resize import from_trained_grid, resize_bicubic, to_trained_grid
+from .resize import from_trained_grid, resize_bicubic
 
 __all__ = [
     "ChannelMixing",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 torch.fx.wrap("resize_bicubic")  # leaves for every tracer: they look at sizes
-torch.fx.wrap("to_trained_grid")
 torch.fx.wrap("from_trained_grid")
 # torch 2.6 cannot distinguish an export from a compilation
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -360,7 +359,7 @@ class RaftMLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x of shape (B, H, W, C), any H and W: returns the same shape."""
-        before = to_trained_grid(x, self.grid[0], self.grid[1], self.resizing)
+        before = resize_bicubic(x, self.grid[0], self.grid[1])
         x = from_trained_grid(x, before, self.tokens(before), self.resizing)
         return self.channels(x)
 

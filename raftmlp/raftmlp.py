@@ -57,8 +57,7 @@ class RaftMLP(nn.Module):
         mlp_ratio: Hidden units per channel of the channel-mixing MLPs.
         resizing: What a block does with a map of another size than its trained grid: "map" resizes the whole map to
             the grid, mixes, and resizes it back, which is the paper's rule; "update" resizes only what token mixing
-            adds to the map, so that its detail stays; "scales" takes the mean of that and of the same done to the map's
-            quarters, each resized to the grid. At the grid's size all are the same.
+            adds to the map, so that its detail stays. At the grid's size both are the same.
         drop_rate: Rate of dropout before the classifier.
         drop_path_rate: Rate of stochastic depth, the same for every block.
         device: Where the parameters are made.

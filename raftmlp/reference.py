@@ -75,16 +75,7 @@ def block(x: Tensor, module: RaftMLPBlock) -> Tensor:
         x = resize(mix_tokens(resize(x, grid), module), size)
     else:
         small = resize(x, grid)
-        update = resize(mix_tokens(small, module) - small, size)
-        if module.resizing == "scales":
-            twice = resize(x, (2 * grid[0], 2 * grid[1]))
-            updates = torch.zeros_like(twice)
-            for i in range(2):
-                for j in range(2):
-                    quarter = (..., slice(i * grid[0], (i + 1) * grid[0]), slice(j * grid[1], (j + 1) * grid[1]))
-                    updates[quarter] = mix_tokens(twice[quarter], module) - twice[quarter]
-            update = (update + resize(updates, size)) / 2
-        x = x + update
+        x = x + resize(mix_tokens(small, module) - small, size)
     return channel_mixing(x, module.channels)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
-__all__ = ["RESIZINGS", "bicubic_matrix", "from_trained_grid", "resize_bicubic", "to_trained_grid"]
+__all__ = ["RESIZINGS", "bicubic_matrix", "from_trained_grid", "resize_bicubic"]
 
-RESIZINGS = ("map", "update", "scales")  # rules for maps of another size than the trained grid
+RESIZINGS = ("map", "update")  # rules for maps of another size than the trained grid
 BAND = 64  # outputs that a large resizing computes at a time
 
 
@@ -188,53 +188,19 @@ def resize_bicubic(x: Tensor, height: int, width: int) -> Tensor:
 # Rules for maps of another size than the trained grid
 
 
-def to_trained_grid(x: Tensor, height: int, width: int, resizing: str) -> Tensor:
-    """Return maps of the trained grid's size for token mixing.
-
-    Args:
-        x: Maps of shape (B, H, W, C).
-        height: Height of the trained grid in positions.
-        width: Its width.
-        resizing: The rule, one of RESIZINGS.
-
-    Returns:
-        Maps of shape (B, height, width, C): x resized, or x itself where it has that size; for the rule "scales", where
-        it has not, (5 B, height, width, C): after these the quarters of x resized to twice that size.
-    """
-    whole = resize_bicubic(x, height, width)
-    if resizing != "scales" or (same_length(x.shape[1], height) and same_length(x.shape[2], width)):
-        return whole
-    B, C = x.shape[0], x.shape[3]
-    twice = resize_bicubic(x, 2 * height, 2 * width).reshape(B, 2, height, 2, width, C)
-    return torch.cat([whole, twice.permute(1, 3, 0, 2, 4, 5).reshape(4 * B, height, width, C)])
-
-
 def from_trained_grid(x: Tensor, before: Tensor, after: Tensor, resizing: str) -> Tensor:
-    """Return maps of any size as token mixing leaves them.
+    """Return maps of any size as token mixing on the trained grid leaves them.
 
     Args:
         x: Maps of shape (B, H, W, C).
-        before: What ``to_trained_grid`` made of them.
-        after: The same after token mixing.
+        before: The same resized to the trained grid.
+        after: These after token mixing.
         resizing: The rule, one of RESIZINGS.
 
     Returns:
         Maps of x's shape.
     """
-    B, H, W, C = x.shape
-    if resizing == "map":
+    H, W = x.shape[1], x.shape[2]
+    if resizing == "map" or (same_length(before.shape[1], H) and same_length(before.shape[2], W)):
         return resize_bicubic(after, H, W)
-    if same_length(before.shape[1], H) and same_length(before.shape[2], W):
-        return after
-    update = after - before
-    if resizing == "update":
-        return x + resize_bicubic(update, H, W)
-    h, w = before.shape[1], before.shape[2]
-    whole = resize_bicubic(update[:B], H, W)
-    quarters = update[B:].reshape(2, 2, B, h, w, C).permute(2, 0, 3, 1, 4, 5)
-    twice = resize_bicubic(quarters.reshape(B, 2 * h, 2 * w, C), H, W)
-    if _plain_sizes(x) or torch.jit.is_tracing():
-        return x + (whole + twice) / 2
-    # a graph of any size does not know whether it is the trained one, at which the quarters do not count
-    other = (torch.full((1,), H, device=x.device) != h) | (torch.full((1,), W, device=x.device) != w)
-    return x + torch.where(other, (whole + twice) / 2, whole)
+    return x + resize_bicubic(after - before, H, W)

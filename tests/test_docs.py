@@ -33,17 +33,7 @@ NOT_RUN = Counter({"AOTInductor compiles for a minute": 1, "it takes a trained d
 # what is added to every line of a command: later options win over earlier ones
 SHORTER = {
     "train": [
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--global-batch-size",
-        4,
-        "--batch-size",
-        4,
-        "--img-size",
-        32,
-        *TINY,
+        *("--epochs", 1, "--warmup-epochs", 0, "--global-batch-size", 4, "--batch-size", 4, "--img-size", 32, *TINY),
     ],
     "benchmark": ["--rounds", 1, "--min-time", 0, "--sizes", 32, "--batch-size", 1],
     "validate": ["--workers", 0],

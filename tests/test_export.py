@@ -145,7 +145,7 @@ def test_digits_at_any_size(run, digits):
         assert_same(file(images), digits(images))
 
 
-@pytest.mark.parametrize("how, resizing", [*((how, "map") for how in SUFFIXES), ("onnx", "scales"), ("pt2", "scales")])
+@pytest.mark.parametrize("how, resizing", [*((how, "map") for how in SUFFIXES), ("onnx", "update"), ("pt2", "update")])
 def test_any_size(run, how, resizing):
     model, path = save_small(Path("small.pth"), resizing=resizing)
     out = f"model.{SUFFIXES[how]}"

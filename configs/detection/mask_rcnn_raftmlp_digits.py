@@ -14,7 +14,7 @@ model = dict(
         _delete_=True,
         type="RaftMLP",
         arch="raftmlp_digits",
-        resizing="scales",
+        resizing="update",
         init_cfg=dict(type="Pretrained", checkpoint="raftmlp_digits.sklearn"),
     ),
     neck=dict(in_channels=[32, 64, 128, 128], out_channels=channels, num_outs=4),
@@ -89,7 +89,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-epochs = 3
+epochs = 2
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -18,7 +18,7 @@ model = dict(
         _delete_=True,
         type="RaftMLP",
         arch="raftmlp_digits",
-        resizing="scales",
+        resizing="update",
         out_norm=True,
         init_cfg=dict(type="Pretrained", checkpoint="raftmlp_digits.sklearn"),
     ),
