@@ -141,14 +141,15 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = [(task, name) for task, settings in TASKS.items() for name in settings["figures"]]
     panels = [(task, name) for task, name in panels if any(row["task"] == task for row in rows)]
     figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
-    for axis, (task, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (task, name) in zip(axes, panels):
         for row in rows:
             if row["task"] == task and row["seed"] == 0:
                 axis.plot(SIZES, [row[f"{name} at {size}"] for size in SIZES], "o-", label=row["arm"])
         axis.set(xlabel="size of the scenes (pixels)", ylabel=name, title=task, xticks=SIZES)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     save_figure(figure, path)
 
 

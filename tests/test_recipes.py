@@ -38,7 +38,8 @@ def imagenet(tmp_path_factory):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_trains_two_steps(config, run_command, imagenet):
     options = ["-c", config, "--dataset", "", "--data-dir", imagenet, "--epochs", 1, "--warmup-epochs", 0]
-    options += ["--img-size", 64, "--global-batch-size", 2, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--output", "out"]
+    options += ["--img-size", 64, "--global-batch-size", 2, "--batch-size", 2]
+    options += ["--workers", 0, "--device", "cpu", "--output", "out"]
     content = yaml.safe_load(config.read_text())
     status, out, err = run_command(train, *options)
     assert status == 0, err
