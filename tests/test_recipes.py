@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from timm.models import save_for_hf
 
 from helpers import ROOT
 from raftmlp.commands import train
@@ -35,11 +36,21 @@ def imagenet(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A small network for the two classes, in place of those that timm would download."""
+    folder = tmp_path_factory.mktemp("teacher")
+    save_for_hf(timm.create_model("test_resnet", num_classes=2), folder)
+    return f"local-dir:{folder}"
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_config_trains_two_steps(config, run_command, imagenet):
+def test_every_config_trains_two_steps(config, run_command, imagenet, teacher):
     options = ["-c", config, "--dataset", "", "--data-dir", imagenet, "--epochs", 1, "--warmup-epochs", 0]
     options += ["--img-size", 64, "--global-batch-size", 2, "--batch-size", 2]
     options += ["--workers", 0, "--device", "cpu", "--output", "out"]
+    if read_config(f"{config.parent.name}/{config.stem}").kd_model_name:
+        options += ["--kd-model-name", teacher]
     content = yaml.safe_load(config.read_text())
     status, out, err = run_command(train, *options)
     assert status == 0, err
