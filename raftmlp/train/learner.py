@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task import ClassificationTask
 from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,39 +17,10 @@ from torch.optim import Optimizer
 
 from ..errors import UserError, first_words
 from ..processes import Processes
-from .settings import DistillationSettings, OptimisationSettings, TrainSettings, known_optimizer
+from .distillation import DistillationTask
+from .settings import OptimisationSettings, TrainSettings, known_optimizer
 
-__all__ = ["Learner", "create_optimisation", "create_task"]
-
-
-def create_task(
-    settings: DistillationSettings, model: nn.Module, loss: nn.Module, device: torch.device
-) -> ClassificationTask | LogitDistillationTask:
-    """Return timm's training task of a model: classification, with a teacher if there is one.
-
-    Raises:
-        UserError: If the teacher cannot be made or has other classes.
-    """
-    if not settings.kd_model_name:
-        return ClassificationTask(model, loss, device=device, verbose=False)
-    try:
-        teacher = timm.create_model(settings.kd_model_name, pretrained=True, in_chans=model.in_chans)
-    except Exception as error:  # timm raises anything on what a folder of the Hub may say
-        raise UserError(f"cannot make the teacher {settings.kd_model_name}: {first_words(error)}") from error
-    if teacher.num_classes != model.num_classes:
-        raise UserError(
-            f"the teacher {settings.kd_model_name} has {teacher.num_classes} classes, the model {model.num_classes}"
-        )
-    return LogitDistillationTask(
-        model,
-        teacher.to(device).requires_grad_(False),
-        loss,
-        distill_loss_weight=settings.distill_loss_weight,
-        task_loss_weight=settings.task_loss_weight,
-        temperature=settings.kd_temperature,
-        device=device,
-        verbose=False,
-    )
+__all__ = ["Learner", "create_optimisation"]
 
 
 def create_optimisation(
@@ -87,13 +57,21 @@ class Learner:
     """A model with its loss, optimiser and schedule, averaged weights and gradient scaler where there are such.
 
     The model is moved to the device. Its targets are classes (B,), those of a run that mixes images shares of classes
-    (B, num_classes). ``lr`` is the learning rate of the last update.
+    (B, num_classes). A teacher, see ``create_teacher``, is no part of the state. ``lr`` is the learning rate of the
+    last update.
 
     Raises:
         UserError: If the settings do not fit each other.
     """
 
-    def __init__(self, settings: TrainSettings, model: nn.Module, updates_per_epoch: int, processes: Processes):
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: nn.Module,
+        updates_per_epoch: int,
+        processes: Processes,
+        teacher: nn.Module | None = None,
+    ):
         self.settings, self.world_size = settings, processes.world_size
         self.device = device = processes.device
         model.to(device, memory_format=settings.memory_format)
@@ -101,7 +79,20 @@ class Learner:
             model.set_grad_checkpointing()
         is_soft = settings.makes_soft_targets
         loss = SoftTargetCrossEntropy() if is_soft else LabelSmoothingCrossEntropy(settings.smoothing)
-        self.task = create_task(settings, model, loss, device)
+        if teacher:
+            teacher.to(memory_format=settings.memory_format)
+            self.task = DistillationTask(
+                model,
+                teacher,
+                loss,
+                loss_type=settings.kd_loss_type,
+                temperature=settings.kd_temperature,
+                distill_weight=settings.distill_loss_weight,
+                task_weight=settings.task_loss_weight,
+                device=device,
+            )
+        else:
+            self.task = ClassificationTask(model, loss, device=device, verbose=False)
         self.optimizer, self.scheduler = create_optimisation(settings, model, updates_per_epoch)
         if settings.model_ema:
             self.task.setup_ema(settings.model_ema_decay, use_warmup=True)

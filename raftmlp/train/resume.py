@@ -11,6 +11,7 @@ __all__ = ["changed_options", "reason_not_to_resume"]
 # options without which a checkpoint's state does not fit
 STRUCTURAL = (
     "model", "model_kwargs", "num_classes", "in_chans", "opt", "layer_decay", "filter_bias_and_bn", "model_ema",
+    "kd_model_name",
 )  # fmt: skip
 # options that decide the order of an epoch's images, and their sizes
 ORDER = ("global_batch_size", "seed", "train_img_sizes", "train_size_probs", "train_size_schedule")
@@ -34,6 +35,8 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
                 f"is of a run with --{_name(key)} {before[key]}, not {recipe[key]}: it cannot be resumed so "
                 f"(--checkpoint starts a new run from its weights)"
             )
+    if before.get("kd_sha256", recipe.get("kd_sha256")) != recipe.get("kd_sha256"):
+        return "is of a run whose teacher has other weights than this --kd-checkpoint, or these pretrained ones"
     epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)
     if update:
         progressive = ["epochs"] * (recipe["train_size_schedule"] == "progressive")

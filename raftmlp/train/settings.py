@@ -20,8 +20,8 @@ __all__ = ["TrainSettings", "make_recipe", "without_effect"]
 
 # settings that say how and where a run goes, and do not change its result
 NOT_IN_RECIPE = (
-    "channels_last", "checkpoint", "compile", "data_dir", "dataset_download", "device", "export", "log_interval",
-    "log_tensorboard", "log_wandb", "max_bad_images", "output", "save_every", "workers",
+    "channels_last", "checkpoint", "compile", "data_dir", "dataset_download", "device", "export", "kd_checkpoint",
+    "log_interval", "log_tensorboard", "log_wandb", "max_bad_images", "output", "save_every", "workers",
 )  # fmt: skip
 # beginnings of names that timm lists
 UNUSABLE_OPTIMIZERS = {
@@ -106,10 +106,29 @@ class DistillationSettings(Settings):
     """A teacher, and how much it counts."""
 
     title = "distillation"
-    kd_model_name: str | None = option(None, "teacher, with pretrained weights", type=known_model, metavar="NAME")
-    kd_temperature: float = option(1.0, "temperature of both softmaxes", type=Number(float, 1e-3), metavar="X")
+    kd_model_name: str | None = option(
+        None, "teacher: any model of timm's list, of the same classes", type=known_model, metavar="NAME"
+    )
+    kd_checkpoint: str | None = option(
+        None, "its weights, a file or folder as for --checkpoint (default: its pretrained ones)", metavar="FILE"
+    )
+    kd_loss_type: str = option(
+        "kl", "kl: its probabilities are the targets; hard: its best class, as DeiT's", choices=("kl", "hard")
+    )
+    kd_temperature: float = option(1.0, "temperature of both softmaxes of kl", type=Number(float, 1e-3), metavar="X")
     distill_loss_weight: float = option(1.0, "weight of the teacher", **POSITIVE)
     task_loss_weight: float = option(1.0, "weight of the labels", **POSITIVE)
+
+    def check_teacher(self) -> None:
+        """Refuse options of a teacher where there is none.
+
+        Raises:
+            UserError: If there is one that is not at its default.
+        """
+        given = [entry.name for entry in fields(DistillationSettings) if getattr(self, entry.name) != entry.default]
+        if given and not self.kd_model_name:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{options} needs a teacher: name it with --kd-model-name")
 
 
 @dataclass(kw_only=True)
@@ -164,9 +183,7 @@ NEEDS = {
     "model_ema_decay": (lambda s: s.model_ema, "--model-ema"),
     "warmup_lr": (lambda s: s.warmup_epochs, "--warmup-epochs"),
     "min_lr": (lambda s: s.sched != "constant", "a --sched other than constant"),
-    "kd_temperature": (lambda s: s.kd_model_name, "--kd-model-name"),
-    "distill_loss_weight": (lambda s: s.kd_model_name, "--kd-model-name"),
-    "task_loss_weight": (lambda s: s.kd_model_name, "--kd-model-name"),
+    "kd_temperature": (lambda s: s.kd_loss_type == "kl", "--kd-loss-type kl"),
     "amp_dtype": (lambda s: s.amp, "--amp"),
     "dataset_download": (lambda s: s.dataset.startswith("torch/"), "--dataset torch/NAME"),
     "momentum": (lambda s: get_optimizer_info(s.opt).has_momentum, "an --opt that has it"),

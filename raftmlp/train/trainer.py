@@ -32,6 +32,7 @@ from ..processes import Processes
 from ..raftmlp import RaftMLP
 from ..sizes import check_memory, parse_size, size_name
 from ..weights import load_checkpoint
+from .distillation import create_teacher, weights_sha256
 from .journal import Journal, export_path, export_pretrained, summarise
 from .learner import Learner
 from .progress import Progress
@@ -113,9 +114,12 @@ class Trainer:
         self.augment = BatchAugmentation(settings, batch_sizes, model.num_classes, settings.smoothing, self.device)
         if settings.train_img_sizes:
             check_sizes(model, settings.model, shapes)
-        self.learner = Learner(settings, model, self.updates_per_epoch, processes)
-        if settings.train_img_sizes and settings.kd_model_name:
-            check_sizes(self.learner.task.teacher, settings.kd_model_name, shapes)
+        settings.check_teacher()
+        teacher = None
+        if settings.kd_model_name:
+            teacher = create_teacher(settings.kd_model_name, settings.kd_checkpoint, model, shapes)
+            self.recipe["kd_sha256"] = weights_sha256(teacher.state_dict())
+        self.learner = Learner(settings, model, self.updates_per_epoch, processes, teacher)
         self.saved: tuple[int, int] | None = None  # the position of the last checkpoint in the folder
         self.stop = StopSignals()
         height, width = config["input_size"][-2:]

@@ -1,0 +1,109 @@
+"""A teacher of a model in training, and the loss with it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.task import LogitDistillationTask
+from torch import Tensor, nn
+
+from ..create import ModelSettings, create_model
+from ..data.images import ImageSettings, data_config
+from ..errors import UserError
+from ..evaluate.evaluation import run_once
+
+__all__ = ["DistillationTask", "create_teacher", "weights_sha256"]
+
+
+@torch.no_grad()
+def create_teacher(
+    name: str, checkpoint: str | None, student: nn.Module, shapes: Sequence[tuple[int, int, int]]
+) -> nn.Module:
+    """Return a teacher on the CPU, in eval mode and without gradients; its pretrained_cfg has its own mean and std.
+
+    Args:
+        name: Any model of timm's.
+        checkpoint: The file of its weights; None takes timm's pretrained ones.
+        student: Its channels and classes are the teacher's.
+        shapes: The images (C, H, W) that it must take.
+
+    Raises:
+        UserError: If the teacher cannot be made, has other classes than the student, or cannot take the images.
+    """
+    settings = ModelSettings(model=name, pretrained=not checkpoint, checkpoint=checkpoint, in_chans=student.in_chans)
+    try:
+        teacher = create_model(settings, classes=student.num_classes).eval().requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"cannot make the teacher {name}: {error}") from error
+    if teacher.num_classes != student.num_classes:
+        raise UserError(f"the teacher {name} has {teacher.num_classes} classes, the model {student.num_classes}")
+    config = data_config(ImageSettings(), teacher)
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
+    for shape in shapes:
+        try:
+            run_once(teacher, name, shape)
+        except UserError as error:
+            raise UserError(f"the teacher: {error}") from error
+    return teacher
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of weights: of their keys, types, shapes and bytes, in the order of the keys."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class DistillationTask(LogitDistillationTask):
+    """timm's task of a student with a teacher, with hard labels too, and in float32 beside half precision.
+
+    The loss is ``task_weight`` times that of the labels plus ``distill_weight`` times the teacher's: for "kl",
+    temperature ** 2 times the divergence of the student's softmax from the teacher's, both at the temperature; for
+    "hard", the cross entropy to the teacher's best classes, as DeiT's (arXiv 2012.12877). Both are means over the
+    images. The teacher gets the student's images, normalised with its own mean and std.
+
+    Args:
+        student: A classifier of timm's; its pretrained_cfg has the mean and std of the images.
+        teacher: What ``create_teacher`` returned.
+        criterion: The loss of the labels.
+        loss_type: "kl" or "hard".
+        temperature: Of both softmaxes; no matter for "hard".
+        distill_weight: Weight of the teacher.
+        task_weight: Weight of the labels.
+        device: Where the teacher is moved.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: nn.Module,
+        loss_type: str,
+        temperature: float,
+        distill_weight: float,
+        task_weight: float,
+        device: torch.device,
+    ):
+        weights = dict(distill_loss_weight=distill_weight, task_loss_weight=task_weight)
+        common = dict(temperature=temperature, device=device, verbose=False)
+        super().__init__(student, teacher.to(device), criterion, **weights, **common)
+        self.loss_type = loss_type
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return loss, task_loss, kd_loss and the output (B, classes) of images (B, C, H, W) and targets."""
+        output = self.trainable_module(input)
+        task_loss = self.criterion(output, target)
+        with torch.no_grad():
+            taught = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std)).float()
+        if self.loss_type == "hard":
+            kd_loss = F.cross_entropy(output.float(), taught.argmax(1))
+        else:
+            log_probs = F.log_softmax(output.float() / self.temperature, 1)
+            log_taught = F.log_softmax(taught / self.temperature, 1)
+            kd_loss = F.kl_div(log_probs, log_taught, reduction="batchmean", log_target=True) * self.temperature**2
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        return dict(loss=loss, output=output, task_loss=task_loss, kd_loss=kd_loss)
