@@ -106,13 +106,20 @@ class SceneMaker:
             mask = ink > 0.5
             if not mask.any() or any((old & mask).sum() > 0.1 * min(old.sum(), mask.sum()) for old in masks):
                 continue
-            colour = self._colour(image[mask], rng)
-            image += (ink * rng.uniform(0.8, 1))[..., None] * (colour - image)
+            self._paint(image, ink, mask, rng)
             masks = [old & ~mask for old in masks]
             masks.append(mask)
             digits.append(int(self.digits.labels[which]))
-        image += rng.normal(0, 3, image.shape)
-        return Scene(np.uint8(image.clip(0, 255)), np.array(masks), tuple(digits))
+        return Scene(_with_noise(image, rng), np.array(masks), tuple(digits))
+
+    def make_single(self, index: int) -> Scene:
+        """Return a scene of one digit, that of the number ``index`` in ``digits``, which starts anew behind its end."""
+        rng = np.random.default_rng([self.seed, self.split, index, 1])
+        which, image = index % len(self.digits), self._background(rng)
+        ink = self._ink(self.digits.images[which], rng)
+        mask = ink > 0.5
+        self._paint(image, ink, mask, rng)
+        return Scene(_with_noise(image, rng), mask[None], (int(self.digits.labels[which]),))
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """Return a random part of a random photograph, rotated by quarter turns and mirrored at random."""
@@ -136,6 +143,11 @@ class SceneMaker:
         threshold = rng.uniform(0.4, 0.6)  # a thick or a thin pen
         return ((np.asarray(canvas, dtype=np.float32) / 255 - threshold) * 6 + 0.5).clip(0, 1)
 
+    def _paint(self, image: np.ndarray, ink: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> None:
+        """Put ink (H, W) onto an image (H, W, 3) in a random colour that stands out from the pixels under the mask."""
+        colour = self._colour(image[mask], rng)
+        image += (ink * rng.uniform(0.8, 1))[..., None] * (colour - image)
+
     def _colour(self, under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a random colour (3,) that stands out from the pixels (N, 3) under it."""
         for distance in range(120, 0, -5):
@@ -143,6 +155,11 @@ class SceneMaker:
             if abs(colour.mean() - under.mean()) > distance:
                 break
         return colour.astype(np.float32)
+
+
+def _with_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an image with the noise of a camera, as pixels of 8 bits."""
+    return np.uint8((image + rng.normal(0, 3, image.shape)).clip(0, 255))
 
 
 def _photographs(split: str) -> list[Image.Image]:

@@ -13,7 +13,9 @@ STRUCTURAL = (
     "model", "model_kwargs", "num_classes", "in_chans", "opt", "layer_decay", "filter_bias_and_bn", "model_ema",
 )  # fmt: skip
 # options that decide the order of an epoch's images, and their sizes
-ORDER = ("global_batch_size", "seed", "train_img_sizes", "train_size_probs", "train_size_schedule")
+ORDER = (
+    "global_batch_size", "seed", "train_num_samples", "train_img_sizes", "train_size_probs", "train_size_schedule",
+)  # fmt: skip
 DEFAULTS = {entry.name: entry.default for entry in fields(TrainSettings)}  # older checkpoints do not name all options
 
 
