@@ -17,6 +17,7 @@ COMMANDS = {
         "train": "train a model on images, on one device or many",
         "validate": "evaluate models on a data set, at any image sizes",
         "predict": "classify images",
+        "inspect": "draw what a trained RaftMLP has learnt: weights, receptive fields, updates",
         "study": "train several networks with several seeds, and compare them",
     },
     "files": {

@@ -18,6 +18,7 @@ from .subset import balanced_order
 __all__ = ["SceneDigits"]
 
 PHOTOGRAPHS_A_DIGIT = 3
+LENGTHS = (0.6, 0.85)  # of the digits, as shares of the image's height
 LOW_DATA = 500  # images to train on in the low-data setting
 
 
@@ -59,7 +60,7 @@ class SceneDigits(Dataset):
 
     def __getitem__(self, index: int):
         if index not in self._made:
-            self._made[index] = self.maker.make_single(int(self.scenes[index])).image
+            self._made[index] = self.maker.make_single(int(self.scenes[index]), LENGTHS).image
         image = Image.fromarray(self._made[index])
         return image if self.transform is None else self.transform(image), int(self.labels[index])
 

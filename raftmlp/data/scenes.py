@@ -112,11 +112,14 @@ class SceneMaker:
             digits.append(int(self.digits.labels[which]))
         return Scene(_with_noise(image, rng), np.array(masks), tuple(digits))
 
-    def make_single(self, index: int) -> Scene:
-        """Return a scene of one digit, that of the number ``index`` in ``digits``, which starts anew behind its end."""
+    def make_single(self, index: int, lengths: tuple[float, float]) -> Scene:
+        """Return a scene of one digit, that of the number ``index`` in ``digits``, which starts anew behind its end.
+
+        ``lengths`` are the shares of the scene's height that the digit has at least and at most, its margin included.
+        """
         rng = np.random.default_rng([self.seed, self.split, index, 1])
         which, image = index % len(self.digits), self._background(rng)
-        ink = self._ink(self.digits.images[which], rng)
+        ink = self._ink(self.digits.images[which], rng, lengths)
         mask = ink > 0.5
         self._paint(image, ink, mask, rng)
         return Scene(_with_noise(image, rng), mask[None], (int(self.digits.labels[which]),))
@@ -132,12 +135,14 @@ class SceneMaker:
         pixels = np.rot90(np.asarray(part, dtype=np.float32), rng.integers(4))
         return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
 
-    def _ink(self, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _ink(
+        self, digit: np.ndarray, rng: np.random.Generator, lengths: tuple[float, float] = (0.3, 0.55)
+    ) -> np.ndarray:
         """Return a handwritten digit (8, 8) at a random size, angle and place, 0 to 1 for every pixel of the scene."""
-        length = int(self.size * rng.uniform(0.3, 0.55))
+        length = int(self.size * rng.uniform(*lengths))
         digit = Image.fromarray(np.pad(digit, 1)).resize((length, length), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
-        left, top = (int(rng.integers(self.size - side + 1)) for side in digit.size)
+        left, top = (int(rng.integers(max(1, self.size - side + 1))) for side in digit.size)
         canvas = Image.new("L", (self.size, self.size))
         canvas.paste(digit, (left, top))
         threshold = rng.uniform(0.4, 0.6)  # a thick or a thin pen
