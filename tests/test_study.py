@@ -1,6 +1,7 @@
 """Studies: what a plan allows, how runs are scheduled, and one that is killed, resumed and compared."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -202,8 +203,6 @@ def test_a_study_that_is_stopped_ends_its_runs_and_goes_on_later(fake_training):
 
 
 def test_a_run_that_another_process_still_writes_is_waited_for(fake_training):
-    from filelock import FileLock
-
     plan = plan_of("a", seeds=(0,))
     folder = Path("out/runs/a/seed-0")
     folder.mkdir(parents=True)
@@ -213,18 +212,17 @@ def test_a_run_that_another_process_still_writes_is_waited_for(fake_training):
     with pytest.raises(UserError, match="in it, epochs of a is None, not 1"):
         run(plan)
     Path("out/study.yaml").unlink()
-    (folder / ".lock").touch()
     with pytest.raises(UserError, match="out holds something else than a study"):
         run(plan)
     folder = Path("new/runs/a/seed-0")
     StudyFolder("new").open(plan)
     folder.mkdir(parents=True)
-    lock = FileLock(folder / ".lock", thread_local=False)
-    lock.acquire()
+    other = (folder / ".process").open("w")
+    fcntl.flock(other, fcntl.LOCK_EX)
 
     def finish():
         (folder / "summary.json").write_text(json.dumps(SUMMARY))
-        lock.release()
+        other.close()
 
     threading.Timer(1, finish).start()
     failures, rows, _ = run(plan, folder="new")

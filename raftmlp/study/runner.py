@@ -1,6 +1,7 @@
 """The runs of a study as processes of `raftmlp train`, several at a time, and the folder that they are in."""
 
 import csv
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import write_text
-from ..train.run_folder import RunFolder
 from ..train.signals import StopSignals
 from .plan import Plan, Run
 
@@ -117,12 +117,26 @@ class StudyFolder:
             return 0
 
 
-class _Process:
-    """A run that is under way."""
+def _claim(path: Path) -> int | None:
+    """Return a lock on a run's folder, an open file; None where another process has it.
 
-    def __init__(self, folder: StudyFolder, run: Run):
+    A child that it is handed to has it as long as it lives, from its start on and also when the study is killed.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path / ".process", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+class _Process:
+    """A run that is under way; it has the lock on its folder."""
+
+    def __init__(self, folder: StudyFolder, run: Run, lock: int):
         self.run, self.path = run, folder.run_folder(run)
-        self.path.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "raftmlp", "train", "-c", folder.options_file(run.cell.name)]
         command += ["--seed", run.seed, "--output", self.path, "--resume"]
         paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -131,6 +145,7 @@ class _Process:
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 stdin=subprocess.DEVNULL,
+                pass_fds=[lock],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
@@ -177,10 +192,14 @@ def run_study(
     with stop, progress.bar:
         try:
             while (waiting or active) and stop.number is None:
-                for run in [run for run in waiting if _is_free(folder, run)][: jobs - len(active)]:
+                for run in list(waiting):
+                    lock = _claim(folder.run_folder(run)) if len(active) < jobs else None
+                    if lock is None:  # a process that a killed study left behind may still be writing
+                        continue
                     waiting.remove(run)
-                    if folder.summary(run) is None:  # a process that a killed study left behind may have finished it
-                        active.append(_Process(folder, run))
+                    if folder.summary(run) is None:  # such a process may have finished it
+                        active.append(_Process(folder, run, lock))
+                    os.close(lock)
                 time.sleep(0.2)
                 for process in [process for process in active if process.process.poll() is not None]:
                     active.remove(process)
@@ -194,17 +213,6 @@ def run_study(
         finally:
             _end(active)
     return failures if stop.number is None else None
-
-
-def _is_free(folder: StudyFolder, run: Run) -> bool:
-    """Return whether no process writes into a run's folder, as one may that a killed study has left behind."""
-    other = RunFolder(folder.run_folder(run))
-    try:
-        other.open()
-    except UserError:
-        return False
-    other.close()
-    return True
 
 
 def _end(active: Sequence[_Process]) -> None:
