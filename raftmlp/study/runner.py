@@ -207,7 +207,7 @@ def run_study(
                         continue
                     if folder.summary(process.run) is None:
                         failures[process.run.name] = process.failure()
-                    progress.ended(process.run, failures.get(process.run.name))
+                    progress.ended(process.run, failures)
                     report(failures)
                 progress.show(failures)
         finally:
@@ -245,13 +245,13 @@ class _Progress:
             self.bar.n = self._done(failures)
             self.bar.set_postfix_str(f"{self.ended_runs} of {len(self.runs)} runs ended")
 
-    def ended(self, run: Run, failure: str | None) -> None:
+    def ended(self, run: Run, failures: dict[str, str]) -> None:
         """Print a line."""
         self.ended_runs += 1
-        done = self._done({run.name: failure} if failure else {})
+        done = self._done(failures)
         seconds = (time.monotonic() - self.start) / max(1, done - self.first) * (self.total - done)
         summary = self.folder.summary(run)
-        words, left = f"failed: {failure}", timedelta(seconds=round(seconds))
+        words, left = f"failed: {failures.get(run.name)}", timedelta(seconds=round(seconds))
         if summary:
             words = f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
         _logger.info(f"run {self.ended_runs}/{len(self.runs)}, {run.name}: {words}; {left} left")
