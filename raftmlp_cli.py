@@ -17,6 +17,8 @@ COMMANDS = {
         "train": "train a model on images, on one device or many",
         "validate": "evaluate models on a data set, at any image sizes",
         "predict": "classify images",
+        "inspect": "draw what a trained RaftMLP has learnt: weights, receptive fields, updates",
+        "study": "train several networks with several seeds, and compare them",
     },
     "files": {
         "export": "write a model as ONNX, torch.export, AOTInductor, TorchScript, or for the Hugging Face Hub",

@@ -41,6 +41,8 @@ SHORTER = {
 }
 # lines of which the options alone are parsed: they would take minutes, or the weights of a detector
 PARSED = (
+    "raftmlp study studies/paper",
+    "raftmlp study studies/data_efficiency",
     "raftmlp benchmark reference:raftmlp_s raftmlp_s --modes eager compile",
     "raftmlp export --model raftmlp_digits --pretrained --format aoti --out digits-aoti.pt2",
     "raftmlp eval-mm CONFIG CHECKPOINT --data-dir coco --show-dir shown --results-file results.json",

@@ -19,7 +19,7 @@ from raftmlp.train.learner import create_optimisation
 from raftmlp.train.settings import TrainSettings
 from raftmlp.weights import load_checkpoint
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,15 @@ class Parser(argparse.ArgumentParser):
                 raise
             self.error("expected KEY=VALUE pairs")
 
+    def parse_options(self, options: dict, source: str) -> argparse.Namespace:
+        """Return what the options of a mapping give, as those of a YAML file do; messages name the source.
+
+        Raises:
+            UserError: If an option is unknown or its value not allowed.
+        """
+        self._apply(options, source)
+        return super().parse_args([])
+
     def _apply(self, options: dict, path: str) -> None:
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in options.items():

@@ -1,7 +1,9 @@
-"""Data sets: the embedded digits and scenes, and by ``create_dataset`` all that timm reads."""
+"""Data sets: the embedded digits and scenes of them, and by ``create_dataset`` all that timm reads."""
 
 from .datasets import class_names, create_dataset
 from .digits import Digits
+from .mnist import MlxtendMnist
+from .scene_digits import SceneDigits
 from .transfer import INaturalist
 
-__all__ = ["Digits", "INaturalist", "class_names", "create_dataset"]
+__all__ = ["Digits", "INaturalist", "MlxtendMnist", "SceneDigits", "class_names", "create_dataset"]

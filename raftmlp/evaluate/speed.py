@@ -30,8 +30,8 @@ from ..settings import Number, Settings, option
 from ..sizes import size_name
 
 __all__ = [
-    "MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "iterations_in", "measure",
-    "split_name",
+    "MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "count_macs", "iterations_in",
+    "measure", "split_name",
 ]  # fmt: skip
 
 REFERENCE = "reference:"
@@ -148,6 +148,21 @@ def split_name(text: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, SyntaxError):  # a word
             arguments[key] = value
     return name, arguments
+
+
+def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return the multiply-accumulates of matrix products and convolutions that a model on the CPU takes for an image.
+
+    Args:
+        model: Any model of images, which is in eval mode after that.
+        shape: Shape (C, H, W) of the image.
+
+    Raises:
+        Exception: Of any kind, as models raise on images that they cannot take.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *shape))
+    return counter.get_total_flops() // 2
 
 
 class Meter:

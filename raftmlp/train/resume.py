@@ -14,7 +14,9 @@ STRUCTURAL = (
     "kd_model_name",
 )  # fmt: skip
 # options that decide the order of an epoch's images, and their sizes
-ORDER = ("global_batch_size", "seed", "train_img_sizes", "train_size_probs", "train_size_schedule")
+ORDER = (
+    "global_batch_size", "seed", "train_num_samples", "train_img_sizes", "train_size_probs", "train_size_schedule",
+)  # fmt: skip
 DEFAULTS = {entry.name: entry.default for entry in fields(TrainSettings)}  # older checkpoints do not name all options
 
 

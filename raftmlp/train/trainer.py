@@ -147,7 +147,7 @@ class Trainer:
         if ignored := without_effect(settings):
             _logger.warning(f"note: without effect here: {', '.join(ignored)}")
         random_seed(settings.seed)
-        train_data = settings.create(settings.train_split, is_training=True, seed=settings.seed)
+        train_data = settings.create_training(settings.seed)
         val_data = settings.create(settings.val_split, seed=settings.seed)
         if settings.size:  # before the model, whose grid has that size
             batch_size = min(settings.batch_size, settings.global_batch_size or math.inf, image_count(train_data))

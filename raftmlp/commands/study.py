@@ -1,0 +1,163 @@
+"""Train several networks or settings with several seeds, and compare them: one YAML file, one command.
+
+    raftmlp study studies/paper --jobs 2
+    raftmlp study mine.yaml --dry-run
+
+The file has the keys recipe (options of raftmlp train that all runs share; base names a recipe to start from), arms (a
+name and the options that it changes, for each), seeds, and, where every arm is to be tried at several values of
+options, points:
+
+    recipe: {base: finetune/folder, data_dir: photos, img_size: 128, epochs: 20}
+    seeds: [0, 1, 2]
+    arms:
+      raftmlp: {model: raftmlp_s}
+      resnet: {model: resnet18}
+    points: [{train_num_samples: 200}, {train_num_samples: 1000}]
+
+Every run is one of raftmlp train in a folder of its own. Writes into the output folder: study.md and study.csv (the
+table), study.json, study.png, options/ and runs/. The same command resumes a study that was interrupted, and tries runs
+again that failed; what is done is not run again. The same seeds give the same figures on one machine, but for seconds.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..device import find_device
+from ..errors import MissingFileError, UserError, first_words
+from ..evaluate.speed import count_macs
+from ..settings import Number
+from ..study import Plan, StudyFolder, make_rows, make_table, run_study, write_results
+from ..train.settings import TrainSettings
+from ..train.trainer import Trainer
+from .config_files import find_config, read_config
+from .console import run, say
+from .options import Parser, option_type
+from .train import build_parser as build_train_parser
+
+
+def build_parser() -> Parser:
+    parser = Parser("%(prog)s CONFIG [OPTION ...]", yaml_config=False, description=__doc__)
+    parser.add_argument("study", metavar="CONFIG", help="YAML file, or the name of a shipped one (studies/paper)")
+    parser.add_argument("--output", metavar="DIR", help="folder of the study (default: runs/ and the file's name)")
+    parser.add_argument(
+        "--jobs",
+        type=option_type(Number(int, 1, 1024)),
+        metavar="N",
+        help="runs at a time, one thread each (default: as many as there are processors; 1 where there is a GPU)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check every arm, print parameters and multiply-accumulates, and end"
+    )
+    return parser
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the study that a file describes.
+
+    Raises:
+        UserError: If it cannot be read or is no study; the message names the file.
+    """
+    content = read_config(path)
+    recipe = content.get("recipe")
+    if isinstance(recipe, dict) and "base" in recipe:
+        base = recipe.pop("base")
+        if not isinstance(base, str):
+            raise UserError(f"{path}: the recipe's base must be the name of a config, not {base!r}")
+        beside = path.parent / base
+        try:
+            content["recipe"] = {**read_config(beside if beside.is_file() else find_config(base)), **recipe}
+        except MissingFileError as error:
+            raise MissingFileError(f"{path}: recipe: {error}") from error
+        for name in ("export", "output", "seed"):  # the study gives every run its own
+            content["recipe"].pop(name, None)
+    try:
+        return Plan.from_content(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an arm costs: parameters, multiply-accumulates an image, epochs."""
+
+    parameters: int
+    macs: int
+    epochs: int
+
+
+def check_cells(plan: Plan, path: Path) -> dict[str, Size]:
+    """Build every arm at every point, with its data, and return the sizes by the names of the cells.
+
+    Raises:
+        UserError: If one cannot be built; the message names it.
+    """
+    sizes = {}
+    for cell in plan.cells():
+        where = f"{path}: {cell.name}"
+        args = build_train_parser().parse_options(cell.options, where)
+        try:
+            settings = TrainSettings.select({**vars(args), "seed": plan.seeds[0]})
+            trainer = Trainer.from_settings(settings)
+            shape = trainer.learner.model.pretrained_cfg["input_size"]
+            size = settings.size or shape[-2:]
+            model = trainer.learner.model.to("cpu")
+            sizes[cell.name] = Size(
+                sum(p.numel() for p in model.parameters()), count_macs(model, (shape[0], *size)), settings.epochs
+            )
+        except Exception as error:  # models of timm's list raise anything on sizes that they cannot take
+            raise UserError(f"{where}: {first_words(error)}") from error
+    return sizes
+
+
+def default_jobs() -> int:
+    """Return how many runs go at a time: one a processor, or a single one where there is a GPU."""
+    if find_device(None).type == "cuda":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    path = find_config(args.study)
+    plan, name = read_plan(path), path.stem
+    folder = StudyFolder(args.output or f"runs/{name}")
+    folder.check(plan)
+    torch.set_num_threads(1)
+    sizes = check_cells(plan, path)
+    runs, jobs = len(plan.runs()), args.jobs or default_jobs()
+    costs = {cell: (size.parameters, size.macs) for cell, size in sizes.items()}
+    say(f"{name}: {len(plan.cells())} arms x {len(plan.seeds)} seeds, {runs} runs of raftmlp train, {jobs} at a time")
+    if args.dry_run:
+        say(make_table(make_rows(folder, plan, costs, {})))
+        return 0
+    folder.open(plan)
+    try:
+
+        def report(failures: dict[str, str]) -> list[dict]:
+            rows = make_rows(folder, plan, costs, failures)
+            write_results(folder, name, plan, rows)
+            return rows
+
+        failures = run_study(folder, plan, {cell: size.epochs for cell, size in sizes.items()}, jobs, report)
+        rows = report(failures or {})
+    finally:
+        folder.close()
+    say(make_table(rows))
+    say(f"in {folder.path}: study.md, study.csv, study.json, study.png, runs/")
+    if failures is None:
+        say("stopped, and saved: the same command continues")
+        return 130
+    if failures:
+        first = next(iter(failures))
+        raise UserError(
+            f"{len(failures)} of {runs} runs failed, which the table marks; {first}: {failures[first]} (more in "
+            f"{folder.path / 'runs' / first / 'train.log'}); the same command tries them again"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
