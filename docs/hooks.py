@@ -1,6 +1,6 @@
 """What MkDocs does with links that lead out of docs/: the site has the pages alone, a checkout everything.
 
-The overview is the README. A link to a file of the checkout that is no page becomes its text.
+The overview is the README, and a link to that leads there. A link to another file that is no page becomes its text.
 """
 
 import logging
@@ -24,6 +24,8 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     def change(match: re.Match) -> str:
         text, target, anchor = match.groups(default="")
         path = Path(os.path.normpath(folder / target))
+        if path == ROOT / "README.md":
+            return f"[{text}](index.md{anchor})"
         if path.is_relative_to(ROOT / "docs"):
             return f"[{text}]({path.relative_to(ROOT / 'docs')}{anchor})"
         if not path.exists():

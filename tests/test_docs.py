@@ -238,8 +238,8 @@ def test_links_out_of_the_pages(caplog):
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     page = SimpleNamespace(file=SimpleNamespace(src_uri="train.md"))
-    text = "[a](../LICENSE) [`b`](../configs) [c](export.md#figures) [d](https://e.org) ![f](g.png)"
-    changed = "a `b` [c](export.md#figures) [d](https://e.org) ![f](g.png)"
+    text = "[a](../LICENSE) [`b`](../configs) [c](export.md#figures) [f](../README.md#models) ![g](h.png)"
+    changed = "a `b` [c](export.md#figures) [f](index.md#models) ![g](h.png)"
     assert hooks.on_page_markdown(text, page, None, None) == changed
     with caplog.at_level(logging.WARNING):
         hooks.on_page_markdown("[a](../nothing.md)", page, None, None)
