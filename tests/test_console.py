@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import ROOT
 from raftmlp import __version__
 from raftmlp.commands import console
 from raftmlp.errors import MissingFileError, UserError
@@ -180,3 +181,8 @@ def test_threads_that_wait_leave_their_core(monkeypatch, given, spins):
     with pytest.raises(SystemExit):
         main()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_no_script_hides_a_module_of_python():
+    # the folder of a script is the first that Python looks for modules in
+    assert not {path.stem for path in (ROOT / "tools").glob("*.py")} & sys.stdlib_module_names

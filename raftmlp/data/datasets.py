@@ -53,7 +53,7 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         if not root:
             raise UserError("name the folder of images with --data-dir, or a data set with --dataset")
         if not Path(root).exists():
-            raise MissingFileError(f"no data at {root}")
+            raise MissingFileError(f"no data at {root}: --data-dir takes a folder with train/CLASS/ and val/CLASS/")
         synonyms = (split, "val", "validation") if split in ("val", "validation") else (split,)
         tars = [Path(root) / f"{name}.tar" for name in synonyms]
         root = str(next((tar for tar in tars if tar.is_file()), root))
