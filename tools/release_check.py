@@ -95,6 +95,7 @@ def main() -> None:
     wheel, sdist = build(args.output)
     say(f"built and checked: {wheel}, {sdist}")
     for name, version in versions.items():
+        say(f"Python {version}: installing and trying, some minutes")
         with tempfile.TemporaryDirectory() as folder:
             call(name, "-m", "venv", folder)
             python = Path(folder, "bin", "python")

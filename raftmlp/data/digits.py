@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import MissingPackageError, UserError
+from ..errors import MissingPackageError
+from .subset import is_training_split, split_images
 
 __all__ = ["Digits"]
 
@@ -34,16 +35,13 @@ class Digits(Dataset):
     classes = tuple("0123456789")
 
     def __init__(self, split: str = "train", transform: Callable | None = None):
-        if split not in ("train", "validation", "val", "test"):
-            raise UserError(f"the digits have no split {split!r}: take 'train' or 'validation'")
+        is_training = is_training_split(split, "the digits have")
         try:
             from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
         except ImportError as error:
             raise MissingPackageError("the digits come with scikit-learn: pip install 'raftmlp[demo]'") from error
         pixels, labels = load_digits(return_X_y=True)
-        parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        part = parts[0] if split == "train" else parts[1]
+        part = split_images(labels, is_training)
         self.images = np.uint8(pixels[part].reshape(-1, 8, 8) * (255 / 16))
         self.labels = labels[part]
         self.transform = transform

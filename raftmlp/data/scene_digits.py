@@ -10,10 +10,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import UserError
 from .digits import Digits
 from .scenes import SceneMaker
-from .subset import balanced_order
+from .subset import balanced_order, is_training_split
 
 __all__ = ["SceneDigits"]
 
@@ -42,9 +41,7 @@ class SceneDigits(Dataset):
     classes = Digits.classes
 
     def __init__(self, split: str = "train", low_data: bool = False, transform: Callable | None = None):
-        if split not in ("train", "validation", "val", "test"):
-            raise UserError(f"the scenes' digits have no split {split!r}: take 'train' or 'validation'")
-        is_training = split == "train"
+        is_training = is_training_split(split, "the scenes' digits have")
         self.maker = SceneMaker("training" if is_training else "validation", self.size)
         self.maker.photographs = [_reduced(photograph, 4 * self.size) for photograph in self.maker.photographs]
         labels = self.maker.digits.labels

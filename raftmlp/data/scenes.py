@@ -163,8 +163,9 @@ class SceneMaker:
 
 
 def _with_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return an image with the noise of a camera, as pixels of 8 bits."""
-    return np.uint8((image + rng.normal(0, 3, image.shape)).clip(0, 255))
+    """Put the noise of a camera onto an image, and return its pixels of 8 bits."""
+    image += rng.normal(0, 3, image.shape)
+    return np.uint8(image.clip(0, 255))
 
 
 def _photographs(split: str) -> list[Image.Image]:

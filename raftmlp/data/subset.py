@@ -1,4 +1,4 @@
-"""A part of a data set: so many of its images, as many of every class as its share of all."""
+"""Parts of a data set, with as many images of every class as its share of all: splits, and so many of its images."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,26 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError
 
-__all__ = ["Part", "balanced_order", "take_images"]
+__all__ = ["Part", "balanced_order", "is_training_split", "split_images", "take_images"]
+
+
+def is_training_split(split: str, owner: str) -> bool:
+    """Return whether a split of embedded images is "train", and not "validation" (also "val", "test").
+
+    Raises:
+        UserError: If it is none of these; the message begins with the owner, "the digits have".
+    """
+    if split not in ("train", "validation", "val", "test"):
+        raise UserError(f"{owner} no split {split!r}: take 'train' or 'validation'")
+    return split == "train"
+
+
+def split_images(labels: np.ndarray, is_training: bool) -> np.ndarray:
+    """Return the numbers of four fifths of the images, or of the other fifth; the same on every machine."""
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    return parts[0] if is_training else parts[1]
 
 
 class Part(Dataset):

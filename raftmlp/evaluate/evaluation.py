@@ -27,6 +27,7 @@ __all__ = [
     "ClassifierView",
     "PreparedModel",
     "SizeError",
+    "check_sizes",
     "evaluate",
     "evaluate_prepared",
     "prepare_model",
@@ -202,6 +203,20 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
     except Exception as error:  # models raise anything on sizes that they cannot take
         size = size_name(input_size[1:])
         raise SizeError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
+
+
+@torch.no_grad()
+def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]], where: str) -> None:
+    """Refuse images of shapes (C, H, W) that a model cannot take; it is in eval mode after that.
+
+    Raises:
+        UserError: If there is one; the message begins with ``where`` they come from.
+    """
+    for shape in shapes:
+        try:
+            run_once(model.eval(), name, shape)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
 def evaluate_prepared(

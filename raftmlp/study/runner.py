@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import write_text
+from ..train.run_folder import opening
 from ..train.signals import StopSignals
 from .plan import Plan, Run
 
@@ -48,19 +49,13 @@ class StudyFolder:
             UserError: If the folder holds anything else, cannot be written into, or is in use.
         """
         self.check(plan)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+        with opening(self.path, self._lock, "study"):
             content = dict(recipe=plan.recipe, arms=plan.arms, seeds=list(plan.seeds), points=list(plan.points))
             write_text(self.path / "study.yaml", yaml.safe_dump(content, sort_keys=False))
             for cell in plan.cells():
                 file = self.options_file(cell.name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_text(file, yaml.safe_dump(cell.options, sort_keys=False))
-        except Timeout as error:
-            raise UserError(f"another study is writing into {self.path}: name another folder with --output") from error
-        except OSError as error:
-            raise UserError(f"cannot write into {self.path}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Let other processes into the folder."""

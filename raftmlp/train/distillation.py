@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..create import ModelSettings, create_model
 from ..data.images import ImageSettings, data_config
 from ..errors import UserError
-from ..evaluate.evaluation import run_once
+from ..evaluate.evaluation import check_sizes
 
 __all__ = ["DistillationTask", "create_teacher", "weights_sha256"]
 
@@ -40,11 +40,7 @@ def create_teacher(
         raise UserError(f"the teacher {name} has {teacher.num_classes} classes, the model {student.num_classes}")
     config = data_config(ImageSettings(), teacher)
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-    for shape in shapes:
-        try:
-            run_once(teacher, name, shape)
-        except UserError as error:
-            raise UserError(f"the teacher: {error}") from error
+    check_sizes(teacher, name, shapes, "the teacher")
     return teacher
 
 

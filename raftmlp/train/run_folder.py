@@ -3,7 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,11 +14,28 @@ from ..errors import MissingFileError, UserError, first_words
 from ..files import new_file
 from ..weights import first_readable
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "opening"]
 
 _logger = logging.getLogger(__name__)
 TEMPORARY = (".*.tar", ".args.*.yaml", ".bad_batch.*.txt", ".curves.*.png", ".log.*.csv", ".summary.*.json")
 RUN_FILES = ("*.pth.tar", "args.yaml", "bad_batch.txt", "bad_images.txt", "curves.png", "log.csv", "summary.json")
+
+
+@contextmanager
+def opening(path: Path, lock: FileLock, user: str) -> Iterator[None]:
+    """Make a folder and take its lock, then do what stands inside: the first writing into it.
+
+    Raises:
+        UserError: If the folder cannot be made or written into, or another user, "run" or "study", has the lock.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        yield
+    except Timeout as error:
+        raise UserError(f"another {user} is writing into {path}: name another folder with --output") from error
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror or error}") from error
 
 
 class RunFolder:
@@ -64,14 +82,8 @@ class RunFolder:
         Raises:
             UserError: If it cannot be made or written into, or another run is writing into it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+        with opening(self.path, self._lock, "run"):
             self._remove(TEMPORARY)  # what a run left that was killed while it wrote
-        except Timeout as error:
-            raise UserError(f"another run is writing into {self.path}: name another folder with --output") from error
-        except OSError as error:
-            raise UserError(f"cannot write into {self.path}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Let other runs into the folder."""

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -26,7 +26,7 @@ from ..data.training import TrainingLoader, check_splits, seed_everything
 from ..data.updates import Updates, share_batches
 from ..device import find_device
 from ..errors import UserError, first_words
-from ..evaluate.evaluation import evaluate, run_once
+from ..evaluate.evaluation import check_sizes, evaluate
 from ..files import write_text
 from ..processes import Processes
 from ..raftmlp import RaftMLP
@@ -113,7 +113,7 @@ class Trainer:
         batch_sizes = [share.batch_size for share in updates.shares]
         self.augment = BatchAugmentation(settings, batch_sizes, model.num_classes, settings.smoothing, self.device)
         if settings.train_img_sizes:
-            check_sizes(model, settings.model, shapes)
+            check_sizes(model, settings.model, shapes, "--train-img-sizes")
         settings.check_teacher()
         teacher = None
         if settings.kd_model_name:
@@ -437,19 +437,6 @@ def plan_updates(settings: TrainSettings, size: tuple[int, int], images: int, ra
     return Updates(
         images, sizes, [shares[n] for n in batch_sizes], **schedule, epochs=settings.epochs, seed=settings.seed
     )
-
-
-def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """Refuse images of shapes (C, H, W) that a model cannot take; it is in eval mode after that.
-
-    Raises:
-        UserError: If there is one.
-    """
-    for shape in shapes:
-        try:
-            run_once(model.eval(), name, shape)
-        except UserError as error:
-            raise UserError(f"--train-img-sizes: {error}") from error
 
 
 def shares_in_words(updates: Updates) -> str:
