@@ -9,7 +9,7 @@ TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
 SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo demo-detection demo-segmentation bench scenes test test-core docs lint release-check clean
+.PHONY: help demo demo-detection demo-segmentation bench gpu scenes test test-core docs lint release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ bench: $(INSTALLED) ## measure the speed beside the release's operations and oth
 		--rounds 5 --output runs/benchmark/models
 	$(RAFTMLP) benchmark reference:raftmlp_s raftmlp_s --sizes 224 448 800x1333 1792 --batch-size 1 \
 		--rounds 5 --output runs/benchmark/sizes
+
+gpu: ## test and measure on a GPU with the packages of $(PYTHON) (into runs/gpu); DEVICE=cpu rehearses
+	$(PYTHON) tools/measure_gpu.py $(if $(DEVICE),--device $(DEVICE))
 
 scenes: $(INSTALLED)
 	$(RAFTMLP) scenes runs/scenes --train 4000 --val 200

@@ -35,8 +35,13 @@ __all__ = [
 
 torch.fx.wrap("resize_bicubic")  # leaves for every tracer: they look at sizes
 torch.fx.wrap("from_trained_grid")
-# torch 2.6 cannot distinguish an export from a compilation
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def _is_exporting() -> bool:
+    """Return whether torch.export calls: until torch 2.12 its own question has the answer True in compilations too."""
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_compiling()  # torch 2.6 cannot distinguish the two
 
 
 def to_nhwc(x: Tensor, in_chans: int) -> Tensor:

@@ -1,10 +1,13 @@
 """The mixing as one operator of PyTorch, ``raftmlp::mixing``, with an implementation for each device.
 
 A mixing is x + MLP(LN(x)). Plain PyTorch operators compute it on any device, for gradients of any order, and under
-autocast, ``torch.jit.trace`` and ``torch.func``. A device may have a kernel for inference in KERNELS: a fused one for
-GPUs is one more entry there. The dispatcher chooses; compiled graphs call the kernel for inference, and have the plain
-operators otherwise.
+autocast, ``torch.jit.trace`` and ``torch.func``. For inference, devices have kernels in KERNELS: a CPU works in slices
+that fit its cache, a GPU in blocks that stay on the chip (``raftmlp.fused``). The dispatcher chooses; compiled graphs
+call the kernel for inference, and have the plain operators otherwise.
 """
+
+import importlib.util
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -105,25 +108,75 @@ def _slice_length(x: Tensor, weight1: Tensor) -> int:
     return max(entries * torch.get_num_threads(), features // vectors)
 
 
+def _on_chip(x: Tensor, *parameters) -> Tensor:
+    """Compute the mixing on a GPU in one pass over memory, where its kernels take it, else with plain operators."""
+    if not _fits_on_chip(x, *parameters):
+        return _plain(x, *parameters)
+    from . import fused
+
+    tensors, others = parameters[:6], parameters[6:]
+    return fused.mix(x.contiguous(), *(p.contiguous() for p in tensors), *others)
+
+
+def _fits_on_chip(x: Tensor, *parameters) -> bool:
+    """Return whether the kernels for GPUs take a mixing: in 16 bits, with biases, and sizes that fit the chip."""
+    *tensors, _, raft_size, order = parameters
+    if any(p is None for p in tensors) or not _has_triton(x.device):
+        return False
+    products = tensors[2:]
+    lowered = products[0].dtype in (torch.bfloat16, torch.float16) and len({p.dtype for p in products}) == 1
+    if not lowered or x.dtype not in (products[0].dtype, torch.float32):
+        return False
+    from . import fused
+
+    return fused.takes(products[0], x.shape[-1], raft_size, order)
+
+
+@lru_cache
+def _has_triton(device: torch.device) -> bool:
+    """Return whether a GPU computes bfloat16 in its tensor cores, and Triton is there to program it."""
+    has_triton = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _choose(x: Tensor, *parameters) -> Tensor:
     """Call the kernel of x's device if there is one, and no derivative is asked for."""
     tensors = [x, *(p for p in parameters if isinstance(p, Tensor))]
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     forward = any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    if backward or forward or x.device.type not in KERNELS:
+    if backward or forward or not _has_kernel(x, *parameters):
         return _plain(x, *parameters)
     with torch._C._AutoDispatchBelowAutograd():
         return mixing(x, *parameters)
 
 
-KERNELS = {"cpu": _in_slices}  # for inference, by type of device
+def _has_kernel(x: Tensor, *parameters) -> bool:
+    """Return whether the kernel of x's device takes a mixing."""
+    device = x.device.type
+    return device in KERNELS and (device != "cuda" or _fits_on_chip(x, *parameters))
+
+
+def _under_autocast(x: Tensor, *parameters) -> Tensor:
+    """Compute the mixing with products in autocast's type; on a GPU in one pass, where no derivative is asked for."""
+    if x.device.type == "cuda" and not torch.is_grad_enabled():
+        norm, products, others = parameters[:2], parameters[2:6], parameters[6:]
+        dtype = torch.get_autocast_dtype("cuda")
+        products = tuple(p if p is None else p.to(dtype) for p in products)
+        if _fits_on_chip(x, *norm, *products, *others):
+            with torch.autocast("cuda", enabled=False):
+                return mixing(x, *norm, *products, *others)
+    return _plain(x, *parameters)
+
+
+KERNELS = {"cpu": _in_slices, "cuda": _on_chip}  # for inference, by type of device
 
 _library = torch.library.Library("raftmlp", "DEF")
 _library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("mixing", _plain, "CompositeExplicitAutograd")
 _library.impl("mixing", _choose, "Autograd")
-for _key in ("Tracer", "FuncTorchBatched", *(f"Autocast{device.upper()}" for device in KERNELS)):
+for _key in ("Tracer", "FuncTorchBatched"):
     _library.impl("mixing", _plain, _key)
 for _device, _kernel in KERNELS.items():
     _library.impl("mixing", _kernel, _device.upper())
+    _library.impl("mixing", _under_autocast, f"Autocast{_device.upper()}")
 mixing = torch.ops.raftmlp.mixing.default

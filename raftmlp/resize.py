@@ -34,15 +34,17 @@ def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torc
     position = (torch.arange(size_out, dtype=torch.float64, device=device) + 0.5) * scale.double() - 0.5
     position = position.to(dtype)
     left = torch.floor(position)
-    t = (position - left).unsqueeze(1)
+    t = position - left
     # weights of the four samples around it: cubic polynomials of t, PyTorch's constant a = -0.75 put in
-    coefficients = torch.tensor(
-        [[0.0, -0.75, 1.5, -0.75], [1.0, 0.0, -2.25, 1.25], [0.0, 0.75, 1.5, -1.25], [0.0, 0.0, -0.75, 0.75]],
-        dtype=dtype,
-        device=device,
-    )
-    weight = coefficients[:, 3] * t + coefficients[:, 2]
-    weight = (weight * t + coefficients[:, 1]) * t + coefficients[:, 0]  # size_out 4
+    weight = torch.stack(
+        [
+            ((-0.75 * t + 1.5) * t - 0.75) * t,
+            ((1.25 * t - 2.25) * t) * t + 1.0,
+            ((-1.25 * t + 1.5) * t + 0.75) * t,
+            ((0.75 * t - 0.75) * t) * t,
+        ],
+        dim=1,
+    )  # size_out 4
     # samples beyond the border repeat the outermost one
     tap = (left.unsqueeze(1) + torch.arange(-1, 3, dtype=dtype, device=device)).clamp(0, size_in - 1)
     hit = tap.unsqueeze(2) == torch.arange(size_in, dtype=dtype, device=device)

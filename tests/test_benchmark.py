@@ -29,7 +29,7 @@ def test_rows_and_files(run_command, tmp_path):
     for row in rows:
         assert row["milliseconds"] > 0 and row["memory_mib"] > 0 and not row["failure"]
     table = [line.split() for line in out.splitlines() if line.startswith(("reference:", "raftmlp_"))]
-    assert [(line[0], line[2]) for line in table] == [(row["model"], f"{row['milliseconds']:.1f}") for row in rows]
+    assert [(line[0], line[3]) for line in table] == [(row["model"], f"{row['milliseconds']:.1f}") for row in rows]
     assert [r["ratio"] for r in rows[::2]] == [1] * 4
     inference, training = rows[:4], rows[4:]
     for before, after in zip(inference, training):

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch.utils.data import Subset
 
-from helpers import ROOT, TINY, assert_same, make_image_folder
+from helpers import ROOT, TINY, StoppingDigits, assert_same, make_image_folder
 from raftmlp.commands import train
 from raftmlp.data import Digits
 from raftmlp.errors import UserError
@@ -130,18 +130,6 @@ def uninterrupted(nursery, tmp_path_factory):
 
 
 # From Python
-
-
-class StoppingDigits(Digits):
-    """Digits of which one asks this process to stop when it is loaded for the first time."""
-
-    stop_at: int | None = None
-
-    def __getitem__(self, index):
-        if index == self.stop_at:
-            StoppingDigits.stop_at = None
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().__getitem__(index)
 
 
 def make_trainer(folder, train_data, **settings):

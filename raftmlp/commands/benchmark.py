@@ -7,7 +7,8 @@
 Ratios are to the first model in the first mode. reference:NAME is one of ours computed with the sequence of operations
 of the authors' release. Times are medians over the rounds; ratios are medians of the ratios within a round. Every round
 also times a large matrix product and a large copy: "arithmetic" and "traffic" are the shares of a model's time that its
-arithmetic, and the operands and results of its matrix products and convolutions, would take at that pace.
+arithmetic, and the operands and results of its matrix products and convolutions, would take at that pace. A batch that
+is too large for the memory of a GPU is halved until it fits.
 """
 
 import csv
@@ -33,7 +34,20 @@ from ..sizes import parse_size, size_name
 from .console import command_line, run, say
 from .options import Parser, option_type, output_folder
 
-COLUMNS = ("model", "mode", "ms", "spread", "images/s", "ratio", "(range)", "GMACs", "arithmetic", "traffic", "MiB")
+COLUMNS = (
+    "model",
+    "mode",
+    "batch",
+    "ms",
+    "spread",
+    "images/s",
+    "ratio",
+    "(range)",
+    "GMACs",
+    "arithmetic",
+    "traffic",
+    "MiB",
+)
 
 
 def build_parser() -> Parser:
@@ -97,7 +111,7 @@ def table(results: list[Result]) -> str:
             continue
         ratio = (f"{r.ratio:.2f}", f"({r.ratio_low:.2f}-{r.ratio_high:.2f})")
         shares = (f"{r.arithmetic_share:.0%}", f"{r.traffic_share:.0%}")
-        speed = (f"{r.milliseconds:.1f}", f"{r.spread:.0%}", f"{r.images_per_second:.1f}")
+        speed = (str(r.batch_size), f"{r.milliseconds:.1f}", f"{r.spread:.0%}", f"{r.images_per_second:.1f}")
         lines.append((r.model, r.mode, *speed, *ratio, f"{r.gmacs:.3f}", *shares, f"{r.memory_mib:.0f}"))
     widths = [max(len(line[i]) for line in lines if len(line) > 3 or i < 2) for i in range(len(COLUMNS))]
     return "\n".join(
@@ -139,6 +153,7 @@ def write(folder: Path, results: list[Result], about: dict) -> None:
 def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which measures memory, prints lines of its own
     args = build_parser().parse_args()
+    torch.backends.cudnn.benchmark = True
     device, settings = find_device(args.device), SpeedSettings.select(vars(args))
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -10,11 +10,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from ..create import ModelSettings, create_model
 from ..errors import UserError, first_words
+from ..ops import KERNELS
 from ..reference import Reference
 from ..settings import Number, Settings, option
 from ..sizes import size_name
@@ -210,9 +212,11 @@ class Meter:
     def work(self) -> tuple[int, int]:
         """Return the multiplications of an iteration, and the bytes that its products read and write.
 
-        Those of the backward pass are counted as twice the forward pass's.
+        Those of the backward pass are counted as twice the forward pass's. Mixings are counted as plain operators,
+        whatever kernel the device has.
         """
-        with torch.no_grad(), self.autocast, FlopCounterMode(display=False) as counter, _ProductTraffic() as traffic:
+        counter, traffic = FlopCounterMode(display=False), _ProductTraffic()
+        with torch.no_grad(), patch.dict(KERNELS, clear=True), self.autocast, counter, traffic:
             self.plain(self.images)
         passes = 3 if self.training else 1
         return passes * counter.get_total_flops() // 2, passes * traffic.bytes
@@ -280,12 +284,10 @@ def measure(
         results.append(result)
         bar.set_postfix_str(f"prepares {name} {mode}")
         try:
-            meter = Meter(name, mode, task, size, settings, device)
+            meter, result.batch_size = _fitting_meter(name, mode, task, size, settings, device)
             work = meter.work()
-            meter()
-            meter()
             result.memory_mib = meter.memory() / 2**20
-            result.gmacs, result.parameters = work[0] / settings.batch_size / 1e9, meter.parameters
+            result.gmacs, result.parameters = work[0] / result.batch_size / 1e9, meter.parameters
             meters.append((meter, result, work, iterations_in(settings.min_time, meter, device)))
         except Exception as error:  # a model of timm's list may refuse a size, a compiler raises anything
             result.failure = first_words(error)
@@ -302,9 +304,27 @@ def measure(
     for (_, result, work, _), times in zip(meters, seconds):
         _summarise(result, times, work, [median(values) for values in zip(*paces)])
         if not results[0].failure:
-            ratios = [first / other for first, other in zip(seconds[0], times)]
+            images = result.batch_size / results[0].batch_size
+            ratios = [first / other * images for first, other in zip(seconds[0], times)]
             result.ratio, result.ratio_low, result.ratio_high = median(ratios), min(ratios), max(ratios)
     return results
+
+
+def _fitting_meter(
+    name: str, mode: str, task: str, size: tuple[int, int], settings: SpeedSettings, device: torch.device
+) -> tuple[Meter, int]:
+    """Return a meter that has run twice, and its images a batch: halved until the device's memory is enough."""
+    while True:
+        try:
+            meter = Meter(name, mode, task, size, settings, device)
+            meter()
+            meter()
+            return meter, settings.batch_size
+        except torch.OutOfMemoryError:
+            if settings.batch_size == 1:
+                raise
+        torch.cuda.empty_cache()
+        settings = replace(settings, batch_size=settings.batch_size // 2)
 
 
 def _summarise(result: Result, times: list[float], work: Sequence[float], pace: Sequence[float]) -> None:

@@ -1,0 +1,271 @@
+"""What a GPU might compute otherwise: every test runs on the CPU, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+
+import raftmlp
+from golden.arrays import images
+from helpers import CATALOGUE, GOLDEN, StoppingDigits, assert_same, relative_error, release_weights
+from raftmlp import fused, ops
+from raftmlp.data import Digits
+from raftmlp.train import Trainer, TrainSettings
+
+SMALL = dict(num_classes=10, img_size=64, embed_dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), raft_size=(2, 2, 4, 2))
+ONE_STAGE = dict(embed_dims=(16,), depths=(1,), patch_sizes=(4,), patch_kernels=((4, 8),), raft_size=2)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch):
+    """The CPU, then a GPU, which multiplies float32 as such; a machine without one skips the second half."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.compiler.reset()
+    return torch.device(request.param)
+
+
+def small(device, dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    return raftmlp.RaftMLP(**{**SMALL, **kwargs}).to(device, dtype)
+
+
+def noise(*shape, device="cpu", dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def golden_model(name, device):
+    model = timm.create_model(name).eval()
+    model.load_state_dict(release_weights(name))
+    return model.to(device)
+
+
+# Numbers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["raftmlp_s", "raftmlp_m_ss", "raftmlp_cifar"])
+def test_golden_logits(device, name):
+    model, golden = golden_model(name, device), np.load(GOLDEN / f"{name}.npz")
+    for height, width in CATALOGUE[name]["sizes"]:
+        logits = model(torch.from_numpy(images(f"{name}/{height}x{width}", 2, height, width)).to(device))
+        tolerance = 1e-5 if (height, width) == (224, 224) else 2e-5
+        assert relative_error(logits.cpu(), golden[f"{height}x{width}/logits"]) < tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size, resizing", [((224, 224), "map"), ((200, 333), "map"), ((200, 333), "update")])
+def test_sixteen_bits_round_no_more_than_plain_operators_do(device, dtype, size, resizing, monkeypatch):
+    model = timm.create_model("raftmlp_s", resizing=resizing).eval()
+    model.load_state_dict(release_weights("raftmlp_s"))
+    x = noise(2, 3, *size, device=device)
+    exact = model.to(device)(x)
+    model.to(dtype)
+    errors = [(model(x.to(dtype)).float() - exact).abs().mean() / exact.abs().max()]
+    monkeypatch.setattr(ops, "KERNELS", {})
+    errors.append((model(x.to(dtype)).float() - exact).abs().mean() / exact.abs().max())
+    assert errors[0] < 1.3 * errors[1] < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mixings_in_sixteen_bits_are_one_kernel_each(device, autocast, monkeypatch):
+    """All of S's but the channel mixings of its last stage, which are too wide; none on a CPU."""
+    calls, mix = [], fused.mix
+    monkeypatch.setattr(fused, "mix", lambda *args: calls.append(args) or mix(*args))
+    model = timm.create_model("raftmlp_s").eval().to(device, torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        model(noise(1, 3, 64, 64, device=device, dtype=next(model.parameters()).dtype))
+    assert len(calls) == (34 if device.type == "cuda" else 0)
+
+
+@torch.no_grad()
+def test_autocast(device):
+    model, x = golden_model("raftmlp_s", device), noise(2, 3, 224, 224, device=device)
+    exact = model(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    assert 0 < (logits - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_gradients(device):
+    model, x = small(device), noise(4, 3, 72, 100)
+    exact = small("cpu", torch.float64)
+    for network, images_ in ((model, x.to(device)), (exact, x.double())):
+        F.cross_entropy(network(images_), torch.arange(4, device=images_.device)).backward()
+    for (name, ours), wanted in zip(model.named_parameters(), exact.parameters()):
+        assert (ours.grad.cpu() - wanted.grad).norm() < 1e-4 * wanted.grad.norm(), name
+
+
+# Ways to call it
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feature_maps_of_any_size(device, dtype):
+    model = timm.create_model("raftmlp_s", features_only=True, depths=(1, 1, 1, 1)).to(device, dtype).eval()
+    for size, last in (((97, 161), (4, 6)), ((224, 224), (7, 7)), ((1, 40), (1, 2))):
+        maps = model(noise(2, 3, *size, device=device, dtype=dtype))
+        assert [y.shape[1] for y in maps] == [64, 128, 256, 512] and tuple(maps[-1].shape[2:]) == last
+        assert all(y.isfinite().all() and y.dtype == dtype for y in maps)
+
+
+@torch.no_grad()
+def test_channels_last(device):
+    model, x = small(device).eval(), noise(3, 3, 64, 64, device=device)
+    expected = model(x)
+    last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grad_checkpointing(device):
+    grads = []
+    for checkpointing in (False, True):
+        model = small(device)
+        model.set_grad_checkpointing(checkpointing)
+        model(noise(2, 3, 64, 64, device=device)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_two_threads_with_different_sizes(device):
+    model, sizes = small(device).eval(), [(64, 64), (50, 90)]
+    inputs = [noise(2, 3, *size, device=device) for size in sizes]
+    expected, seen = [model(x) for x in inputs], [[], []]
+
+    @torch.no_grad()
+    def work(i):
+        for _ in range(20):
+            seen[i].append(model(inputs[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for wanted, found in zip(expected, seen):
+        assert len(found) == 20 and all(torch.equal(y, wanted) for y in found)
+
+
+@torch.no_grad()
+def test_compiled_for_inference(device):
+    """In 16 bits on a GPU, whose kernels are then in the graph; compiled code for CPUs rounds otherwise than eager."""
+    dtype, tolerance = (torch.bfloat16, 0.03) if device.type == "cuda" else (torch.float32, 1e-4)
+    model = small(device, dtype, **ONE_STAGE).eval()
+    x = noise(4, 3, 64, 64, device=device, dtype=dtype)
+    expected, out = model(x), torch.compile(model, fullgraph=True)(x)
+    assert (out - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_compiled_for_training(device):
+    model, x = small(device, **ONE_STAGE), noise(4, 3, 64, 64, device=device)
+    outs = [model(x), torch.compile(model, fullgraph=True)(x)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for wanted, found in zip(*(torch.autograd.grad(out.square().sum(), model.parameters()) for out in outs)):
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6
+
+
+@torch.no_grad()
+def test_a_graph_of_the_device_replays(device):
+    """CUDA's own graphs; on a CPU the calls are simply repeated."""
+    model, x = small(device, torch.bfloat16).eval(), noise(2, 3, 50, 64, device=device, dtype=torch.bfloat16)
+    other = x.flip(0)
+    wanted = model(other)
+    if device.type == "cpu":
+        x.copy_(other)
+        out = model(x)
+    else:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        x.copy_(other)
+        graph.replay()
+    assert torch.equal(out, wanted)
+
+
+@torch.no_grad()
+def test_a_file_of_aotinductor(device, tmp_path):
+    """Compiled and loaded in processes of their own, as one that deploys does."""
+    model, x = small(device, **ONE_STAGE).eval(), noise(2, 3, 64, 64, device=device)
+    program = torch.export.export(model, (x,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((x, model(x)), tmp_path / "example.pt")
+    compile_ = "torch._inductor.aoti_compile_and_package(torch.export.load('model.pt2'), package_path='aoti.pt2')"
+    load = """
+x, expected = torch.load("example.pt")
+torch.testing.assert_close(torch._inductor.aoti_load_package("aoti.pt2")(x), expected, rtol=1e-4, atol=1e-4)"""
+    for code in (compile_, load):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import torch\n{code}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+# Runs
+
+
+def make_trainer(folder, device, data, **settings):
+    torch.manual_seed(0)
+    model = timm.create_model("raftmlp_digits", embed_dims=(8,) * 4, depths=(1,) * 4, drop_path_rate=0.2)
+    given = dict(epochs=2, warmup_epochs=0, batch_size=48, workers=0, device=device.type, output=str(folder))
+    settings = TrainSettings(**given, mixup=0.8, cutmix=1.0, reprob=0.5, model_ema=True, **settings)
+    return Trainer(settings, model, data, Subset(Digits("validation"), range(40)))
+
+
+def test_training_with_a_scaler(device, tmp_path):
+    trainer = make_trainer(tmp_path, device, Subset(Digits("train"), range(192)), amp=True, amp_dtype="float16")
+    trainer.fit()
+    assert trainer.learner.scaler.state_dict()["scale"] > 0
+    assert all(np.isfinite(row["train_loss"]) for row in trainer.state.log)
+
+
+def test_a_run_resumes_to_the_same_bits(device, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    data = Subset(StoppingDigits("train"), range(192))
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = make_trainer(tmp_path / "whole", device, data)
+        whole.fit()
+        StoppingDigits.stop_at = int(whole.loader.batches.images_of(1, 1)[0])
+        assert make_trainer(tmp_path / "parts", device, data).fit() is None
+        parts = make_trainer(tmp_path / "parts", device, data)
+        parts.fit(resume="auto")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key, wanted in whole.learner.state_dict().items():
+        assert_same(parts.learner.state_dict()[key], wanted, key)
+
+
+def _train_in_two_processes(rank, file, device, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = DistributedDataParallel(small(device))
+    x = noise(4, 3, 64, 64)[2 * rank : 2 * rank + 2].to(device)
+    model(x).square().mean().backward()
+    if rank == 0:
+        torch.save({name: p.grad.cpu() for name, p in model.module.named_parameters()}, out)
+    torch.distributed.barrier()
+    os._exit(0)  # torch's destructor waits, with the GIL, for a thread that may need it right after a backward pass
+
+
+def test_two_processes_on_one_device_have_the_gradients_of_one(device, tmp_path):
+    args = (str(tmp_path / "rendezvous"), device.type, str(tmp_path / "grads.pt"))
+    torch.multiprocessing.spawn(_train_in_two_processes, args, nprocs=2)
+    model = small(device)
+    model(noise(4, 3, 64, 64, device=device)).square().mean().backward()
+    expected = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    torch.testing.assert_close(torch.load(args[2]), expected, rtol=1e-4, atol=1e-5)
