@@ -35,8 +35,8 @@ bench: $(INSTALLED) ## measure the speed beside the release's operations and oth
 	$(RAFTMLP) benchmark reference:raftmlp_s raftmlp_s --sizes 224 448 800x1333 1792 --batch-size 1 \
 		--rounds 5 --output runs/benchmark/sizes
 
-gpu: ## test and measure on a GPU with the packages of $(PYTHON) (into runs/gpu); DEVICE=cpu rehearses
-	$(PYTHON) tools/measure_gpu.py $(if $(DEVICE),--device $(DEVICE))
+gpu: ## test and measure on a GPU with the packages of $(PYTHON) (into runs/gpu); DEVICE=cpu rehearses it
+	PYTHONPATH=. $(PYTHON) tools/measure_gpu.py $(if $(DEVICE),--device $(DEVICE))
 
 scenes: $(INSTALLED)
 	$(RAFTMLP) scenes runs/scenes --train 4000 --val 200

@@ -149,3 +149,21 @@ def test_every_mode_of_every_model_is_a_row(monkeypatch):
     results = measure(NAMES, ["eager", "compile"], "inference", (32, 32), QUICK, CPU)
     assert [(r.model, r.mode) for r in results] == [(name, mode) for name in NAMES for mode in ("eager", "compile")]
     assert compiled == ["default"] * 2
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch):
+    real = Meter.__call__
+
+    def call(meter):
+        if len(meter.images) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return real(meter)
+
+    monkeypatch.setattr(Meter, "__call__", call)
+    settings = SpeedSettings(batch_size=8, rounds=1, min_time=0)
+    (result,) = measure(["raftmlp_digits"], ["eager"], "inference", (32, 32), settings, CPU)
+    assert (result.batch_size, result.ratio, result.failure) == (2, 1, "")
+    assert result.images_per_second == pytest.approx(2000 / result.milliseconds)
+    monkeypatch.setattr(Meter, "__call__", lambda meter: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    (result,) = measure(["raftmlp_digits"], ["eager"], "inference", (32, 32), settings, CPU)
+    assert result.failure == "no memory"

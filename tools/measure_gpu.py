@@ -11,6 +11,8 @@ it, and summary.json with all rows.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,10 +24,11 @@ import timm
 import torch
 
 from raftmlp.commands.console import run, say
-from raftmlp.commands.options import Parser, output_folder
+from raftmlp.commands.options import Parser, option_type, output_folder
 from raftmlp.device import find_device
 from raftmlp.errors import UserError
 from raftmlp.files import write_text
+from raftmlp.settings import Number
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["tests/test_gpu.py", "tests/test_fused.py", "tests/test_ops.py", "tests/test_resize.py"]
@@ -36,6 +39,7 @@ PEERS = [
 ]  # fmt: skip
 OURS = ["reference:raftmlp_s", "raftmlp_s", "raftmlp_m", "raftmlp_l"]
 TASKS = ("inference", "training")
+TIME_LIMIT = 180  # seconds for the tests, and for what is compiled beside them
 BENCHMARKS = ("inference", "sizes", "training", "autotuned")
 
 
@@ -89,87 +93,134 @@ def start_compilations(measured: list[Benchmark], device: torch.device, processe
         alone = Benchmark(b.name, [model], ["compile"], [*b.options, *quick])
         shares[i % processes].append(alone.command())
     script = "import json, subprocess, sys\nfor command in json.loads(sys.argv[1]): subprocess.run(command)"
-    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     return [subprocess.Popen([sys.executable, "-c", script, json.dumps(share)], **quiet) for share in shares if share]
 
 
-def run_tests(folder: Path, options: list[str]) -> str:
-    """Run the tests, say which fail, and return pytest's last line; all that it printed goes to tests.txt."""
-    workers = ["-n", "4"] if find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb", "short", *workers, *options]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    write_text(folder / "tests.txt", done.stdout)
-    lines = done.stdout.splitlines() or ["no output"]
+def start_tests(path: Path, options: list[str]) -> subprocess.Popen:
+    """Start the tests, whose output goes to a file; it tells where a test is that takes more than a minute."""
+    workers = ["-n", "4"] if find_spec("xdist") and options == TESTS else []
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "faulthandler_timeout=60",
+        "--tb",
+        "short",
+    ]
+    with open(path, "w") as out:
+        return subprocess.Popen(
+            [*command, *workers, *options], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+def wait_for(processes: list[subprocess.Popen], seconds: float) -> bool:
+    """Wait for processes; end those that are left after so many seconds, with theirs. Return whether none was."""
+    end, in_time = time.monotonic() + seconds, True
+    for process in processes:
+        try:
+            process.wait(max(0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            in_time = False
+    return in_time
+
+
+def outcome_of_tests(path: Path, in_time: bool) -> str:
+    """Say which tests failed, and return the outcome in a line."""
+    lines = path.read_text().splitlines() or ["no output"]
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             say(line)
-    return lines[-1].strip("= ")
+    return lines[-1].strip("= ") if in_time else f"not done after {TIME_LIMIT} s, ended"
 
 
-def summarise(folder: Path, measured: list[Benchmark], about: dict) -> None:
-    """Write summary.json: about the run, and the rows of all benchmarks; say how S stands beside others."""
+def read_rows(folder: Path, measured: list[Benchmark]) -> list[dict]:
+    """Return the rows of all benchmarks so far."""
     rows = []
     for benchmark in measured:
         path = folder / benchmark.name / "results.json"
         if path.exists():
             rows += [dict(row, benchmark=benchmark.name) for row in json.loads(path.read_text())["rows"]]
-    write_text(folder / "summary.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
-    speeds = {}  # the best of all modes
+    return rows
+
+
+def say_speeds(rows: list[dict]) -> None:
+    """Say the images/s of every model in its best mode, at the first size, and what they mean for ImageNet."""
+    best = {}
     for row in rows:
         if row["size"] == rows[0]["size"] and row["images_per_second"]:
-            speeds.setdefault(row["task"], {}).setdefault(row["model"], []).append(row["images_per_second"])
-    for task, models in speeds.items():
-        best = {model: max(values) for model, values in models.items()}
-        say(f"{task}, images/s in the best mode: " + ", ".join(f"{model} {best[model]:.0f}" for model in best))
-    if "raftmlp_s" in (trained := speeds.get("training", {})):
-        hours = 300 * 1281167 / max(trained["raftmlp_s"]) / 8 / 3600
-        say(f"an estimate: 300 epochs of ImageNet with raftmlp_s take 8 such cards {hours:.1f} hours, if data keep up")
+            speeds = best.setdefault(row["task"], {})
+            speeds[row["model"]] = max(row["images_per_second"], speeds.get(row["model"], 0))
+    for task, speeds in best.items():
+        say(f"{task}, images/s in the best mode: " + ", ".join(f"{name} {value:.0f}" for name, value in speeds.items()))
+    if speed := best.get("training", {}).get("raftmlp_s"):
+        hours = 300 * 1281167 / speed / 8 / 3600
+        say(
+            f"an estimate: 300 epochs of ImageNet with raftmlp_s take 8 such devices {hours:.1f} hours, if data keep up"
+        )
 
 
-def main() -> None:
+def build_parser() -> Parser:
     parser = Parser(yaml_config=False, description=__doc__)
     parser.add_argument("--device", metavar="NAME", help="cuda, or cpu for a rehearsal (default: cuda)")
-    parser.add_argument(
-        "--output", type=output_folder, default=Path("runs/gpu"), metavar="DIR", help="for what it writes"
-    )
     parser.add_argument(
         "--benchmarks",
         nargs="+",
         choices=BENCHMARKS,
         default=list(BENCHMARKS),
-        help=f"of {', '.join(BENCHMARKS)}",
         metavar="NAME",
+        help=f"of {', '.join(BENCHMARKS)} (default: all)",
     )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="of those that are measured (default: all of them)")
-    parser.add_argument("--processes", type=int, default=8, metavar="N", help="that compile (default: 8)")
-    args = parser.parse_args()
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="of those that are measured (default: all)")
+    number = option_type(Number(int, 1))
+    parser.add_argument("--processes", type=number, default=8, metavar="N", help="that compile (default: 8)")
+    folder = dict(type=option_type(output_folder), metavar="DIR")
+    parser.add_argument(
+        "--output", **folder, help="folder for what it writes (default: runs/gpu, or runs/gpu-rehearsal)"
+    )
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
         raise UserError(f"raftmlp's commands need timm 1.0.31 or newer, this is {timm.__version__}")
     if not args.device and not torch.cuda.is_available():
         raise UserError("no CUDA GPU here; make gpu DEVICE=cpu rehearses on the CPU, at a tiny setting")
     device = find_device(args.device or "cuda")
-    on_gpu, started = device.type == "cuda", time.monotonic()
+    on_gpu, begun = device.type == "cuda", time.monotonic()
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU, a rehearsal"
     say(f"{name}, torch {torch.__version__}, timm {timm.__version__}")
     measured = [b for b in benchmarks(device) if b.name in args.benchmarks]
     for benchmark in measured:
         benchmark.models = [model for model in benchmark.models if not args.models or model in args.models]
-    folder = args.output.absolute()
+    measured = [b for b in measured if b.models]
+    if not measured:
+        raise UserError(f"--models {' '.join(args.models)}: none of them is measured there")
+    output = args.output or Path("runs", "gpu" if on_gpu else "gpu-rehearsal")
+    folder = output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
 
     compilations = start_compilations(measured, device, args.processes) if on_gpu else []
-    tests = run_tests(folder, TESTS if on_gpu else REHEARSED)
+    in_time = wait_for([start_tests(folder / "tests.txt", TESTS if on_gpu else REHEARSED)], TIME_LIMIT)
+    tests = outcome_of_tests(folder / "tests.txt", in_time)
     say(f"tests: {tests}")
-    for process in compilations:
-        process.wait()
+    wait_for(compilations, max(0, TIME_LIMIT - (time.monotonic() - begun)))
     about = dict(device=name, torch=torch.__version__, timm=timm.__version__, tests=tests)
     for benchmark in measured:
         options = ["--device", str(device), "--output", str(folder / benchmark.name)]
         done = subprocess.run([*benchmark.command(), *options], cwd=ROOT)
         if done.returncode:
             say(f"the benchmark {benchmark.name} ended with status {done.returncode}")
-        summarise(folder, measured, about)
-    say(f"{time.monotonic() - started:.0f} s; tests, tables and pictures: {args.output}")
+        rows = read_rows(folder, measured)
+        write_text(folder / "summary.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
+    say_speeds(rows)
+    say(f"{time.monotonic() - begun:.0f} s; tests, tables and pictures: {output}")
 
 
 if __name__ == "__main__":

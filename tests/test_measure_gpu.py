@@ -1,0 +1,62 @@
+"""make gpu: its rehearsal on a CPU, and what it says where it cannot measure."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import ROOT, load_script
+
+measure_gpu = load_script("measure_gpu")
+
+
+def test_the_rehearsal():
+    command = ["make", "gpu", "DEVICE=cpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests: 1 passed, 1 skipped" in done.stdout and "images/s in the best mode" in done.stdout
+    summary = json.loads((ROOT / "runs/gpu-rehearsal/summary.json").read_text())
+    rows = [(row["benchmark"], row["model"]) for row in summary["rows"]]
+    assert rows == [(b, m) for b in ("inference", "training") for m in ("reference:raftmlp_digits", "raftmlp_digits")]
+    assert all(row["images_per_second"] > 0 for row in summary["rows"])
+
+
+def test_what_is_measured_on_gpus_old_and_new(monkeypatch, capsys):
+    monkeypatch.setattr(measure_gpu, "PEERS", ["resnet18", "resnet_of_tomorrow"])
+    for capability, precision in (((9, 0), "bfloat16"), ((7, 5), "float16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        measured = measure_gpu.benchmarks(torch.device("cuda"))
+        assert [b.name for b in measured] == list(measure_gpu.BENCHMARKS)
+        assert all(precision in b.options for b in measured)
+        assert measured[0].models[-2:] == ["raftmlp_l", "resnet18"]
+    out = capsys.readouterr().out
+    assert "does not have resnet_of_tomorrow: left out" in out and out.count("bfloat16 is left out") == 1
+
+
+def test_a_test_that_hangs_is_ended():
+    hanging = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+    quick = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    assert measure_gpu.wait_for([quick], 60)
+    assert not measure_gpu.wait_for([hanging, quick], 0.1)
+    assert hanging.returncode == -9
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "words"),
+    [
+        ([], "1.0.31", "no CUDA GPU here"),
+        (["--device", "cpu", "--models", "resnet18"], "1.0.31", "none of them is measured"),
+        (["--processes", "0"], "1.0.31", "must be a whole number of 1 or more"),
+        ([], "1.0.29", "need timm 1.0.31 or newer, this is 1.0.29"),
+    ],
+)
+def test_bad_input(options, version, words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure_gpu.timm, "__version__", version)
+    monkeypatch.setattr(sys, "argv", ["measure_gpu.py", *options])
+    with pytest.raises(SystemExit) as end:
+        measure_gpu.run(measure_gpu.main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and words in err and "Traceback" not in err
