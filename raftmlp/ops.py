@@ -135,8 +135,9 @@ def _fits_on_chip(x: Tensor, *parameters) -> bool:
 @lru_cache
 def _has_triton(device: torch.device) -> bool:
     """Return whether a GPU computes bfloat16 in its tensor cores, and Triton is there to program it."""
-    has_triton = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
-    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.version.cuda is None or not torch.cuda.is_available():  # AMD's, or a fake tensor's
+        return False
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _choose(x: Tensor, *parameters) -> Tensor:

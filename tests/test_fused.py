@@ -77,3 +77,24 @@ def test_an_empty_batch():
 def test_what_the_kernels_take(layer, expected):
     channels = layer.norm.weight.numel()
     assert fused.takes(layer.fc1.weight, channels, layer.raft_size, layer.order) == expected
+
+
+def test_other_mixings_are_computed_with_plain_operators(monkeypatch):
+    """What a GPU's kernel does with a mixing, here of the tensors at hand."""
+    monkeypatch.setattr(ops, "_has_triton", lambda device: True)
+    layer, x = make("vertical", torch.float16)
+    x, *given = arguments(layer, x)
+    tensors, others = given[:6], given[6:]
+    assert torch.equal(ops._on_chip(x, *given), fused.mix(x, *given))
+    assert torch.equal(ops._on_chip(x.transpose(1, 2).contiguous().transpose(1, 2), *given), fused.mix(x, *given))
+    without_bias = [*tensors[:5], None, *others]
+    wide = [p.float() for p in tensors]
+    for other, parameters in (
+        (x, without_bias),
+        (x.float(), [*wide, *others]),
+        (x.double(), [*map(torch.Tensor.double, wide), *others]),
+    ):
+        assert torch.equal(ops._on_chip(other, *parameters), ops._plain(other, *parameters))
+    monkeypatch.setattr(ops, "_has_triton", lambda device: False)
+    x, parameters = x.half(), [p.half() for p in tensors]
+    assert torch.equal(ops._on_chip(x, *parameters, *others), ops._plain(x, *parameters, *others))
