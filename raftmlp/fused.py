@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["mix", "takes"]
+__all__ = ["SHARED_MEMORY", "mix", "takes"]
 
 TILE = 2**14  # numbers that a program may hold: two of them in float32 fill half of a multiprocessor's registers
 UNITS = 32  # hidden units at a time
-STAGES = 3  # of loading weights, for units to come
+SHARED_MEMORY = 160 * 1024  # bytes of a multiprocessor that the widest maps need: A100s and H100s have them
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def _gelu(x, in_bfloat16: tl.constexpr):
     """
     z = x * x
     if in_bfloat16:
+        z = tl.minimum(z, 50.0)  # from there tanh is 1, and later q falls
         q = (-0.000351521 * z + 0.0370056742) * z + 0.79750785
         tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x * q], tl.float32, is_pure=True, pack=1)
         half = 0.5 * x
@@ -97,7 +98,7 @@ def _mix_tokens(
     inverse = tl.rsqrt(tl.sum(tl.sum(centred * centred, 2), 1) / count + eps)
     scale = tl.load(norm_weight + channel, within < GROUP, 0.0).to(tl.float32)
     shift = tl.load(norm_bias + channel, within < GROUP, 0.0).to(tl.float32)
-    normalised = centred * inverse[:, None, None, :] * scale + shift
+    normalised = tl.where(inside, centred * inverse[:, None, None, :] * scale + shift, 0.0)
     vectors = tl.reshape(normalised.to(weight1.dtype.element_ty), (LINES * WIDTH, GROUPS * POSITIONS))
     column = tl.arange(0, GROUPS * POSITIONS)
     feature = column // POSITIONS * LENGTH + column % POSITIONS
@@ -107,18 +108,20 @@ def _mix_tokens(
     tl.store(out + offsets, (tl.load(x + offsets, inside, 0.0) + mixed).to(out.dtype.element_ty), inside)
 
 
-# the sizes of blocks and the warps are the fastest of some for S, measured on an H100
-def _token_sizes(length: int, raft_size: int, group: int) -> dict[str, int]:
-    """Return the sizes of the blocks of token mixing: powers of two, with at least 16 features for a product."""
+# blocks, warps and stages of loading weights are the fastest of some for S, measured on an H100
+def _token_options(length: int, raft_size: int, group: int) -> dict[str, int]:
+    """Return the sizes of the blocks of token mixing, powers of two with 16 features or more, and launch options."""
     width = triton.next_power_of_2(group)
     positions = max(triton.next_power_of_2(length), 16 // raft_size)
-    return dict(POSITIONS=positions, LINES=max(1, 64 // width), WIDTH=width)
+    sizes = dict(POSITIONS=positions, LINES=max(1, 64 // width), WIDTH=width, UNITS=UNITS)
+    return dict(sizes, num_warps=4 if width < 256 else 8, num_stages=3)
 
 
-def _channel_sizes(channels: int) -> dict[str, int]:
-    """Return the sizes of the blocks of channel mixing."""
+def _channel_options(channels: int) -> dict[str, int]:
+    """Return the sizes of the blocks of channel mixing, and launch options."""
     width = max(16, triton.next_power_of_2(channels))
-    return dict(ROWS=64 if width <= 128 else 128, WIDTH=width)
+    rows, warps = (64, 4) if width <= 128 else (128, 8)
+    return dict(ROWS=rows, WIDTH=width, UNITS=UNITS, num_warps=warps, num_stages=3)
 
 
 def takes(weight1: Tensor, channels: int, raft_size: int, order: list[int]) -> bool:
@@ -132,7 +135,7 @@ def takes(weight1: Tensor, channels: int, raft_size: int, order: list[int]) -> b
     """
     if not order:
         return triton.next_power_of_2(channels) <= 256
-    sizes = _token_sizes(weight1.shape[1] // raft_size, raft_size, channels // raft_size)
+    sizes = _token_options(weight1.shape[1] // raft_size, raft_size, channels // raft_size)
     is_power = raft_size & (raft_size - 1) == 0
     return is_power and order[1] == 3 and raft_size * sizes["POSITIONS"] * sizes["LINES"] * sizes["WIDTH"] <= TILE
 
@@ -151,7 +154,7 @@ def mix(
 ) -> Tensor:
     """Return x + MLP(LN(x)) for contiguous tensors, x of shape (B, H, W, C), or (N, C) in channel mixing.
 
-    Args are those of ``raftmlp.ops.mixing``; weights of the products have 16 bits.
+    Args are those of ``raftmlp.ops.mixing``; x and the weights of the products are of one type, with 16 bits.
     """
     out = torch.empty_like(x)
     parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
@@ -160,20 +163,18 @@ def mix(
         return out
     with torch.cuda.device_of(x):
         if not order:
-            sizes = _channel_sizes(channels)
-            _mix_channels[(triton.cdiv(len(x), sizes["ROWS"]),)](
-                x, out, *parameters, eps, len(x), hidden, CHANNELS=channels, **sizes,
-                UNITS=UNITS, num_warps=4 if sizes["ROWS"] == 64 else 8, num_stages=STAGES,
-            )  # fmt: skip
+            options = _channel_options(channels)
+            _mix_channels[(triton.cdiv(len(x), options["ROWS"]),)](
+                x, out, *parameters, eps, len(x), hidden, CHANNELS=channels, **options
+            )
             return out
         B, H, W, _ = x.shape
         strides = (W * channels, channels)  # of the rows and columns of a map
         mixed, other = (1, 0) if order[2] == 2 else (0, 1)  # axes of (H, W): along the vectors, and across them
-        group, lines = channels // raft_size, (H, W)[other]
-        sizes = _token_sizes((H, W)[mixed], raft_size, group)
-        _mix_tokens[(B * triton.cdiv(lines, sizes["LINES"]),)](
+        length, lines, group = (H, W)[mixed], (H, W)[other], channels // raft_size
+        options = _token_options(length, raft_size, group)
+        _mix_tokens[(B * triton.cdiv(lines, options["LINES"]),)](
             x, out, *parameters, eps, lines, hidden, H * W * channels, strides[mixed], strides[other],
-            LENGTH=(H, W)[mixed], GROUPS=raft_size, GROUP=group, **sizes,
-            UNITS=UNITS, num_warps=4 if sizes["WIDTH"] < 256 else 8, num_stages=STAGES,
+            LENGTH=length, GROUPS=raft_size, GROUP=group, **options
         )  # fmt: skip
     return out

@@ -38,7 +38,7 @@ torch.fx.wrap("from_trained_grid")
 
 
 def _is_exporting() -> bool:
-    """Return whether torch.export calls: until torch 2.12 its own question has the answer True in compilations too."""
+    """Return whether torch.export calls: before torch 2.12 its own is_exporting() is True in compilations too."""
     if hasattr(torch.compiler, "_is_exporting_flag"):
         return torch.compiler._is_exporting_flag
     return torch.compiler.is_compiling()  # torch 2.6 cannot distinguish the two

@@ -7,14 +7,19 @@ call the kernel for inference, and have the plain operators otherwise.
 """
 
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["add_mixed", "mixing", "token_mlp"]
+__all__ = ["add_mixed", "mixing", "plain_operators", "token_mlp"]
 
 BYTES_PER_THREAD = 2**21  # of a slice's hidden values: about the size of a core's own cache
 SCHEMA = (
@@ -121,54 +126,83 @@ def _on_chip(x: Tensor, *parameters) -> Tensor:
 def _fits_on_chip(x: Tensor, *parameters) -> bool:
     """Return whether the kernels for GPUs take a mixing: in 16 bits, with biases, and sizes that fit the chip."""
     *tensors, _, raft_size, order = parameters
-    if any(p is None for p in tensors) or not _has_triton(x.device):
+    if x.dtype not in (torch.bfloat16, torch.float16) or any(p is None for p in tensors):
         return False
-    products = tensors[2:]
-    lowered = products[0].dtype in (torch.bfloat16, torch.float16) and len({p.dtype for p in products}) == 1
-    if not lowered or x.dtype not in (products[0].dtype, torch.float32):
+    if {x.dtype} != {p.dtype for p in tensors[2:]} or {x.device} != {p.device for p in tensors}:
+        return False
+    if not _has_triton(x.device):
         return False
     from . import fused
 
-    return fused.takes(products[0], x.shape[-1], raft_size, order)
+    return fused.takes(tensors[2], x.shape[-1], raft_size, order)
 
 
 @lru_cache
 def _has_triton(device: torch.device) -> bool:
-    """Return whether a GPU computes bfloat16 in its tensor cores, and Triton is there to program it."""
-    if torch.version.cuda is None or not torch.cuda.is_available():  # AMD's, or a fake tensor's
+    """Return whether the kernels run on a GPU: Triton is there and compiles, and the chip has the memory."""
+    is_nvidia = torch.version.cuda is not None and torch.cuda.is_available()  # not AMD's, nor a fake tensor's
+    if not is_nvidia or importlib.util.find_spec("triton") is None:
         return False
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    from . import fused
+
+    memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    if memory < fused.SHARED_MEMORY:
+        return False
+    with _disable_current_modes():  # the first call may be a compilation's, of fake tensors
+        try:
+            ones = torch.ones(16, 16, dtype=torch.float16, device=device)
+            fused.mix(ones, *[ones[0], ones[0], ones, ones[0], ones, ones[0]], 1e-5, 1, [])
+        except Exception as error:  # Triton needs a C compiler and Python's headers
+            warnings.warn(f"plain operators are used on {device}, Triton's kernels do not run: {error}", stacklevel=2)
+            return False
+    return True
 
 
 def _choose(x: Tensor, *parameters) -> Tensor:
     """Call the kernel of x's device if there is one, and no derivative is asked for."""
-    tensors = [x, *(p for p in parameters if isinstance(p, Tensor))]
-    backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    forward = any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    if backward or forward or not _has_kernel(x, *parameters):
+    if _asks_derivative(x, *parameters) or not _has_kernel(x, *parameters):
         return _plain(x, *parameters)
     with torch._C._AutoDispatchBelowAutograd():
         return mixing(x, *parameters)
 
 
+def _asks_derivative(x: Tensor, *parameters) -> bool:
+    """Return whether the result of a call will be differentiated, backward or forward."""
+    tensors = [x, *(p for p in parameters if isinstance(p, Tensor))]
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return backward or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _has_kernel(x: Tensor, *parameters) -> bool:
     """Return whether the kernel of x's device takes a mixing."""
-    device = x.device.type
-    return device in KERNELS and (device != "cuda" or _fits_on_chip(x, *parameters))
+    if not _kernels_are_used.get() or x.device.type not in KERNELS:
+        return False
+    return x.device.type != "cuda" or _fits_on_chip(x, *parameters)
 
 
 def _under_autocast(x: Tensor, *parameters) -> Tensor:
-    """Compute the mixing with products in autocast's type; on a GPU in one pass, where no derivative is asked for."""
-    if x.device.type == "cuda" and not torch.is_grad_enabled():
-        norm, products, others = parameters[:2], parameters[2:6], parameters[6:]
+    """Compute the mixing with products in autocast's type; on a GPU in one pass, where its kernels take it."""
+    if x.device.type == "cuda" and not torch.jit.is_tracing() and not _asks_derivative(x, *parameters):
         dtype = torch.get_autocast_dtype("cuda")
-        products = tuple(p if p is None else p.to(dtype) for p in products)
-        if _fits_on_chip(x, *norm, *products, *others):
-            with torch.autocast("cuda", enabled=False):
-                return mixing(x, *norm, *products, *others)
+        products = tuple(p if p is None else p.to(dtype) for p in parameters[2:6])
+        lowered = (*parameters[:2], *products, *parameters[6:])
+        if _has_kernel(x, *lowered):
+            with torch.autocast("cuda", enabled=False), torch._C._AutoDispatchBelowAutograd():
+                return mixing(x, *lowered)
     return _plain(x, *parameters)
 
 
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Compute mixings with plain operators alone, within this context and outside ``torch.inference_mode``."""
+    token = _kernels_are_used.set(False)
+    try:
+        yield
+    finally:
+        _kernels_are_used.reset(token)
+
+
+_kernels_are_used = ContextVar("_kernels_are_used", default=True)
 KERNELS = {"cpu": _in_slices, "cuda": _on_chip}  # for inference, by type of device
 
 _library = torch.library.Library("raftmlp", "DEF")

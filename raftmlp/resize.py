@@ -30,7 +30,9 @@ def bicubic_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torc
         Tensor of shape (size_out, size_in); every row sums to 1 and has at most four entries that are not 0.
     """
     # position of every output sample among the input samples, rounded where PyTorch rounds: the scale, and the result
-    scale = torch.full((1,), size_in, dtype=dtype, device=device) / size_out
+    # (a GPU divides by a number as it multiplies with the reciprocal)
+    sizes = [torch.full((1,), size, dtype=dtype, device=device) for size in (size_in, size_out)]
+    scale = sizes[0] / sizes[1]
     position = (torch.arange(size_out, dtype=torch.float64, device=device) + 0.5) * scale.double() - 0.5
     position = position.to(dtype)
     left = torch.floor(position)

@@ -1,8 +1,12 @@
 """The Triton kernels of the mixings: on a GPU, and without one in Triton's interpreter, which knows no bfloat16."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 
 from raftmlp import fused, ops
 from raftmlp.layers import ChannelMixing, RaftTokenMixing, TokenMixing
@@ -47,13 +51,29 @@ def test_the_kernels_round_no_more_than_the_plain_operators(kind, dtype):
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_a_map_of_float32_keeps_its_precision():
-    layer, x = make("vertical", torch.float16)
-    x, *parameters = arguments(layer, x.float())
-    out = fused.mix(x, *parameters)
-    exact = ops._plain(x.double(), *(p.double() if isinstance(p, torch.Tensor) else p for p in parameters))
-    assert out.dtype == torch.float32
-    assert (out - exact).abs().max() < 4e-3 * (exact - x).abs().max()  # products are taken in 16 bits
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["vertical", "channels"])
+def test_large_hidden_values(kind, dtype):
+    layer, x = make(kind, dtype)
+    layer.fc1.bias.copy_(torch.linspace(-60, 60, len(layer.fc1.bias)))
+    x, *parameters = arguments(layer, x)
+    expected = ops._plain(x, *parameters).double()
+    assert (fused.mix(x, *parameters).double() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_the_logistic_forms_of_gelu():
+    """The formulas in float64, with an exact tanh for that of bfloat16."""
+    x = torch.linspace(-60, 60, 100001, dtype=torch.float64)
+    z = (x * x).clamp(max=50)
+    in_bfloat16 = 0.5 * x * (1 + torch.tanh(x * ((-0.000351521 * z + 0.0370056742) * z + 0.79750785)))
+    assert (in_bfloat16 - F.gelu(x)).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("kind", ["vertical", "horizontal"])
+def test_positions_that_are_padded_do_not_count(kind):
+    layer, x = make(kind, torch.float16)
+    layer.norm.eps = 0.0  # their deviation is 0
+    assert fused.mix(*arguments(layer, x)).isfinite().all()
 
 
 def test_an_empty_batch():
@@ -98,3 +118,20 @@ def test_other_mixings_are_computed_with_plain_operators(monkeypatch):
     monkeypatch.setattr(ops, "_has_triton", lambda device: False)
     x, parameters = x.half(), [p.half() for p in tensors]
     assert torch.equal(ops._on_chip(x, *parameters, *others), ops._plain(x, *parameters, *others))
+
+
+def test_gpus_whose_kernels_do_not_run_have_plain_operators(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    has_triton, device = ops._has_triton.__wrapped__, torch.device(DEVICE)
+    assert has_triton(device)
+    with FakeTensorMode():  # asked for the first time by a compilation
+        assert has_triton(device)
+    properties.shared_memory_per_block_optin = 99 * 1024
+    assert not has_triton(device)
+    properties.shared_memory_per_block_optin = 163 * 1024
+    monkeypatch.setattr(fused, "mix", lambda *args: (_ for _ in ()).throw(RuntimeError("no C compiler")))
+    with pytest.warns(UserWarning, match="plain operators are used on .*: no C compiler"):
+        assert not has_triton(device)

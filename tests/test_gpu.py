@@ -18,6 +18,7 @@ from golden.arrays import images
 from helpers import CATALOGUE, GOLDEN, StoppingDigits, assert_same, relative_error, release_weights
 from raftmlp import fused, ops
 from raftmlp.data import Digits
+from raftmlp.evaluate.speed import Meter, SpeedSettings
 from raftmlp.train import Trainer, TrainSettings
 
 SMALL = dict(num_classes=10, img_size=64, embed_dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), raft_size=(2, 2, 4, 2))
@@ -67,15 +68,15 @@ def test_golden_logits(device, name):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size, resizing", [((224, 224), "map"), ((200, 333), "map"), ((200, 333), "update")])
-def test_sixteen_bits_round_no_more_than_plain_operators_do(device, dtype, size, resizing, monkeypatch):
+def test_sixteen_bits_round_no_more_than_plain_operators_do(device, dtype, size, resizing):
     model = timm.create_model("raftmlp_s", resizing=resizing).eval()
     model.load_state_dict(release_weights("raftmlp_s"))
     x = noise(2, 3, *size, device=device)
     exact = model.to(device)(x)
     model.to(dtype)
     errors = [(model(x.to(dtype)).float() - exact).abs().mean() / exact.abs().max()]
-    monkeypatch.setattr(ops, "KERNELS", {})
-    errors.append((model(x.to(dtype)).float() - exact).abs().mean() / exact.abs().max())
+    with ops.plain_operators():
+        errors.append((model(x.to(dtype)).float() - exact).abs().mean() / exact.abs().max())
     assert errors[0] < 1.3 * errors[1] < 0.05
 
 
@@ -99,6 +100,22 @@ def test_autocast(device):
         logits = model(x)
     assert logits.dtype == torch.bfloat16
     assert 0 < (logits - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_ways_to_call_it_under_autocast(device):
+    """Counted, traced and differentiated forward, for which the kernels are not."""
+    model = small(device, **ONE_STAGE).eval()
+    x, t = noise(2, 3, 64, 64, device=device), noise(2, 3, 64, 64, device=device)
+    settings = SpeedSettings(batch_size=1, precision="amp_bfloat16")
+    meter = Meter("raftmlp_digits", "eager", "inference", (32, 32), settings, device)
+    assert meter.work()[0] > 4e6
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # a trace needs it so
+        expected = model(x)
+        traced = torch.jit.trace(model, x, check_trace=False)(x)
+        out, derivative = torch.func.jvp(model, (x,), (t,))
+    for y in (traced, out):
+        assert (y - expected).abs().max() < 0.03 * expected.abs().max()
+    assert derivative.isfinite().all()
 
 
 def test_gradients(device):
@@ -158,7 +175,9 @@ def test_two_threads_with_different_sizes(device):
     for thread in threads:
         thread.join()
     for wanted, found in zip(expected, seen):
-        assert len(found) == 20 and all(torch.equal(y, wanted) for y in found)
+        assert len(found) == 20
+        for y in found:
+            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)  # a CPU compiles in test_raftmlp.py
@@ -196,7 +215,7 @@ def test_a_graph_of_the_device_replays(device):
             out = model(x)
         x.copy_(other)
         graph.replay()
-    assert torch.equal(out, wanted)
+    assert (out - wanted).abs().max() < 0.03 * wanted.abs().max() < (wanted - wanted.flip(0)).abs().max()
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)  # a CPU compiles in test_export.py
@@ -236,8 +255,7 @@ def test_training_with_a_scaler(device, tmp_path):
     assert all(np.isfinite(row["train_loss"]) for row in trainer.state.log)
 
 
-def test_a_run_resumes_to_the_same_bits(device, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_a_run_resumes_to_the_same_bits(device, tmp_path):
     data = Subset(StoppingDigits("train"), range(192))
     torch.use_deterministic_algorithms(True)
     try:
@@ -254,6 +272,7 @@ def test_a_run_resumes_to_the_same_bits(device, tmp_path, monkeypatch):
 
 
 def _train_in_two_processes(rank, file, device, out):
+    torch.backends.cudnn.allow_tf32 = False
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = DistributedDataParallel(small(device))
     x = noise(4, 3, 64, 64)[2 * rank : 2 * rank + 2].to(device)
@@ -266,8 +285,12 @@ def _train_in_two_processes(rank, file, device, out):
 
 def test_two_processes_on_one_device_have_the_gradients_of_one(device, tmp_path):
     args = (str(tmp_path / "rendezvous"), device.type, str(tmp_path / "grads.pt"))
-    started = torch.multiprocessing.spawn(_train_in_two_processes, args, nprocs=2, join=False)
-    assert any(started.join(timeout=60) for _ in range(3))  # a join ends with the first of the processes
+    started = torch.multiprocessing.spawn(_train_in_two_processes, args, nprocs=2, join=False, daemon=True)
+    try:
+        assert any(started.join(timeout=40) for _ in range(2))  # a join ends with the first of the processes
+    finally:
+        for process in started.processes:
+            process.kill()
     model = small(device)
     model(noise(4, 3, 64, 64, device=device)).square().mean().backward()
     expected = {name: p.grad.cpu() for name, p in model.named_parameters()}

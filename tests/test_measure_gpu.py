@@ -38,9 +38,19 @@ def test_what_is_measured_on_gpus_old_and_new(monkeypatch, capsys):
 def test_a_test_that_hangs_is_ended():
     hanging = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
     quick = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
-    assert measure_gpu.wait_for([quick], 60)
-    assert not measure_gpu.wait_for([hanging, quick], 0.1)
+    assert measure_gpu.finish([quick], 60)
+    assert not measure_gpu.finish([hanging, quick], 0.3)
     assert hanging.returncode == -9
+
+
+def test_failures_and_the_test_that_hung_are_named(tmp_path, capsys):
+    (tmp_path / "tests.txt").write_text(
+        "tests/test_gpu.py::test_a[cuda] FAILED [ 10%]\n"
+        '  File "/x/tests/test_gpu.py", line 9 in test_b\n  File "/x/python.py", line 1 in run\n'
+    )
+    outcome = measure_gpu.outcome_of_tests(tmp_path / "tests.txt", False)
+    assert outcome.endswith("ended, in test_b")
+    assert capsys.readouterr().out == "failed: tests/test_gpu.py::test_a[cuda]\n"
 
 
 @pytest.mark.parametrize(

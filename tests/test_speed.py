@@ -144,7 +144,7 @@ def test_failures_are_named_and_the_others_go_on():
 
 
 def test_every_mode_of_every_model_is_a_row(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled.append(mode) or model)
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compiled.append(mode) or model)
     compiled = []
     results = measure(NAMES, ["eager", "compile"], "inference", (32, 32), QUICK, CPU)
     assert [(r.model, r.mode) for r in results] == [(name, mode) for name in NAMES for mode in ("eager", "compile")]

@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from ..create import ModelSettings, create_model
 from ..errors import UserError, first_words
-from ..ops import KERNELS
+from ..ops import plain_operators
 from ..reference import Reference
 from ..settings import Number, Settings, option
 from ..sizes import size_name
@@ -195,7 +194,9 @@ class Meter:
         self.images = torch.randn(settings.batch_size, 3, *size).to(device, dtype, memory_format=layout)
         self.classes = torch.randint(model.num_classes, (settings.batch_size,), device=device)
         self.plain = Reference(model) if name.startswith(REFERENCE) else model
-        self.model = torch.compile(self.plain, mode=settings.compile_mode) if mode == "compile" else self.plain
+        self.model = (
+            torch.compile(self.plain, mode=settings.compile_mode, dynamic=False) if mode == "compile" else self.plain
+        )
 
     def __call__(self) -> None:
         """Run one iteration."""
@@ -216,7 +217,7 @@ class Meter:
         whatever kernel the device has.
         """
         counter, traffic = FlopCounterMode(display=False), _ProductTraffic()
-        with torch.no_grad(), patch.dict(KERNELS, clear=True), self.autocast, counter, traffic:
+        with torch.no_grad(), plain_operators(), self.autocast, counter, traffic:
             self.plain(self.images)
         passes = 3 if self.training else 1
         return passes * counter.get_total_flops() // 2, passes * traffic.bytes
@@ -323,6 +324,7 @@ def _fitting_meter(
         except torch.OutOfMemoryError:
             if settings.batch_size == 1:
                 raise
+        meter = None
         torch.cuda.empty_cache()
         settings = replace(settings, batch_size=settings.batch_size // 2)
 
