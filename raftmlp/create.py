@@ -31,6 +31,8 @@ __all__ = ["ModelSettings", "create_model", "create_recorded_model", "is_folder_
 
 _logger = logging.getLogger(__name__)
 
+ANY_WEIGHTS = ("img_size", "resizing", "drop_rate", "drop_path_rate")  # arguments that fit all weights
+
 
 def is_folder_name(name: str | None) -> bool:
     """Return whether timm takes the name for a folder: local-dir:FOLDER, or hf-hub:USER/NAME on the Hub."""
@@ -158,9 +160,12 @@ def create_recorded_model(
         if isinstance(error, UserError) and str(settings.checkpoint or "") in str(error):
             raise
         source = f"{settings.checkpoint}: " if settings.checkpoint else ""
-        raise UserError(f"{source}cannot make {name}: {first_words(error)}") from error
+        reason, shaping = first_words(error), _shaping(settings.model_kwargs)
+        if settings.pretrained and shaping and "loading state_dict" in str(error):
+            reason = f"its pretrained weights do not fit --model-kwargs {shaping}"
+        raise UserError(f"{source}cannot make {name}: {reason}") from error
     if state:
-        _load(model, state, settings.checkpoint, to_train, plan.described.get("model"))
+        _load(model, state, settings, to_train, plan.described.get("model"))
     known = model.pretrained_cfg.get("num_classes")
     if settings.pretrained and known and model.num_classes != known:
         if not to_train:
@@ -246,8 +251,18 @@ def _check_size(plan: _Plan, state: StateDict, path: str) -> None:
         raise UserError(f"{path} describes a {plan.name} of {described:,} parameters, and holds {held:,}")
 
 
-def _load(model: nn.Module, state: StateDict, path: str, may_replace_head: bool, described_name: str | None) -> None:
+def _shaping(model_kwargs: dict[str, Any]) -> str:
+    """Return in words those arguments of a network that change which weights fit it; the image size is none of them."""
+    return " ".join(f"{key}={value}" for key, value in model_kwargs.items() if key not in ANY_WEIGHTS).replace(
+        "\n", " "
+    )
+
+
+def _load(
+    model: nn.Module, state: StateDict, settings: ModelSettings, may_replace_head: bool, described_name: str | None
+) -> None:
     """Load weights strictly; the classifier may be another task's if ``may_replace_head``, and that is logged."""
+    path, shaping = settings.checkpoint, _shaping(settings.model_kwargs)
     if isinstance(model, RaftMLP):
         state = adapt_state_dict(state, model, path)
     expected, note = model.state_dict(), ""
@@ -261,8 +276,8 @@ def _load(model: nn.Module, state: StateDict, path: str, may_replace_head: bool,
                 state.update({key: value for key, value in expected.items() if key.startswith(f"{name}.")})
     differences = describe_differences(shapes(state), shapes(expected))
     if differences:
-        hint = ""
-        if any("fc1.weight has shape" in line for line in differences):
+        hint = f"; was it trained with --model-kwargs {shaping}?" if shaping else ""
+        if any("fc1.weight has shape" in line for line in differences) and not shaping:
             hint = "; if it was trained at another image size, give --model-kwargs img_size=N"
         whose = f" (it is of {described_name})" if described_name else ""
         raise UserError(f"{path}{whose} does not fit this {type(model).__name__}: {summary(differences)}{hint}")

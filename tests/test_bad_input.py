@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -23,6 +24,15 @@ from raftmlp.commands import train, validate
         (["--dataset", "digits", "--checkpoint", "foreign.pth"], "foreign.pth does not fit this RaftMLP: stages.0"),
         (["--dataset", "digits", "--model-kwargs", "raft_size=3"], "raft_size 3 must be a positive divisor"),
         (["--dataset", "digits", "--model-kwargs", "raft_sise=2"], "raft_sise"),
+        (["--dataset", "digits", "--model-kwargs", "resizing=foo"], "error: resizing 'foo' must be 'map' or 'update'"),
+        (
+            ["--dataset", "digits", "--model", "raftmlp_digits", "--pretrained", "--model-kwargs", "resizing=foo"],
+            "error: resizing 'foo' must be 'map' or 'update'",
+        ),
+        (
+            ["--dataset", "digits", "--model", "raftmlp_digits", "--pretrained", "--model-kwargs", "raft_size=4"],
+            "error: cannot make raftmlp_digits: its pretrained weights do not fit --model-kwargs raft_size=4",
+        ),
         (["--dataset", "digits", "--checkpoint", "."], ". is a folder: name a checkpoint file in it"),
         (["--data-dir", "splits"], "no split 'validation' in splits: it has train"),
         (["--data-dir", "tars"], "no data set '' with split"),
@@ -87,3 +97,15 @@ def test_one_line_and_nothing_written(run_command, command, options, message):
     assert "Traceback" not in err
     assert not out
     assert sorted(Path().iterdir()) == before
+
+
+def test_arguments_that_do_not_fit_a_checkpoint(run_command):
+    torch.save(timm.create_model("raftmlp_digits", num_classes=10, img_size=48).state_dict(), "48.pth")
+    options = ["--dataset", "digits", "--model", "raftmlp_digits", "--checkpoint", "48.pth"]
+    for arguments, message in (
+        (["raft_size=4"], "; was it trained with --model-kwargs raft_size=4?"),
+        (["depths=(1,1,1,1)", "img_size=48"], "; was it trained with --model-kwargs depths=(1, 1, 1, 1)?"),
+        (["resizing=update"], "; if it was trained at another image size, give --model-kwargs img_size=N"),
+    ):
+        status, _, err = run_command(validate, *options, "--model-kwargs", *arguments)
+        assert status == 2 and err.endswith(message + "\n"), err

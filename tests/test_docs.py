@@ -29,7 +29,13 @@ from raftmlp_cli import NAMES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("python", "sh", "bibtex")  # of blocks; the first two are run
-NOT_RUN = Counter({"AOTInductor compiles for a minute": 1, "it takes a trained detector": 1})
+NOT_RUN = Counter(
+    {
+        "AOTInductor compiles for a minute": 1,
+        "it takes a trained detector": 1,
+        "timm's scripts are not in its package": 2,
+    }
+)
 # what is added to every line of a command: later options win over earlier ones
 SHORTER = {
     "train": [
