@@ -2,6 +2,7 @@
 
     raftmlp study studies/paper
     raftmlp study studies/data_efficiency
+    raftmlp study studies/distillation
     python docs/evidence.py
 
 Copies the JSON and the picture of every study that is in runs/ beside the page, and writes the tables into the page,
@@ -20,7 +21,7 @@ from raftmlp.files import write_text
 
 DOCS, RUNS = Path(__file__).parent, Path("runs")
 PAGE = DOCS / "evidence.md"
-STUDIES = ("paper", "data_efficiency")
+STUDIES = ("paper", "data_efficiency", "distillation")
 
 
 def difference(row: dict[str, Any], first: dict[str, Any]) -> str:

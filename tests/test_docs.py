@@ -49,6 +49,7 @@ SHORTER = {
 PARSED = (
     "raftmlp study studies/paper",
     "raftmlp study studies/data_efficiency",
+    "raftmlp study studies/distillation",
     "raftmlp benchmark reference:raftmlp_s raftmlp_s --modes eager compile",
     "raftmlp export --model raftmlp_digits --pretrained --format aoti --out digits-aoti.pt2",
     "raftmlp eval-mm CONFIG CHECKPOINT --data-dir coco --show-dir shown --results-file results.json",
