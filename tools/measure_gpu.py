@@ -104,17 +104,8 @@ def start_compilations(measured: list[Benchmark], device: torch.device, processe
 def start_tests(path: Path, options: list[str]) -> subprocess.Popen:
     """Start the tests, whose output goes to a file; it tells where a test is that takes more than a minute."""
     workers = ["-n", "4"] if find_spec("xdist") and options == TESTS else []
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "faulthandler_timeout=60",
-        "--tb",
-        "short",
-    ]
+    shown = ["-vv", "--tb", "short", "-o", "faulthandler_timeout=60"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *shown, *workers, *options]
     with open(path, "w") as out:
         return subprocess.Popen(
             [*command, *workers, *options], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
@@ -196,7 +187,7 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
+    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31):
         raise UserError(f"raftmlp's commands need timm 1.0.31 or newer, this is {timm.__version__}")
     if not args.device and not torch.cuda.is_available():
         raise UserError("no CUDA GPU here; make gpu DEVICE=cpu rehearses on the CPU, at a tiny setting")
@@ -213,6 +204,8 @@ def main() -> None:
     output = args.output or Path("runs", "gpu" if on_gpu else "gpu-rehearsal")
     folder = output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    for benchmark in measured:  # of a run before
+        (folder / benchmark.name / "results.json").unlink(missing_ok=True)
 
     in_time = finish([start_tests(folder / "tests.txt", TESTS if on_gpu else REHEARSED)])
     tests = outcome_of_tests(folder / "tests.txt", in_time)
