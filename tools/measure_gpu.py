@@ -107,9 +107,8 @@ def start_tests(path: Path, options: list[str]) -> subprocess.Popen:
     shown = ["-vv", "--tb", "short", "-o", "faulthandler_timeout=60"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *shown, *workers, *options]
     with open(path, "w") as out:
-        return subprocess.Popen(
-            [*command, *workers, *options], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
-        )
+        kwargs = dict(cwd=ROOT, stdout=out, stderr=out, env=dict(os.environ, OMP_NUM_THREADS="2"))
+        return subprocess.Popen(command, **kwargs, start_new_session=True)
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = TIME_LIMIT) -> bool:
