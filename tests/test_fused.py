@@ -12,7 +12,7 @@ from raftmlp import ops
 from raftmlp.layers import ChannelMixing, RaftTokenMixing, TokenMixing
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux and Windows for GPUs of NVIDIA alone")
-from raftmlp import fused  # noqa: E402
+from raftmlp import fused
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
