@@ -58,6 +58,12 @@ def test_failures_and_the_test_that_hung_are_named(tmp_path, capsys):
     [
         ([], "1.0.31", "no CUDA GPU here"),
         (["--device", "cpu", "--models", "resnet18"], "1.0.31", "none of them is measured"),
+        (
+            ["--device", "cpu", "--models", "raftmlp_digits", "raftmlp_x"],
+            "1.0.31",
+            "--models raftmlp_x: none of them is measured there; take of raftmlp_digits",
+        ),
+        (["--device", "cpu", "--benchmarks", "sizes"], "1.0.31", "--benchmarks sizes: not measured on cpu"),
         (["--processes", "0"], "1.0.31", "must be a whole number of 1 or more"),
         ([], "1.0.29", "need timm 1.0.31 or newer, this is 1.0.29"),
     ],

@@ -137,14 +137,10 @@ def outcome_of_tests(path: Path, in_time: bool) -> str:
     return f"not done after {TIME_LIMIT} s, ended{where}"
 
 
-def read_rows(folder: Path, measured: list[Benchmark]) -> list[dict]:
-    """Return the rows of all benchmarks so far."""
-    rows = []
-    for benchmark in measured:
-        path = folder / benchmark.name / "results.json"
-        if path.exists():
-            rows += [dict(row, benchmark=benchmark.name) for row in json.loads(path.read_text())["rows"]]
-    return rows
+def read_rows(folder: Path, name: str) -> list[dict]:
+    """Return the rows of a benchmark: none where it has failed."""
+    path = folder / name / "results.json"
+    return [dict(row, benchmark=name) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
 def say_speeds(rows: list[dict]) -> None:
@@ -195,11 +191,15 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU, a rehearsal"
     say(f"{name}, torch {torch.__version__}, timm {timm.__version__}")
     measured = [b for b in benchmarks(device) if b.name in args.benchmarks]
+    known = {model for b in measured for model in b.models}
+    if unknown := [model for model in args.models or [] if model not in known]:
+        names = f"{' '.join(unknown)}: none of them is measured there; take of {' '.join(sorted(known))}"
+        raise UserError(f"--models {names}")
     for benchmark in measured:
         benchmark.models = [model for model in benchmark.models if not args.models or model in args.models]
     measured = [b for b in measured if b.models]
     if not measured:
-        raise UserError(f"--models {' '.join(args.models)}: none of them is measured there")
+        raise UserError(f"--benchmarks {' '.join(args.benchmarks)}: not measured on {device.type}")
     output = args.output or Path("runs", "gpu" if on_gpu else "gpu-rehearsal")
     folder = output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,13 +211,13 @@ def main() -> None:
     say(f"tests: {tests}")
     if on_gpu:
         finish(start_compilations(measured, device, args.processes))
-    about = dict(device=name, torch=torch.__version__, timm=timm.__version__, tests=tests)
+    about, rows = dict(device=name, torch=torch.__version__, timm=timm.__version__, tests=tests), []
     for benchmark in measured:
         options = ["--device", str(device), "--output", str(folder / benchmark.name)]
         done = subprocess.run([*benchmark.command(), *options], cwd=ROOT)
         if done.returncode:
             say(f"the benchmark {benchmark.name} ended with status {done.returncode}")
-        rows = read_rows(folder, measured)
+        rows += read_rows(folder, benchmark.name)
         write_text(folder / "summary.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
     say_speeds(rows)
     say(f"{time.monotonic() - begun:.0f} s; tests, tables and pictures: {output}")

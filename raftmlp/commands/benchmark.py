@@ -35,19 +35,8 @@ from .console import command_line, run, say
 from .options import Parser, option_type, output_folder
 
 COLUMNS = (
-    "model",
-    "mode",
-    "batch",
-    "ms",
-    "spread",
-    "images/s",
-    "ratio",
-    "(range)",
-    "GMACs",
-    "arithmetic",
-    "traffic",
-    "MiB",
-)
+    "model", "mode", "batch", "ms", "spread", "images/s", "ratio", "(range)", "GMACs", "arithmetic", "traffic", "MiB",
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
