@@ -16,22 +16,51 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from shapes import CLASSES, write_shapes
+
 from raftmlp.files import save_figure, write_text
 
 RUNS, DOCS = Path("runs/any-size"), Path(__file__).parent
+GROUP_NORM = {
+    f"/model.{part}.norm_cfg.{key}": value
+    for part in ("neck", "decode_head")
+    for key, value in dict(type="GN", num_groups=16).items()
+}
 SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 128 pixels
+DETECTOR = dict(
+    config="detection/mask_rcnn_raftmlp_digits",
+    scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
+    figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
+    several={},
+)
 TASKS = {
     "segmentation": dict(
         config="segmentation/fpn_raftmlp_digits",
         options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
         scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
         figures=dict(mIoU="mIoU"),
+        several={  # the schedule in images, not in updates; a batch of one is too small for BatchNorm
+            "/model.data_preprocessor.size": None,
+            "/model.data_preprocessor.size_divisor": 1,
+            "/train_cfg.max_iters": 12000,
+            "/train_cfg.val_interval": 12000,
+            "/param_scheduler.1.end": 12000,
+            **GROUP_NORM,
+        },
     ),
-    "detection": dict(
-        config="detection/mask_rcnn_raftmlp_digits",
-        options=["train_cfg.max_epochs=1", "param_scheduler.1.end=1"],
-        scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
-        figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
+    "detection": dict(DETECTOR, options=["train_cfg.max_epochs=1", "param_scheduler.1.end=1"]),
+    "shapes": dict(
+        DETECTOR,
+        options=[
+            *("train_cfg.max_epochs=14", "train_cfg.val_interval=14", "param_scheduler.1.end=14"),
+            *(f"{part}_dataloader.dataset.data_root=runs/shapes/" for part in ("train", "val", "test")),
+            *(f"{part}_dataloader.dataset.metainfo.classes=[{','.join(CLASSES)}]" for part in ("train", "val", "test")),
+            *(
+                f"{part}_evaluator.ann_file=runs/shapes/annotations/instances_validation.json"
+                for part in ("val", "test")
+            ),
+            *(f"model.roi_head.{head}_head.num_classes={len(CLASSES)}" for head in ("bbox", "mask")),
+        ],
     ),
 }
 # networks pretrained on the digits by the recipe of raftmlp_digits: options of `raftmlp train`
@@ -42,26 +71,22 @@ PEERS = {
         *("--mean", *[0.5] * 3, "--std", *[0.5] * 3, "--interpolation", "bilinear"),
     ],
 }
+# whole images one by one, each at one of these sizes, eight to an update
+SEVERAL_SIZES = {
+    "/train_dataloader.batch_size": 1,
+    "/optim_wrapper.accumulative_counts": 8,
+    "/train_dataloader.dataset.pipeline.2.type": "RandomChoiceResize",
+    "/train_dataloader.dataset.pipeline.2.scales": "[(96,96),(96,96),(96,96),(128,128),(160,160),(192,192)]",
+    "/train_dataloader.dataset.pipeline.2.keep_ratio": True,
+    "/param_scheduler.0.end": 800,
+}
 # what an arm changes in the config's backbone, or in the whole config
 ARMS = {
     "map": dict(resizing="map"),
     "update": dict(resizing="update"),
     "weights resampled to 128": dict(resizing="map", img_size=128),
-    # whole images one by one, each at one of four sizes, eight to an update
-    "update, several sizes": {
-        "resizing": "update",
-        "/train_dataloader.batch_size": 1,
-        "/optim_wrapper.accumulative_counts": 8,
-        "/train_dataloader.dataset.pipeline.2.type": "RandomChoiceResize",
-        "/train_dataloader.dataset.pipeline.2.scales": "[(96,96),(128,128),(160,160),(192,192)]",
-        "/train_dataloader.dataset.pipeline.2.keep_ratio": True,
-        "/model.data_preprocessor.size": None,
-        "/model.data_preprocessor.size_divisor": 1,
-        "/train_cfg.max_iters": 12000,
-        "/train_cfg.val_interval": 12000,
-        "/param_scheduler.0.end": 800,
-        "/param_scheduler.1.end": 12000,
-    },
+    "update, GroupNorm": dict(resizing="update", **GROUP_NORM),
+    "update, several sizes": dict(resizing="update", **SEVERAL_SIZES),
     "map, first map the embedding": dict(resizing="map", first_map="embed"),
     "mixer, update": {
         "arch._delete_": True,
@@ -110,7 +135,7 @@ def folder_of(task: str, arm: str, seed: int) -> Path:
 
 def options_of(task: str, arm: str, seed: int) -> list[str]:
     """Return what an arm changes in its task's config, as --cfg-options."""
-    changes = ARMS[arm].items()
+    changes = {**ARMS[arm], **(TASKS[task]["several"] if "several sizes" in arm else {})}.items()
     changes = [f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}" for key, value in changes]
     return [*TASKS[task]["options"], f"randomness.seed={seed}", *changes]
 
@@ -135,21 +160,25 @@ def run_arm(task: str, arm: str, seed: int) -> dict:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw the figures of the first seed over the size of the scenes, a panel a figure."""
+    """Draw the figures over the size of the scenes, a panel a figure: the mean of the seeds, and each of them."""
     from matplotlib.figure import Figure
 
     panels = [(task, name) for task, settings in TASKS.items() for name in settings["figures"]]
     panels = [(task, name) for task, name in panels if any(row["task"] == task for row in rows)]
-    figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (task, name) in zip(axes, panels):
-        for row in rows:
-            if row["task"] == task and row["seed"] == 0:
-                axis.plot(SIZES, [row[f"{name} at {size}"] for size in SIZES], "o-", label=row["arm"])
-        axis.set(xlabel="size of the scenes (pixels)", ylabel=name, title=task, xticks=SIZES)
+    figure = Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
+    for axis, (task, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for number, arm in enumerate(ARMS):
+            seeds = [
+                [row[f"{name} at {size}"] for size in SIZES] for row in rows if (row["task"], row["arm"]) == (task, arm)
+            ]
+            if seeds:
+                axis.plot(SIZES, [sum(column) / len(seeds) for column in zip(*seeds)], f"C{number}-", label=arm)
+                for figures in seeds:
+                    axis.plot(SIZES, figures, f"C{number}.")
+        axis.set(xlabel="size of the images (pixels)", ylabel=name, title=task, xticks=SIZES)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=7)
     save_figure(figure, path)
 
 
@@ -184,6 +213,8 @@ def main() -> None:
     for name in PEERS:
         if any(name in arm.lower() for arm in args.arms):
             pretrain(name)
+    if "shapes" in args.tasks and not Path("runs/shapes").exists():
+        write_shapes(Path("runs/shapes"))
     table = DOCS / "any-size.json"
     rows = json.loads(table.read_text())["rows"] if table.exists() else []
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -193,8 +224,8 @@ def main() -> None:
             write_text(table, json.dumps(dict(rows=rows), indent=1) + "\n")
             print(row, flush=True)
     draw(rows, DOCS / "any-size.png")
-    drawn = [arm for arm in ("map", "update", "ResNet-18, a quarter as wide") if arm in args.arms]
-    if "segmentation" in args.tasks and drawn:
+    drawn = ["map", "update", "ResNet-18, a quarter as wide"]
+    if all(folder_of("segmentation", arm, 0).exists() for arm in drawn):
         draw_scenes(drawn, DOCS / "any-size-scenes.jpg")
 
 

@@ -11,8 +11,8 @@ import torch
 from .errors import UserError
 
 __all__ = [
-    "check_device", "check_dtype", "check_weight", "choice", "image_size", "is_sequence", "is_whole", "per_stage",
-    "rate", "ratio", "whole", "whole_numbers",
+    "check_device", "check_dtype", "check_weight", "choice", "feature_indices", "image_size", "is_sequence", "is_whole",
+    "per_stage", "rate", "ratio", "whole", "whole_numbers",
 ]  # fmt: skip
 
 MOST_BLOCKS = 1000  # of a stage
@@ -77,6 +77,25 @@ def per_stage(embed_dims: Any, depths: Any, patch_sizes: Any, patch_kernels: Any
         text = ", ".join(f"{name} {value}" for name, value in given.items())
         raise UserError(f"give one entry a stage, and the same number of stages everywhere: {text}")
     return given
+
+
+def feature_indices(num_maps: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Return the indices of the feature maps asked for, in their order, none negative, and the largest.
+
+    Args:
+        num_maps: Number of maps that the network has.
+        indices: A sequence of indices, negative ones from the end; or a number for the last so many, None for all.
+    """
+    indices = num_maps if indices is None else indices
+    many = is_sequence(indices)
+    taken, bounds = (indices, (-num_maps, num_maps - 1)) if many else ([indices], (1, num_maps))
+    if not len(taken) or not all(is_whole(i, *bounds) for i in taken):
+        raise UserError(
+            f"feature indices {indices!r}: this model takes a sequence of indices from {-num_maps} to "
+            f"{num_maps - 1}, or a number of maps from 1 to {num_maps}"
+        )
+    taken = [int(i) % num_maps for i in (taken if many else range(-indices, 0))]
+    return taken, max(taken)
 
 
 def rate(name: str, value: Any) -> float:

@@ -239,7 +239,7 @@ class RaftMLP(nn.Module):
         arguments.choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
         single = len(self.stages) == 1
         layers: Sequence[nn.Module] = self.stages[0].blocks if single else self.stages
-        taken, last = _take_indices(len(layers), indices)
+        taken, last = arguments.feature_indices(len(layers), indices)
         x = embedded = self.stages[0].embed(to_nhwc(x, self.in_chans))
         maps: dict[int, Tensor] = {}
         for i, layer in enumerate(layers[: last + 1] if stop_early else layers):
@@ -267,7 +267,7 @@ class RaftMLP(nn.Module):
         """Remove what the feature maps of the given indices do not need; returns the indices, none negative."""
         single = len(self.stages) == 1
         layers = self.stages[0].blocks if single else self.stages
-        taken, last = _take_indices(len(layers), indices)
+        taken, last = arguments.feature_indices(len(layers), indices)
         pruned = last < len(layers) - 1
         if single:
             self.stages[0].blocks = layers[: last + 1]
@@ -313,20 +313,6 @@ def _adapt_on_load(model: RaftMLP, state_dict: dict[str, Tensor], prefix: str, *
     state_dict.update({prefix + key: value for key, value in weights.items()})
 
 
-def _take_indices(num_layers: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """Return the indices asked for, in their order, none negative, and the largest."""
-    indices = num_layers if indices is None else indices
-    many = arguments.is_sequence(indices)
-    taken, bounds = (indices, (-num_layers, num_layers - 1)) if many else ([indices], (1, num_layers))
-    if not len(taken) or not all(arguments.is_whole(i, *bounds) for i in taken):
-        raise UserError(
-            f"feature indices {indices!r}: this model takes a sequence of indices from {-num_layers} to "
-            f"{num_layers - 1}, or a number of maps from 1 to {num_layers}"
-        )
-    taken = [int(i) % num_layers for i in (taken if many else range(-indices, 0))]
-    return taken, max(taken)
-
-
 class FeatureDict(FeatureGetterNet):
     """timm's wrapper for feature maps, NCHW, as a dict: each under its index, "0", "1", ..."""
 
@@ -363,7 +349,7 @@ def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], 
     if kwargs.get("feature_cls", "getter") != "getter":
         if kwargs["feature_cls"] is not FeatureDict:  # timm's other wrappers return the NHWC maps
             feature_cfg["output_fmt"] = "NHWC"
-        taken, _ = _take_indices(num_maps, kwargs.get("out_indices", maps))
+        taken, _ = arguments.feature_indices(num_maps, kwargs.get("out_indices", maps))
         if taken != sorted(set(taken)):
             raise UserError(
                 f"out_indices {kwargs['out_indices']} must rise: only feature_cls='getter' and 'list' keep an order"

@@ -23,6 +23,20 @@ def test_the_rehearsal():
     assert all(row["images_per_second"] > 0 for row in summary["rows"])
 
 
+def test_what_fails_is_named_and_the_rest_is_measured(tmp_path, monkeypatch, capfd):
+    tiny = ["--tasks", "inference", "--sizes", "32", "-b", "1", "--rounds", "1", "--min-time", "0"]
+    measured = [measure_gpu.Benchmark(name, [name], ["eager"], tiny) for name in ("no_such_model", "raftmlp_digits")]
+    monkeypatch.setattr(measure_gpu, "benchmarks", lambda device: measured)
+    monkeypatch.setattr(measure_gpu, "BENCHMARKS", ("no_such_model", "raftmlp_digits"))
+    monkeypatch.setattr(measure_gpu, "REHEARSED", ["tests/no_such_test.py"])
+    monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--device", "cpu", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        measure_gpu.run(measure_gpu.main)
+    assert end.value.code == 1
+    assert "failed: tests, the benchmark no_such_model (status 2)" in capfd.readouterr().out
+    assert [row["model"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]] == ["raftmlp_digits"]
+
+
 def test_what_is_measured_on_gpus_old_and_new(monkeypatch, capsys):
     monkeypatch.setattr(measure_gpu, "PEERS", ["resnet18", "resnet_of_tomorrow"])
     for capability, precision in (((9, 0), "bfloat16"), ((7, 5), "float16")):

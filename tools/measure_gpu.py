@@ -7,7 +7,7 @@
 First the tests that a GPU can fail, then, in several processes, the compilations that the benchmarks need, and the
 benchmarks, alone on the machine: inference and training of all models, large images, and what torch.compile autotunes.
 The folder has the tests' output (tests.txt), a folder for every benchmark as `raftmlp benchmark` writes it, and
-summary.json with all rows.
+summary.json with all rows. Where tests or a benchmark fail the rest is still measured, and the exit status is 1.
 """
 
 import json
@@ -180,7 +180,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def main() -> None:
+def main() -> int:
     args = build_parser().parse_args()
     if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31):
         raise UserError(f"raftmlp's commands need timm 1.0.31 or newer, this is {timm.__version__}")
@@ -206,9 +206,11 @@ def main() -> None:
     for benchmark in measured:  # of a run before
         (folder / benchmark.name / "results.json").unlink(missing_ok=True)
 
-    in_time = finish([start_tests(folder / "tests.txt", TESTS if on_gpu else REHEARSED)])
+    testing = start_tests(folder / "tests.txt", TESTS if on_gpu else REHEARSED)
+    in_time = finish([testing])
     tests = outcome_of_tests(folder / "tests.txt", in_time)
     say(f"tests: {tests}")
+    failed = ["tests"] if testing.returncode else []
     if on_gpu:
         finish(start_compilations(measured, device, args.processes))
     about, rows = dict(device=name, torch=torch.__version__, timm=timm.__version__, tests=tests), []
@@ -216,11 +218,14 @@ def main() -> None:
         options = ["--device", str(device), "--output", str(folder / benchmark.name)]
         done = subprocess.run([*benchmark.command(), *options], cwd=ROOT)
         if done.returncode:
-            say(f"the benchmark {benchmark.name} ended with status {done.returncode}")
+            failed.append(f"the benchmark {benchmark.name} (status {done.returncode})")
         rows += read_rows(folder, benchmark.name)
         write_text(folder / "summary.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
     say_speeds(rows)
     say(f"{time.monotonic() - begun:.0f} s; tests, tables and pictures: {output}")
+    if failed:
+        say(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
