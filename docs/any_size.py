@@ -52,7 +52,7 @@ TASKS = {
     "shapes": dict(
         DETECTOR,
         options=[
-            *("train_cfg.max_epochs=14", "train_cfg.val_interval=14", "param_scheduler.1.end=14"),
+            *("train_cfg.max_epochs=10", "train_cfg.val_interval=10", "param_scheduler.1.end=10"),
             *(f"{part}_dataloader.dataset.data_root=runs/shapes/" for part in ("train", "val", "test")),
             *(f"{part}_dataloader.dataset.metainfo.classes=[{','.join(CLASSES)}]" for part in ("train", "val", "test")),
             *(

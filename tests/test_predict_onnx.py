@@ -34,16 +34,16 @@ def files(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)  # RGBA
     Image.fromarray(pixels).save(folder / "images" / "odd.png")
     common = [*DIGITS, "--overwrite", "--out"]
-    for name, options in (
-        ("digits", []),
-        ("batch", ["--batch", "8"]),
-        ("free", ["--dynamic-size", "--img-size", "64"]),
-    ):
+    for name, options in (("digits", []), ("free", ["--dynamic-size", "--img-size", "64"])):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(sys, "argv", ["raftmlp export", *common, str(folder / f"{name}.onnx"), *options])
             quick = partial(comparison.milliseconds_in_turns, rounds=1, seconds=0)
             patched.setattr(comparison, "milliseconds_in_turns", quick)
             export.main()
+    fixed = onnx.load(folder / "digits.onnx")  # what --batch 8 writes, without the time of another export
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    onnx.save(fixed, folder / "batch.onnx")
     strange = onnx.load(folder / "digits.onnx")
     del strange.metadata_props[:]
     onnx.save(strange, folder / "strange.onnx")

@@ -331,11 +331,13 @@ def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run_command):
 # Several processes
 
 
-@pytest.mark.parametrize("program", ["script", "-m, several sizes"])
+@pytest.mark.parametrize("program", ["script, a teacher", "-m, several sizes"])
 def test_two_processes_train_as_one_does(program, nursery, tmp_path):
     options = [*DIGITS, *RANDOM, "--batch-size", 64, "--global-batch-size", 256, "--epochs", 2, "--warmup-epochs", 1]
     start, shares = [ROOT / "tools/train.py"], ["1 process x 4 x 64", "2 processes x 2 x 64"]
-    if program != "script":
+    if program == "script, a teacher":
+        options += ["--kd-model-name", "raftmlp_digits"]
+    else:
         start = ["-m", "raftmlp.commands.train"]
         options += ["--train-img-sizes", 24, 32, "--train-batch-sizes", 128, 32]
         shares = ["24 (2 x 128), 32 (8 x 32)", "24 (1 x 128), 32 (4 x 32)"]
