@@ -1,7 +1,5 @@
 """What came out of a study: rows of figures, a table, a picture."""
 
-import csv
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ import timm
 import torch
 
 from .. import __version__
-from ..files import save_figure, write_text
+from ..files import save_figure, write_csv, write_text
 from .plan import Plan, Run
 from .runner import StudyFolder
 
@@ -94,7 +92,6 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         versions=versions | dict(python=platform.python_version()),
     )
     write_text(folder.path / "study.json", json.dumps(content, indent=1) + "\n")
-    text = io.StringIO()
     plain = [
         {
             "arm": row["arm"],
@@ -104,10 +101,7 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         }
         for row in rows
     ]
-    writer = csv.DictWriter(text, dict.fromkeys(key for row in plain for key in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain)
-    write_text(folder.path / "study.csv", text.getvalue())
+    write_csv(folder.path / "study.csv", plain)
     write_text(folder.path / "study.md", make_table(rows) + "\n")
     draw_study(folder.path / "study.png", name, rows)
 

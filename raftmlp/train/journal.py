@@ -1,8 +1,6 @@
 """What a run writes beside its checkpoints: log, curves, summary, and pretrained weights with their card."""
 
-import csv
 import hashlib
-import io
 import json
 import os
 import platform
@@ -17,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..errors import MissingPackageError, UserError
-from ..files import save_figure, write_text
+from ..files import save_figure, write_csv, write_text
 from ..pretrained import checkpoint_folders
 from ..weights import load_checkpoint, save_state_dict, unwrap
 
@@ -54,15 +52,9 @@ class Journal:
 
     def write(self, log: list[dict]) -> None:
         """Write a log, a row an epoch, into the folder."""
-        if not self.writes:
-            return
-        text = io.StringIO()
-        columns = dict.fromkeys(key for row in log for key in row)  # a resumed run may have other sizes than before
-        table = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(log)
-        write_text(self.folder / "log.csv", text.getvalue())
-        plot_curves(log, self.folder / "curves.png", self.loss_parts)
+        if self.writes:
+            write_csv(self.folder / "log.csv", log)  # rows differ in a resumed run that has other sizes than before
+            plot_curves(log, self.folder / "curves.png", self.loss_parts)
 
     def report(self, row: dict) -> None:
         """Send the row of an epoch to TensorBoard and to Weights & Biases."""
