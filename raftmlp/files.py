@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "new_file", "new_folder", "printable", "save_figure", "shipped_folder", "write_bytes", "write_csv", "write_text",
+    "new_file", "new_folder", "printable", "save_figure", "shipped_folder", "write_bytes", "write_csv", "write_json",
+    "write_text",
 ]  # fmt: skip
 
 
@@ -72,6 +74,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a complete text file in UTF-8; parts of file names that are no Unicode are escaped."""
     write_bytes(path, printable(text).encode())
+
+
+def write_json(path: str | Path, content: Any, indent: int = 2) -> None:
+    """Write a complete JSON file."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,6 @@ arithmetic, and the operands and results of its matrix products and convolutions
 is too large for the memory of a GPU is halved until it fits.
 """
 
-import json
 import os
 import platform
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from ..device import find_device
 from ..errors import UserError
 from ..evaluate.plots import draw_cost, draw_speed
 from ..evaluate.speed import MODES, REFERENCE, TASKS, Result, SpeedSettings, measure, split_name
-from ..files import write_csv, write_text
+from ..files import write_csv, write_json
 from ..settings import Number
 from ..sizes import parse_size, size_name
 from .console import command_line, run, say
@@ -125,7 +124,7 @@ def conditions(settings: SpeedSettings, device: torch.device) -> dict:
 def write(folder: Path, results: list[Result], about: dict) -> None:
     """Write results.json, results.csv and the pictures that the rows allow."""
     rows = [{k: None if v != v else v for k, v in asdict(result).items()} for result in results]  # no NaN in JSON
-    write_text(folder / "results.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
+    write_json(folder / "results.json", dict(about, rows=rows), indent=1)
     write_csv(folder / "results.csv", rows)
     if len({r.model for r in results}) > 1:
         draw_speed(folder / "speed.png", results)

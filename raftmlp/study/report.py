@@ -1,6 +1,5 @@
 """What came out of a study: rows of figures, a table, a picture."""
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import timm
 import torch
 
 from .. import __version__
-from ..files import save_figure, write_csv, write_text
+from ..files import save_figure, write_csv, write_json, write_text
 from .plan import Plan, Run
 from .runner import StudyFolder
 
@@ -91,7 +90,7 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         rows=rows,
         versions=versions | dict(python=platform.python_version()),
     )
-    write_text(folder.path / "study.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder.path / "study.json", content, indent=1)
     plain = [
         {
             "arm": row["arm"],

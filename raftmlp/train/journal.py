@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..errors import MissingPackageError, UserError
-from ..files import save_figure, write_csv, write_text
+from ..files import save_figure, write_csv, write_json
 from ..pretrained import checkpoint_folders
 from ..weights import load_checkpoint, save_state_dict, unwrap
 
@@ -161,5 +161,5 @@ def export_pretrained(path: Path, summary: dict) -> Path:
         pretrained_cfg=cfg,
         options=checkpoint["options"],
     )
-    write_text(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), card)
     return path.with_suffix(".json")
