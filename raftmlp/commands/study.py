@@ -19,11 +19,11 @@ table), study.json, study.png, options/ and runs/. The same command resumes a st
 again that failed; what is done is not run again. The same seeds give the same figures on one machine, but for seconds.
 """
 
-import os
 from pathlib import Path
 
 import torch
 
+from ..data.workers import processor_count
 from ..device import find_device
 from ..errors import MissingFileError, UserError, first_words
 from ..evaluate.speed import count_macs
@@ -107,9 +107,7 @@ def check_cells(plan: Plan, path: Path) -> tuple[dict[str, tuple[int, int]], dic
 
 def default_jobs() -> int:
     """Return how many runs go at a time: one a processor, or a single one where there is a GPU."""
-    if find_device(None).type == "cuda":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if find_device(None).type == "cuda" else processor_count()
 
 
 def main() -> int:
