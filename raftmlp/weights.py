@@ -163,7 +163,7 @@ def read_description(path: str | Path, stand_ins: Sequence = ()) -> dict:
     if path.name == HUB_WEIGHTS and config.is_file():
         return read_hub_config(config)
     if path.suffix == ".safetensors":
-        fields = dict(read_metadata(path))
+        fields = read_metadata(path)
         for key in fields.keys() & {"model_kwargs", "pretrained_cfg"}:
             fields[key] = parse_json(fields[key], f"{path}: {key}")
     else:

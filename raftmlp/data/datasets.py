@@ -44,7 +44,7 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
                 f"the data set {name!r} is embedded and reads nothing in {root}: for a folder, --dataset folder"
             )
         return _create_embedded(name, split)
-    if not name or "/" not in name:
+    if "/" not in name:
         if name not in FOLDERS:
             raise UserError(
                 f"unknown data set {name!r}: take {', '.join(map(repr, EMBEDDED))}, '' (a folder of images), "

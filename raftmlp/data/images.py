@@ -264,7 +264,7 @@ def evaluation_loader(
     """
     shape = config["input_size"]
     check_memory(shape, min(batch_size, image_count(dataset)))
-    common = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False)
+    common = dict(num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
     pixels = PixelReader.from_config(config)
     transform = create_transform(shape, use_prefetcher=True, **preparation)
@@ -274,7 +274,7 @@ def evaluation_loader(
     else:
         indices = range(rank, len(dataset), world_size)
         images = EvaluationImages(dataset, indices, pixels, transform, shape, classes)
-    loader = DataLoader(images, batch_size, collate_fn=fast_collate, worker_init_fn=ignore_signals, **common)
+    loader = DataLoader(images, batch_size, collate_fn=fast_collate, **common)
     return _EvaluationLoader(loader, config, device, pixels)
 
 
