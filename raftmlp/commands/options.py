@@ -69,7 +69,9 @@ class Parser(argparse.ArgumentParser):
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Return the group of options with this title, a new one if there is none."""
-        return self.groups.setdefault(title, self.groups.get(title) or self.add_argument_group(title))
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        return self.groups[title]
 
     def add_settings(self, kind: type[Settings], leave_out: tuple[str, ...] = ()) -> None:
         """Offer the fields of settings as options, in the groups of the classes that they are defined in.
