@@ -1,16 +1,12 @@
 """What came out of a study: rows of figures, a table, a picture."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import timm
-import torch
-
-from .. import __version__
 from ..files import save_figure, write_csv, write_json, write_text
+from ..train.journal import versions
 from .plan import Plan, Run
 from .runner import StudyFolder
 
@@ -80,7 +76,6 @@ def _shown(value: float | None, digits: int) -> str:
 
 def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write study.json, study.csv, study.md and study.png into a study's folder."""
-    versions = dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__)
     content = dict(
         study=name,
         figure="top-1 in % after the last epoch",
@@ -88,7 +83,7 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         seeds=plan.seeds,
         arms=plan.arms,
         rows=rows,
-        versions=versions | dict(python=platform.python_version()),
+        versions=versions(),
     )
     write_json(folder.path / "study.json", content, indent=1)
     plain = [

@@ -22,7 +22,7 @@ from ..weights import load_checkpoint, save_state_dict, unwrap
 # what a validation loss is without: settings, by their names in words
 OF_TRAINING_LOSS = dict(smoothing="label smoothing", mixup="mixup", cutmix="cutmix", kd_model_name="a teacher")
 
-__all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summarise"]
+__all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summarise", "versions"]
 
 
 class Journal:
@@ -96,7 +96,7 @@ def summarise(log: list[dict], best: dict) -> dict[str, Any]:
     counts = {key.removeprefix("updates_"): 0 for row in log for key in row if key.startswith("updates_")}
     for size in counts:
         counts[size] = sum(row.get(f"updates_{size}") or 0 for row in log)
-    last, versions = log[-1], dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__)
+    last = log[-1]
     return dict(
         best_epoch=best["epoch"],
         best_top1=best["eval_top1"],
@@ -106,8 +106,13 @@ def summarise(log: list[dict], best: dict) -> dict[str, Any]:
         bad_images=last["bad_images"],
         seconds=round(sum(row["seconds"] for row in log), 1),
         commit=git_commit(),
-        versions=versions | dict(python=platform.python_version()),
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a run's figures."""
+    return dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
 
 
 def git_commit() -> str | None:
