@@ -201,6 +201,8 @@ class Trainer:
         """Make the folder this run's; return whether the run was finished before, whose records stay as they are."""
         if self.state.epoch >= self.settings.epochs and self.summary_file.exists():
             return True
+        if not checkpoint:
+            self.loader.bad_images.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if not checkpoint or not self.folder.contains(checkpoint):
             if overwrite:
                 self.folder.clear()
