@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         if self.yaml_config:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            finder.add_argument("-c", "--config")
+            finder.add_argument("-c", "--config", nargs="?")  # without a file, what follows refuses it
             config = finder.parse_known_args(args)[0].config
             if config:
                 self._apply(read_config(find_config(config)), config)
