@@ -61,7 +61,7 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
         marks = f"{row['runs']} of {row['planned']}" if row["runs"] < row["planned"] else str(row["runs"])
         if row["failures"]:
             marks += f", {len(row['failures'])} failed"
-        figures = [_shown(row[key], digits) for key, digits in (("top1_mean", 2), ("top1_deviation", 2))]
+        figures = [_shown(row[key], 2) for key in ("top1_mean", "top1_deviation")]
         cost = [f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}", _shown(row["seconds"], 0)]
         lines.append([row["arm"], *([str(row["point"][axis])] if axis else []), *figures, marks, *cost])
     widths = [max(map(len, column)) for column in zip(*lines)]

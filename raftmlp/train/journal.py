@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,9 @@ def plot_curves(log: list[dict], picture: Path, loss_parts: Sequence[str] = ()) 
 
 def summarise(log: list[dict], best: dict) -> dict[str, Any]:
     """Return the figures of a finished run, of its log and the best row of it, and the versions that made it."""
-    counts = {key.removeprefix("updates_"): 0 for row in log for key in row if key.startswith("updates_")}
-    for size in counts:
-        counts[size] = sum(row.get(f"updates_{size}") or 0 for row in log)
-    last = log[-1]
+    last, counts = log[-1], Counter()
+    for row in log:
+        counts.update({key.removeprefix("updates_"): row[key] for key in row if key.startswith("updates_")})
     return dict(
         best_epoch=best["epoch"],
         best_top1=best["eval_top1"],
