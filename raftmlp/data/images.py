@@ -20,6 +20,7 @@ from ..settings import Number, Settings, option
 from ..sizes import check_memory
 from .datasets import class_names, create_dataset
 from .pixels import PixelReader, known_colour
+from .subset import Part
 from .workers import default_workers, ignore_signals
 
 __all__ = [
@@ -159,6 +160,8 @@ def image_count(dataset: Dataset) -> int:
 
 def file_name(dataset: Dataset, index: int) -> str:
     """Return the file of an image, escaped where it is no Unicode, or its number if the data set knows no files."""
+    if isinstance(dataset, Part):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
     try:
         return printable(dataset.filename(index, absolute=True))
     except Exception:  # data sets of torchvision and of Hugging Face name no files
