@@ -137,9 +137,9 @@ def _checkpoint_file(path: str | Path) -> Path:
             path = path / HUB_WEIGHTS
         if not path.is_file():
             raise MissingFileError(f"no checkpoint at {path}")
+    except MissingFileError:
+        raise
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"no checkpoint at {shorten(str(path))}: {error.strerror}") from error
     return path
 
