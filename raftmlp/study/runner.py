@@ -87,7 +87,7 @@ class StudyFolder:
         for name in sorted(common):
             for key in sorted({*then[name], *now[name]}):
                 old, new = then[name].get(key), now[name].get(key)
-                if json.dumps(old) != json.dumps(new):  # a tuple is a list there
+                if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):  # a tuple is a list there
                     raise UserError(
                         f"{self.path} holds another study: in it, {key} of {name} is {old}, not {new}; {hint}"
                     )
