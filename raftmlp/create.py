@@ -253,9 +253,8 @@ def _check_size(plan: _Plan, state: StateDict, path: str) -> None:
 
 def _shaping(model_kwargs: dict[str, Any]) -> str:
     """Return in words those arguments of a network that change which weights fit it; the image size is none of them."""
-    return " ".join(f"{key}={value}" for key, value in model_kwargs.items() if key not in ANY_WEIGHTS).replace(
-        "\n", " "
-    )
+    shaping = " ".join(f"{key}={value}" for key, value in model_kwargs.items() if key not in ANY_WEIGHTS)
+    return shaping.replace("\n", " ")
 
 
 def _load(

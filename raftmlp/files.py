@@ -1,13 +1,20 @@
 """Files and folders that are complete or absent: they are written beside their place, then renamed."""
 
+import csv
+import io
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["new_file", "new_folder", "printable", "save_figure", "shipped_folder", "write_bytes", "write_text"]
+__all__ = [
+    "new_file", "new_folder", "printable", "save_figure", "shipped_folder", "write_bytes", "write_csv", "write_json",
+    "write_text",
+]  # fmt: skip
 
 
 def shipped_folder(name: str) -> Path:
@@ -67,6 +74,20 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a complete text file in UTF-8; parts of file names that are no Unicode are escaped."""
     write_bytes(path, printable(text).encode())
+
+
+def write_json(path: str | Path, content: Any, indent: int = 2) -> None:
+    """Write a complete JSON file."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a complete CSV file; its columns are the keys of all rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def save_figure(figure, path: str | Path, dpi: int = 120) -> None:

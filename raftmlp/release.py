@@ -47,8 +47,8 @@ def release_entries(model: "RaftMLP") -> list[ReleaseEntry]:
         if f"{target}.weight" not in ours:  # pruned
             return
         for kind in ("weight", "bias"):
-            shape = tuple(ours[f"{target}.{kind}"].shape)
             name = f"{target}.{kind}"
+            shape = tuple(ours[name].shape)
             entries.append(ReleaseEntry(f"{key}.{kind}", shape, lambda x, name=name: {name: convert(x)}))
 
     for i, stage in enumerate(model.stages):

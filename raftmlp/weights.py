@@ -137,9 +137,9 @@ def _checkpoint_file(path: str | Path) -> Path:
             path = path / HUB_WEIGHTS
         if not path.is_file():
             raise MissingFileError(f"no checkpoint at {path}")
+    except MissingFileError:
+        raise
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"no checkpoint at {shorten(str(path))}: {error.strerror}") from error
     return path
 
@@ -163,7 +163,7 @@ def read_description(path: str | Path, stand_ins: Sequence = ()) -> dict:
     if path.name == HUB_WEIGHTS and config.is_file():
         return read_hub_config(config)
     if path.suffix == ".safetensors":
-        fields = dict(read_metadata(path))
+        fields = read_metadata(path)
         for key in fields.keys() & {"model_kwargs", "pretrained_cfg"}:
             fields[key] = parse_json(fields[key], f"{path}: {key}")
     else:

@@ -83,6 +83,7 @@ def test_values_given_in_python_are_checked(value, message):
         ("--size 3x", "argument --size: '3x' must be a number of pixels or HEIGHTxWIDTH"),
         ("--framd", "unrecognized arguments: --framd; did you mean --framed"),
         ("--more a", "expected KEY=VALUE pairs"),
+        ("-c", "argument -c/--config: expected one argument (--help lists the options)"),
     ],
 )
 def test_values_of_the_command_line_are_checked(parser, capsys, words, message):

@@ -88,6 +88,13 @@ def test_the_reference_computes_the_same():
         torch.testing.assert_close(model.plain(model.images), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["raftmlp_digits,in_chans=1", "resnet18,in_chans=1"])
+def test_models_of_other_channels_get_images_of_theirs(name):
+    made = meter(name, batch_size=2)
+    made()
+    assert made.images.shape == (2, 1, 32, 32)
+
+
 def test_models_of_a_fixed_size_are_built_for_theirs():
     assert timm.models.get_pretrained_cfg_value("test_vit", "fixed_input_size")
     made = meter("test_vit", size=(96, 64), batch_size=1)

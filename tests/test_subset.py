@@ -109,6 +109,7 @@ def test_a_part_of_a_data_set():
     assert len(few) == 50 and set(few.indices) < set(more.indices) and set(few.indices) != set(others.indices)
     assert class_names(few) == list("0123456789")
     np.testing.assert_array_equal(pixels_of(few, 9), pixels_of(digits, few.indices[9]))
+    assert file_name(few, 9) == f"image {few.indices[9]}"
     with pytest.raises(UserError, match="--train-num-samples 2000: there are 1437 images"):
         take_images(digits, 2000, 0)
     with pytest.raises(UserError, match="of a stream no images can be chosen"):

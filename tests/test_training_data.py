@@ -102,6 +102,7 @@ def folder_options(images, *more) -> list:
 
 
 def test_corrupt_images_are_named_and_counted(run_command, image_folder):
+    intact = {path: path.read_bytes() for path in (image_folder / "train").rglob("*.jpg")}
     whole = (image_folder / "train/bright/3.jpg").read_bytes()
     (image_folder / "train/bright/3.jpg").write_bytes(whole[: len(whole) // 2])
     (image_folder / "train/dark/0.jpg").write_bytes(b"")
@@ -121,11 +122,15 @@ def test_corrupt_images_are_named_and_counted(run_command, image_folder):
     status, _, err = run_command(train, *options, "--overwrite", "--max-bad-images", 1)
     assert status == 2
     assert "2 images could not be read, more than --max-bad-images 1" in err and "out/bad_images.txt names them" in err
-    for path in (image_folder / "train").rglob("*.jpg"):
+    for path in intact:
         path.write_bytes(b"")
     status, _, err = run_command(train, *options, "--overwrite", "--max-bad-images", 3)
     assert status == 2
     assert "--max-bad-images 3" in err and "Traceback" not in err
+    for path, content in intact.items():
+        path.write_bytes(content)
+    status, out, err = run_command(train, *options, "--max-bad-images", 0)  # what was damaged does not count any more
+    assert status == 0 and "cannot read" not in out, err
 
 
 def test_an_evaluation_without_a_readable_image_ends_the_run(run_command, image_folder):

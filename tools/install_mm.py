@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from raftmlp.commands.console import run, say
 from raftmlp.commands.options import Parser, option_type
+from raftmlp.data.workers import processor_count
 from raftmlp.errors import UserError
 from raftmlp.settings import Number
 
@@ -90,9 +91,8 @@ def main() -> None:
     parser = Parser(yaml_config=False, description=__doc__)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raftmlp"
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="where wheels are kept")
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    jobs = max(1, min(processors, int(gigabytes / 2)))
+    jobs = max(1, min(processor_count(), int(gigabytes / 2)))
     parser.add_argument("--jobs", type=option_type(Number(int, 1)), default=jobs, metavar="N", help="compilers at once")
     args = parser.parse_args()
 

@@ -11,12 +11,9 @@ arithmetic, and the operands and results of its matrix products and convolutions
 is too large for the memory of a GPU is halved until it fits.
 """
 
-import csv
-import io
-import json
 import os
 import platform
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from ..device import find_device
 from ..errors import UserError
 from ..evaluate.plots import draw_cost, draw_speed
 from ..evaluate.speed import MODES, REFERENCE, TASKS, Result, SpeedSettings, measure, split_name
-from ..files import write_text
+from ..files import write_csv, write_json
 from ..settings import Number
 from ..sizes import parse_size, size_name
 from .console import command_line, run, say
@@ -127,12 +124,8 @@ def conditions(settings: SpeedSettings, device: torch.device) -> dict:
 def write(folder: Path, results: list[Result], about: dict) -> None:
     """Write results.json, results.csv and the pictures that the rows allow."""
     rows = [{k: None if v != v else v for k, v in asdict(result).items()} for result in results]  # no NaN in JSON
-    write_text(folder / "results.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "results.csv", text.getvalue())
+    write_json(folder / "results.json", dict(about, rows=rows), indent=1)
+    write_csv(folder / "results.csv", rows)
     if len({r.model for r in results}) > 1:
         draw_speed(folder / "speed.png", results)
     if len({r.size for r in results}) > 1:

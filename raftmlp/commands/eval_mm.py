@@ -6,13 +6,12 @@
 The results are those of the config's test_evaluator.
 """
 
-import json
 import math
 import tempfile
 from pathlib import Path
 
 from ..errors import shared_errors
-from ..files import write_text
+from ..files import write_json
 from ..processes import end_processes, is_first_process
 from .config_files import find_config
 from .console import run, say
@@ -76,7 +75,7 @@ def main() -> None:
     if args.results_file and is_first_process():
         figures = {key: None if math.isnan(value) else float(f"{value:.6g}") for key, value in results.items()}
         content = dict(config=args.config, checkpoint=str(checkpoint), **figures)
-        write_text(args.results_file, json.dumps(content, indent=2) + "\n")
+        write_json(args.results_file, content)
     for name, path in (("results", args.results_file), ("picture", args.picture), ("pictures", args.show_dir)):
         if path:
             say(f"{name}: {path}")

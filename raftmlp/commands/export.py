@@ -14,7 +14,6 @@ which format. tools/predict_onnx.py classifies images with an ONNX file, without
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from ..export.comparison import (
 )
 from ..export.formats import FORMATS, ExportSettings, FeatureMaps, Logits, build_graph, quantize_onnx
 from ..export.hub import data_name, model_card, own_tag, training_record, write_folder
-from ..files import write_text
+from ..files import write_json
 from ..pretrained import find_pretrained
 from ..sizes import size_name
 from .console import run, say
@@ -139,8 +138,9 @@ def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: Pr
 def write_results(path: Path | None, prepared: PreparedModel, settings: ExportSettings, **measured) -> None:
     """Write what was measured, if a file is named."""
     if path:
-        about = dict(model=prepared.name, weights=prepared.weights, format=settings.format)
-        write_text(path, json.dumps(about | dict(precision=settings.precision) | measured, indent=2) + "\n")
+        about = dict(model=prepared.name, weights=prepared.weights)
+        about |= dict(format=settings.format, precision=settings.precision)
+        write_json(path, about | measured)
         say(f"figures: {path}")
 
 

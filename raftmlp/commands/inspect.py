@@ -9,8 +9,6 @@ every block changes the map; and inspection.json, the figures of the last two. T
 set, or of noise where none is named.
 """
 
-import json
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from ..evaluate.inspection import (
     update_norms,
 )
 from ..evaluate.labels import default_num_classes
-from ..files import write_text
+from ..files import write_json
 from ..raftmlp import RaftMLP
 from ..settings import Number
 from .console import run, say
@@ -101,7 +99,7 @@ def main() -> None:
         half_of_the_gradient_in={field.layer: field.half for field in fields},
         updates=norms,
     )
-    write_text(args.out / "inspection.json", json.dumps(content, indent=2) + "\n")
+    write_json(args.out / "inspection.json", content)
     for field in fields:
         say(f"{field.layer}: half of the gradient of its middle is in {field.half:.1%} of the pixels")
     for block, row in norms.items():

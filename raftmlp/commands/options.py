@@ -69,33 +69,30 @@ class Parser(argparse.ArgumentParser):
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Return the group of options with this title, a new one if there is none."""
-        return self.groups.setdefault(title, self.groups.get(title) or self.add_argument_group(title))
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        return self.groups[title]
 
-    def add_settings(self, kind: type[Settings], title: str | None = None, leave_out: tuple[str, ...] = ()) -> None:
+    def add_settings(self, kind: type[Settings], leave_out: tuple[str, ...] = ()) -> None:
         """Offer the fields of settings as options, in the groups of the classes that they are defined in.
 
         Args:
             kind: The settings.
-            title: One group for all of them.
             leave_out: Names of fields that are no options here.
         """
         owners = {name: owner for owner in kind.__mro__ for name in inspect.get_annotations(owner)}
         for entry in fields(kind):
             if entry.name not in leave_out:
-                self.add_field(self.group(title or owners[entry.name].title), entry)
+                self.add_field(self.group(owners[entry.name].title), entry)
 
     def add_field(self, group: argparse._ArgumentGroup, entry) -> None:
         """Offer a field of settings as an option."""
         metadata = dict(entry.metadata)
         names = [name for name in (metadata.pop("short"), f"--{entry.name.replace('_', '-')}") if name]
-        kind, default = metadata.pop("type"), entry.default
-        if default is MISSING:
-            default = entry.default_factory() if entry.default_factory is not MISSING else None
+        kind = metadata.pop("type")
+        default = entry.default_factory() if entry.default is MISSING else entry.default
         if isinstance(default, bool):
             metadata.setdefault("action", argparse.BooleanOptionalAction)
-            if metadata["action"] == "store_true":
-                group.add_argument(*names, **metadata)
-                return
         elif isinstance(default, dict):
             metadata.update(action=ParseKwargs, nargs="*")
         elif kind:
@@ -106,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         if self.yaml_config:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            finder.add_argument("-c", "--config")
+            finder.add_argument("-c", "--config", nargs="?")  # without a file, what follows refuses it
             config = finder.parse_known_args(args)[0].config
             if config:
                 self._apply(read_config(find_config(config)), config)

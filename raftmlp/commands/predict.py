@@ -7,7 +7,6 @@ Images that cannot be read are named and left out; the exit status is then 2.
 """
 
 import argparse
-import json
 import os
 import sys
 from functools import partial
@@ -25,7 +24,7 @@ from ..errors import UserError
 from ..evaluate.evaluation import prepare_model, warn_of_random_weights
 from ..evaluate.labels import model_class_names, read_class_names
 from ..evaluate.prediction import MAX_BARS, ImageFiles, class_probabilities, draw_predictions, occlusion_map, predict
-from ..files import write_text
+from ..files import write_json
 from ..settings import Number
 from ..sizes import check_memory
 from .console import run, say
@@ -113,7 +112,7 @@ def main() -> None:
 
     if args.results_file:
         content = dict(model=prepared.name, weights=prepared.weights, settings=prepared.config, images=results)
-        write_text(args.results_file, json.dumps(content, indent=2) + "\n")
+        write_json(args.results_file, content)
         say(f"predictions: {args.results_file}")
     if shown:
         maps = []

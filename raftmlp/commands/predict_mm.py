@@ -7,7 +7,6 @@ each pixel into PNG files, numbered as the classes in it. An image that cannot b
 status is then 2.
 """
 
-import json
 import sys
 
 from PIL import Image
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from ..data.find import find_images
 from ..device import DeviceSettings, find_device
 from ..errors import UserError
-from ..files import write_text
+from ..files import write_json
 from .config_files import find_config
 from .console import run, say
 from .mm_options import add_checkpoint_options, add_config_options, check_packages
@@ -70,7 +69,7 @@ def main() -> None:
             words = ", ".join(classes[label] for label in sorted(set(labels.flat)))
         say(f"{file}: {words}")
         entries.append(entry)
-    write_text(args.out / "predictions.json", json.dumps(dict(classes=classes, images=entries), indent=2) + "\n")
+    write_json(args.out / "predictions.json", dict(classes=classes, images=entries))
     say(f"pictures and predictions.json: {args.out}")
     if len(entries) < len(files):
         raise UserError(f"{len(files) - len(entries)} of {len(files)} images could not be read")

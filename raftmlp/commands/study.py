@@ -19,12 +19,11 @@ table), study.json, study.png, options/ and runs/. The same command resumes a st
 again that failed; what is done is not run again. The same seeds give the same figures on one machine, but for seconds.
 """
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..data.workers import processor_count
 from ..device import find_device
 from ..errors import MissingFileError, UserError, first_words
 from ..evaluate.speed import count_macs
@@ -79,22 +78,16 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"{path}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Size:
-    """What an arm costs: parameters, multiply-accumulates an image, epochs."""
+def check_cells(plan: Plan, path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """Build every arm at every point, with its data, and return what they cost, by the names of the cells.
 
-    parameters: int
-    macs: int
-    epochs: int
-
-
-def check_cells(plan: Plan, path: Path) -> dict[str, Size]:
-    """Build every arm at every point, with its data, and return the sizes by the names of the cells.
+    Returns:
+        Parameters and multiply-accumulates an image; epochs.
 
     Raises:
         UserError: If one cannot be built; the message names it.
     """
-    sizes = {}
+    costs, epochs = {}, {}
     for cell in plan.cells():
         where = f"{path}: {cell.name}"
         args = build_train_parser().parse_options(cell.options, where)
@@ -104,19 +97,17 @@ def check_cells(plan: Plan, path: Path) -> dict[str, Size]:
             shape = trainer.learner.model.pretrained_cfg["input_size"]
             size = settings.size or shape[-2:]
             model = trainer.learner.model.to("cpu")
-            sizes[cell.name] = Size(
-                sum(p.numel() for p in model.parameters()), count_macs(model, (shape[0], *size)), settings.epochs
-            )
+            parameters = sum(p.numel() for p in model.parameters())
+            costs[cell.name] = parameters, count_macs(model, (shape[0], *size))
+            epochs[cell.name] = settings.epochs
         except Exception as error:  # models of timm's list raise anything on sizes that they cannot take
             raise UserError(f"{where}: {first_words(error)}") from error
-    return sizes
+    return costs, epochs
 
 
 def default_jobs() -> int:
     """Return how many runs go at a time: one a processor, or a single one where there is a GPU."""
-    if find_device(None).type == "cuda":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if find_device(None).type == "cuda" else processor_count()
 
 
 def main() -> int:
@@ -126,22 +117,21 @@ def main() -> int:
     folder = StudyFolder(args.output or f"runs/{name}")
     folder.check(plan)
     torch.set_num_threads(1)
-    sizes = check_cells(plan, path)
+    costs, epochs = check_cells(plan, path)
     runs, jobs = len(plan.runs()), args.jobs or default_jobs()
-    costs = {cell: (size.parameters, size.macs) for cell, size in sizes.items()}
     say(f"{name}: {len(plan.cells())} arms x {len(plan.seeds)} seeds, {runs} runs of raftmlp train, {jobs} at a time")
     if args.dry_run:
         say(make_table(make_rows(folder, plan, costs, {})))
         return 0
+
+    def report(failures: dict[str, str]) -> list[dict]:
+        rows = make_rows(folder, plan, costs, failures)
+        write_results(folder, name, plan, rows)
+        return rows
+
     folder.open(plan)
     try:
-
-        def report(failures: dict[str, str]) -> list[dict]:
-            rows = make_rows(folder, plan, costs, failures)
-            write_results(folder, name, plan, rows)
-            return rows
-
-        failures = run_study(folder, plan, {cell: size.epochs for cell, size in sizes.items()}, jobs, report)
+        failures = run_study(folder, plan, epochs, jobs, report)
         rows = report(failures or {})
     finally:
         folder.close()

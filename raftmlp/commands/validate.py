@@ -11,7 +11,6 @@ among these classes. images/s are those of the whole evaluation, with reading im
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -42,7 +41,7 @@ from ..evaluate.evaluation import (
 from ..evaluate.labels import default_num_classes
 from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
 from ..evaluate.results import Predictions
-from ..files import write_text
+from ..files import write_json
 from ..raftmlp import RaftMLP
 from ..sizes import parse_size, size_name
 from .console import run, say
@@ -287,8 +286,7 @@ def main() -> None:
         results["worst_classes"] = confusion.worst()
         say(worst_table(results["worst_classes"]))
     if args.results_file:
-        results |= conditions(args, class_names(dataset), device)
-        write_text(args.results_file, json.dumps(results, indent=2) + "\n")
+        write_json(args.results_file, results | conditions(args, class_names(dataset), device))
         say(f"figures: {args.results_file}")
     if args.predictions:
         predictions.write(args.predictions, dataset, names)

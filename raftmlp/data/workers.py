@@ -4,13 +4,17 @@ import multiprocessing
 import os
 import signal
 
-__all__ = ["default_workers", "ignore_signals", "kill_workers"]
+__all__ = ["default_workers", "ignore_signals", "kill_workers", "processor_count"]
+
+
+def processor_count() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers() -> int:
     """Return how many processes load images: up to 8, as many as there are processors for each process that trains."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, processor_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def ignore_signals(_worker: int) -> None:

@@ -205,7 +205,6 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
         raise SizeError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
 
 
-@torch.no_grad()
 def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]], where: str) -> None:
     """Refuse images of shapes (C, H, W) that a model cannot take; it is in eval mode after that.
 

@@ -5,8 +5,6 @@ they take a batch's images (B, C, H, W), classes (B,) and logits (B, num_classes
 count.
 """
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.images import UNREADABLE, file_name
-from ..files import write_text
+from ..files import write_csv
 from .labels import class_name
 
 __all__ = ["Confusion", "Predictions"]
-
-CSV_COLUMNS = (
-    "file", "class", "class_name", "predicted", "predicted_name", "probability", "right", "class_probability", "top5",
-)  # fmt: skip
 
 
 class Predictions:
@@ -53,17 +47,24 @@ class Predictions:
 
     def write(self, path: Path, dataset: Dataset, names: list[str] | None) -> None:
         """Write a CSV file with a row for every image that could be read."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
+        rows = []
         for i, (label, top5, probability, of_class) in enumerate(zip(*self.arrays())):
             if label == UNREADABLE:
                 continue
-            predicted = top5[0]
-            row = [file_name(dataset, i), label, class_name(names, label), predicted, class_name(names, predicted)]
-            row += [f"{probability:.6f}", int(label == predicted), f"{of_class:.6f}", " ".join(map(str, top5))]
-            writer.writerow(row)
-        write_text(path, text.getvalue())
+            rows.append(
+                {
+                    "file": file_name(dataset, i),
+                    "class": label,
+                    "class_name": class_name(names, label),
+                    "predicted": top5[0],
+                    "predicted_name": class_name(names, top5[0]),
+                    "probability": f"{probability:.6f}",
+                    "right": int(label == top5[0]),
+                    "class_probability": f"{of_class:.6f}",
+                    "top5": " ".join(map(str, top5)),
+                }
+            )
+        write_csv(path, rows)
 
 
 class Confusion:

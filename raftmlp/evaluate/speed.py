@@ -191,7 +191,8 @@ class Meter:
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         dtype = torch.float32 if is_amp else dtype
         model = model.to(device, dtype, memory_format=layout).train(self.training)
-        self.images = torch.randn(settings.batch_size, 3, *size).to(device, dtype, memory_format=layout)
+        shape = (settings.batch_size, arguments.get("in_chans", 3), *size)
+        self.images = torch.randn(shape).to(device, dtype, memory_format=layout)
         self.classes = torch.randint(model.num_classes, (settings.batch_size,), device=device)
         self.plain = Reference(model) if name.startswith(REFERENCE) else model
         self.model = (

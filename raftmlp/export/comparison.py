@@ -33,10 +33,11 @@ _logger = logging.getLogger(__name__)
 LIMIT = 1e-4  # of the largest value: what a file in float32 may differ from PyTorch
 COARSE_LIMIT = 0.1  # what a file in half or 8-bit precision may differ from itself
 CALIBRATION_IMAGES = 256
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+SAME_VALUES: dict[str, Callable[[Tensor], Tensor]] = {  # other strides and types of the same images
     "a permuted view": lambda images: images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
     "channels-last": lambda images: images.to(memory_format=torch.channels_last),
     "every second column": lambda images: images.repeat_interleave(2, 3)[..., ::2],
+    "float64": lambda images: images.double(),
 }
 CPU = torch.device("cpu")
 
@@ -165,8 +166,8 @@ def try_inputs(
     is_exact = graph.settings.precision == "float32"
     images, (height, width) = make_images(graph.settings.batch or 1, graph.size), graph.size
     own = run(images)
-    trials = [(name, layout(images), own, LIMIT if is_exact else COARSE_LIMIT) for name, layout in LAYOUTS.items()]
-    trials.append(("float64", images.double(), own, LIMIT if is_exact else COARSE_LIMIT))
+    limit = LIMIT if is_exact else COARSE_LIMIT
+    trials = [(name, change(images), own, limit) for name, change in SAME_VALUES.items()]
     sizes = [(height + 4, width + 12), (-(-height // 2), -(-width // 2))]
     if graph.settings.dynamic_size:
         sizes += [graph.least_size, tuple(max(1, side - 1) for side in graph.least_size)]

@@ -12,6 +12,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..errors import MissingFileError, UserError, first_words
@@ -152,7 +153,7 @@ def check_weights(model: nn.Module, checkpoint: Mapping, path: Path) -> Mapping[
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} holds no weights of a model of mmdet or mmseg")
     check_tensors(state, path)
-    expected = unwrapped(model).state_dict()
+    expected = unwrap_model(model).state_dict()
     if differences := describe_differences(shapes(state), shapes(expected)):
         raise UserError(f"{path} does not fit the config's model: {summary(differences)}")
     check_types(state, expected, path)
@@ -166,10 +167,5 @@ def load_weights(model: nn.Module, path: Path) -> dict:
         UserError: If the file is missing, damaged or another model's.
     """
     checkpoint = load_from_local(path)
-    unwrapped(model).load_state_dict(check_weights(model, checkpoint, path))
+    unwrap_model(model).load_state_dict(check_weights(model, checkpoint, path))
     return checkpoint
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside of a data-parallel one, or the model itself."""
-    return getattr(model, "module", model)

@@ -10,12 +10,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import UserError
 from ..files import save_figure
 from ..weights import describe_differences, shapes, summary
-from .checkpoints import check_weights, find_checkpoint, load_from_local, newest_checkpoint, unwrapped
+from .checkpoints import check_weights, find_checkpoint, load_from_local, newest_checkpoint
 
 CHECKPOINTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth")
 RUN_FILES = (".*.pth", "last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
@@ -96,7 +97,7 @@ def check_start(model: nn.Module, path: str) -> None:
         UserError: If it takes none, or the file is missing or damaged.
     """
     checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    expected, given = shapes(unwrapped(model).state_dict()), shapes(checkpoint.get("state_dict", checkpoint))
+    expected, given = shapes(unwrap_model(model).state_dict()), shapes(checkpoint.get("state_dict", checkpoint))
     if not any(given.get(key) == shape for key, shape in expected.items()):
         raise UserError(f"load_from {path}: it has no weights of the config's model")
     if differences := describe_differences(given, expected):

@@ -1,19 +1,12 @@
 """What came out of a study: rows of figures, a table, a picture."""
 
-import csv
-import io
-import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import timm
-import torch
-
-from .. import __version__
-from ..files import save_figure, write_text
+from ..files import save_figure, write_csv, write_json, write_text
+from ..train.journal import versions
 from .plan import Plan, Run
 from .runner import StudyFolder
 
@@ -68,7 +61,7 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
         marks = f"{row['runs']} of {row['planned']}" if row["runs"] < row["planned"] else str(row["runs"])
         if row["failures"]:
             marks += f", {len(row['failures'])} failed"
-        figures = [_shown(row[key], digits) for key, digits in (("top1_mean", 2), ("top1_deviation", 2))]
+        figures = [_shown(row[key], 2) for key in ("top1_mean", "top1_deviation")]
         cost = [f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}", _shown(row["seconds"], 0)]
         lines.append([row["arm"], *([str(row["point"][axis])] if axis else []), *figures, marks, *cost])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -83,7 +76,6 @@ def _shown(value: float | None, digits: int) -> str:
 
 def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write study.json, study.csv, study.md and study.png into a study's folder."""
-    versions = dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__)
     content = dict(
         study=name,
         figure="top-1 in % after the last epoch",
@@ -91,10 +83,9 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         seeds=plan.seeds,
         arms=plan.arms,
         rows=rows,
-        versions=versions | dict(python=platform.python_version()),
+        versions=versions(),
     )
-    write_text(folder.path / "study.json", json.dumps(content, indent=1) + "\n")
-    text = io.StringIO()
+    write_json(folder.path / "study.json", content, indent=1)
     plain = [
         {
             "arm": row["arm"],
@@ -104,10 +95,7 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         }
         for row in rows
     ]
-    writer = csv.DictWriter(text, dict.fromkeys(key for row in plain for key in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain)
-    write_text(folder.path / "study.csv", text.getvalue())
+    write_csv(folder.path / "study.csv", plain)
     write_text(folder.path / "study.md", make_table(rows) + "\n")
     draw_study(folder.path / "study.png", name, rows)
 

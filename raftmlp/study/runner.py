@@ -68,9 +68,11 @@ class StudyFolder:
             UserError: If it is so; the message names the difference.
         """
         hint = "name another folder with --output"
-        if not self.path.is_dir() or not any(entry.name != ".lock" for entry in self.path.iterdir()):
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"cannot write into {self.path}: it is a file")
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"cannot write into {self.path}: it is a file")
+        if all(entry.name == ".lock" for entry in self.path.iterdir()):
             return
         try:
             before = Plan.from_content(yaml.safe_load((self.path / "study.yaml").read_text()))
@@ -85,7 +87,7 @@ class StudyFolder:
         for name in sorted(common):
             for key in sorted({*then[name], *now[name]}):
                 old, new = then[name].get(key), now[name].get(key)
-                if json.dumps(old) != json.dumps(new):  # a tuple is a list there
+                if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):  # a tuple is a list there
                     raise UserError(
                         f"{self.path} holds another study: in it, {key} of {name} is {old}, not {new}; {hint}"
                     )

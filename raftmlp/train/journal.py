@@ -1,13 +1,12 @@
 """What a run writes beside its checkpoints: log, curves, summary, and pretrained weights with their card."""
 
-import csv
 import hashlib
-import io
 import json
 import os
 import platform
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import torch
 
 from .. import __version__
 from ..errors import MissingPackageError, UserError
-from ..files import save_figure, write_text
+from ..files import save_figure, write_csv, write_json
 from ..pretrained import checkpoint_folders
 from ..weights import load_checkpoint, save_state_dict, unwrap
 
 # what a validation loss is without: settings, by their names in words
 OF_TRAINING_LOSS = dict(smoothing="label smoothing", mixup="mixup", cutmix="cutmix", kd_model_name="a teacher")
 
-__all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summarise"]
+__all__ = ["Journal", "export_path", "export_pretrained", "plot_curves", "summarise", "versions"]
 
 
 class Journal:
@@ -54,15 +53,9 @@ class Journal:
 
     def write(self, log: list[dict]) -> None:
         """Write a log, a row an epoch, into the folder."""
-        if not self.writes:
-            return
-        text = io.StringIO()
-        columns = dict.fromkeys(key for row in log for key in row)  # a resumed run may have other sizes than before
-        table = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(log)
-        write_text(self.folder / "log.csv", text.getvalue())
-        plot_curves(log, self.folder / "curves.png", self.loss_parts)
+        if self.writes:
+            write_csv(self.folder / "log.csv", log)  # rows differ in a resumed run that has other sizes than before
+            plot_curves(log, self.folder / "curves.png", self.loss_parts)
 
     def report(self, row: dict) -> None:
         """Send the row of an epoch to TensorBoard and to Weights & Biases."""
@@ -101,10 +94,9 @@ def plot_curves(log: list[dict], picture: Path, loss_parts: Sequence[str] = ()) 
 
 def summarise(log: list[dict], best: dict) -> dict[str, Any]:
     """Return the figures of a finished run, of its log and the best row of it, and the versions that made it."""
-    counts = {key.removeprefix("updates_"): 0 for row in log for key in row if key.startswith("updates_")}
-    for size in counts:
-        counts[size] = sum(row.get(f"updates_{size}") or 0 for row in log)
-    last, versions = log[-1], dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__)
+    last, counts = log[-1], Counter()
+    for row in log:
+        counts.update({key.removeprefix("updates_"): row[key] for key in row if key.startswith("updates_")})
     return dict(
         best_epoch=best["epoch"],
         best_top1=best["eval_top1"],
@@ -114,8 +106,13 @@ def summarise(log: list[dict], best: dict) -> dict[str, Any]:
         bad_images=last["bad_images"],
         seconds=round(sum(row["seconds"] for row in log), 1),
         commit=git_commit(),
-        versions=versions | dict(python=platform.python_version()),
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a run's figures."""
+    return dict(raftmlp=__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
 
 
 def git_commit() -> str | None:
@@ -169,5 +166,5 @@ def export_pretrained(path: Path, summary: dict) -> Path:
         pretrained_cfg=cfg,
         options=checkpoint["options"],
     )
-    write_text(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), card)
     return path.with_suffix(".json")

@@ -41,11 +41,12 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
         return "is of a run whose teacher has other weights than this --kd-checkpoint, or these pretrained ones"
     epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)
     if update:
-        progressive = ["epochs"] * (recipe["train_size_schedule"] == "progressive")
-        variable = ["train_batch_sizes"] * (
-            recipe["global_batch_size"] is None
-        )  # they say how many images updates have
-        for key in (*ORDER, *progressive, *variable):
+        keys = list(ORDER)
+        if recipe["train_size_schedule"] == "progressive":
+            keys.append("epochs")
+        if recipe["global_batch_size"] is None:  # the sizes of batches say how many images updates have
+            keys.append("train_batch_sizes")
+        for key in keys:
             then = before.get(key, DEFAULTS[key])
             if then != recipe[key]:
                 option = f"--{_name(key)} {_shown(then)}"

@@ -27,7 +27,7 @@ from ..data.updates import Updates, share_batches
 from ..device import find_device
 from ..errors import UserError, first_words
 from ..evaluate.evaluation import check_sizes, evaluate
-from ..files import write_text
+from ..files import write_json, write_text
 from ..processes import Processes
 from ..raftmlp import RaftMLP
 from ..sizes import check_memory, parse_size, size_name
@@ -201,6 +201,8 @@ class Trainer:
         """Make the folder this run's; return whether the run was finished before, whose records stay as they are."""
         if self.state.epoch >= self.settings.epochs and self.summary_file.exists():
             return True
+        if not checkpoint:
+            self.loader.bad_images.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if not checkpoint or not self.folder.contains(checkpoint):
             if overwrite:
                 self.folder.clear()
@@ -221,7 +223,7 @@ class Trainer:
                 command=self.command,
                 best_checkpoint=str(self.folder.best),
             )
-            write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+            write_json(self.summary_file, summary)
         summary = json.loads(self.summary_file.read_text())
         _logger.info(
             f"best top-1 {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}, {summary['seconds']} s"
