@@ -25,6 +25,7 @@ def prepared():
         (dict(format="hf", dynamic_size=True), "--dynamic-size does not go with --format hf"),
         (dict(quantize="dynamic", half="float16"), "leave --half and --features out"),
         (dict(format="tflite"), "format must be one of 'onnx', 'pt2'"),
+        (dict(batch=-3), "batch must be a whole number of 1 or more, or None, not -3"),
         (dict(opset=17), "opset must be a whole number from 18 to 23, not 17"),
     ],
 )

@@ -108,6 +108,8 @@ def test_a_run_is_not_overwritten_by_mistake(trained, scenes, run, tmp_path):
     status, _, error = run(train_mm, DETECTOR, *options(scenes, trained, epochs=6))
     assert status == 2 and f"{trained} holds a run: give --resume, --overwrite or another --work-dir" in error
     copy = shutil.copytree(trained, tmp_path / "copy")
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, copy, epochs=6), "--resume", trained / "epoch_5.pth")
+    assert status == 2 and f"{copy} holds another run than that of {trained / 'epoch_5.pth'}" in error
     (copy / "notes.txt").write_text("mine")
     changes = ["model.backbone.frozen_stages=2", "model.backbone.with_cp=True"]
     status, _, error = run(train_mm, DETECTOR, *options(scenes, "copy", *changes, epochs=1), "--overwrite")

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from PIL import Image
+from torch.utils.data import IterableDataset
 
 from helpers import TINY, assert_same, make_image_folder
 from raftmlp.commands import predict, train, validate
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
 from raftmlp.data.pixels import PixelReader
-from raftmlp.data.training import Batches, TrainingImages, check_splits
+from raftmlp.data.training import Batches, TrainingDataSettings, TrainingImages, TrainingLoader, check_splits
 from raftmlp.data.updates import Share, Updates
+from raftmlp.errors import UserError
 from raftmlp.weights import load_checkpoint
 
 
@@ -211,6 +214,29 @@ def test_training_on_tars_and_gray_images(run_command, image_folder):
     assert state["state_dict"]["stages.0.embed.convs.0.weight"].shape[1] == 1
     assert state["pretrained_cfg"]["label_names"] == ["bright", "dark"]
     assert state["pretrained_cfg"]["mean"] == (0.5,)
+
+
+class ShortStream(IterableDataset):
+    """A stream of two images that says it has eight."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        yield from [(self.transform(Image.new("RGB", (8, 8))), 0)] * 2
+
+
+@pytest.mark.parametrize("first_update", [0, 2])
+def test_a_stream_that_ends_too_early(first_update, tmp_path):
+    config, updates = dict(input_size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3), Updates(8, [(8, 8)], [Share(2)])
+    settings = TrainingDataSettings(workers=1)
+    transforms = [lambda image: torch.zeros(3, 8, 8, dtype=torch.uint8)]
+    loader = TrainingLoader(
+        ShortStream(), transforms, config, torch.device("cpu"), updates, settings, 0, tmp_path / "bad"
+    )
+    with pytest.raises(UserError, match="it has fewer images than it says"):
+        list(loader.epoch(0, first_update))
+    loader.end_workers()
 
 
 def test_training_on_webdataset_shards(run_command, image_folder):

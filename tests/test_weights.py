@@ -180,6 +180,11 @@ def test_folders_that_cannot_be(folder, reason, monkeypatch):
         export_path("raftmlp_s", "mine")
 
 
+def test_the_tag_of_an_export_takes_the_place_of_the_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", str(tmp_path))
+    assert export_path("raftmlp_digits.sklearn", "mine") == tmp_path / "raftmlp_digits.mine.safetensors"
+
+
 def test_hub_style_folder(digits, tmp_path):
     # what timm writes for the Hugging Face hub, it reads back
     digits = timm.create_model("raftmlp_digits", num_classes=4, img_size=24)

@@ -260,15 +260,16 @@ class TrainingLoader:
         seed_everything(self.seed, 1, epoch, self.updates.shares[0].rank)  # of the workers of a stream
         if self.batches is not None:
             self.batches.start_at(epoch, first_update)
-            batches, count = iter(self.loader), len(self.batches)
+            count, skipped = len(self.batches), 0
         else:
-            steps = self.updates.shares[0].steps
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-            batches, count = iter(self.loader), (self.updates_per_epoch - first_update) * steps
-            for _ in range(first_update * steps):
-                next(batches)
+            steps = self.updates.shares[0].steps
+            count, skipped = (self.updates_per_epoch - first_update) * steps, first_update * steps
         try:
+            batches = iter(self.loader)
+            for _ in range(skipped):
+                next(batches)
             for _ in range(count):
                 yield next(batches)
                 self.pixels.say_transparency()

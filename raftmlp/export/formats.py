@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..arguments import is_whole
 from ..errors import MissingPackageError, UserError, first_words
 from ..evaluate.evaluation import PreparedModel, run_once
 from ..evaluate.labels import model_class_names
@@ -83,6 +84,8 @@ class ExportSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.batch is not None and not is_whole(self.batch, 1):
+            raise UserError(f"batch must be a whole number of 1 or more, or None, not {self.batch!r}")
         excluded = ("quantize", "simplify", "opset") if self.format != "onnx" else ()
         if self.format == "hf":
             excluded += ("batch", "features", "dynamic_size")

@@ -42,7 +42,10 @@ def find_resume(folder: Path, resume: str = "", overwrite: bool = False) -> Path
             raise UserError(f"{folder} holds a run: give --resume, --overwrite or another --work-dir")
         return None
     if resume != "auto":
-        return find_checkpoint(resume)
+        checkpoint = find_checkpoint(resume)
+        if any(_files(folder, CHECKPOINTS)) and checkpoint.parent.resolve() != folder.resolve():
+            raise UserError(f"{folder} holds another run than that of {checkpoint}: give another --work-dir")
+        return checkpoint
     newest = newest_checkpoint(folder)
     if newest is None:
         _logger.info(f"no checkpoint in {folder} to resume: starting at the beginning")

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import split_model_name_tag
 
 from .. import __version__
 from ..errors import MissingPackageError, UserError
@@ -133,13 +134,16 @@ def git_commit() -> str | None:
 def export_path(model: str, tag: str, overwrite: bool = False) -> Path:
     """Return the file MODEL.TAG.safetensors in the first folder of pretrained weights, which is made.
 
+    Another tag of the model gives way to this one.
+
     Raises:
         UserError: If the tag has other characters than letters, digits, - and _, or the file is there already or
             cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", tag):
         raise UserError(f"--export {tag}: a tag is made of letters, digits, - and _")
-    path = checkpoint_folders()[0] / f"{model}.{tag}.safetensors"
+    name, _ = split_model_name_tag(model)
+    path = checkpoint_folders()[0] / f"{name}.{tag}.safetensors"
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another --export, or --overwrite it")
     try:
