@@ -31,11 +31,13 @@ DETECTOR = dict(
     config="detection/mask_rcnn_raftmlp_digits",
     scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
     figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
+    data="runs/scenes",
     several={},
 )
 TASKS = {
     "segmentation": dict(
         config="segmentation/fpn_raftmlp_digits",
+        data="runs/scenes",
         options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
         scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
         figures=dict(mIoU="mIoU"),
@@ -51,14 +53,10 @@ TASKS = {
     "detection": dict(DETECTOR, options=["train_cfg.max_epochs=1", "param_scheduler.1.end=1"]),
     "shapes": dict(
         DETECTOR,
+        data="runs/shapes",
         options=[
-            *("train_cfg.max_epochs=10", "train_cfg.val_interval=10", "param_scheduler.1.end=10"),
-            *(f"{part}_dataloader.dataset.data_root=runs/shapes/" for part in ("train", "val", "test")),
+            *("train_cfg.max_epochs=8", "train_cfg.val_interval=8", "param_scheduler.1.end=8"),
             *(f"{part}_dataloader.dataset.metainfo.classes=[{','.join(CLASSES)}]" for part in ("train", "val", "test")),
-            *(
-                f"{part}_evaluator.ann_file=runs/shapes/annotations/instances_validation.json"
-                for part in ("val", "test")
-            ),
             *(f"model.roi_head.{head}_head.num_classes={len(CLASSES)}" for head in ("bbox", "mask")),
         ],
     ),
@@ -148,7 +146,7 @@ def run_arm(task: str, arm: str, seed: int) -> dict:
         results = folder / f"{size}.json"
         if not results.exists():
             print(f"{task}: {arm}, seed {seed}, {size} pixels", flush=True)
-            common = [settings["config"], "--cfg-options", *options]
+            common = [settings["config"], "--data-dir", settings["data"], "--cfg-options", *options]
             log = folder.with_suffix(".log")
             if size == SIZES[0]:
                 run("train-mm", *common, "--work-dir", folder, "--resume", log=log)
@@ -165,8 +163,13 @@ def draw(rows: list[dict], path: Path) -> None:
 
     panels = [(task, name) for task, settings in TASKS.items() for name in settings["figures"]]
     panels = [(task, name) for task, name in panels if any(row["task"] == task for row in rows)]
-    figure = Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
-    for axis, (task, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 4.2 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (task, name) in zip(axes, panels):
         for number, arm in enumerate(ARMS):
             seeds = [
                 [row[f"{name} at {size}"] for size in SIZES] for row in rows if (row["task"], row["arm"]) == (task, arm)
