@@ -83,7 +83,6 @@ ARMS = {
     "map": dict(resizing="map"),
     "update": dict(resizing="update"),
     "weights resampled to 128": dict(resizing="map", img_size=128),
-    "update, GroupNorm": dict(resizing="update", **GROUP_NORM),
     "update, several sizes": dict(resizing="update", **SEVERAL_SIZES),
     "map, first map the embedding": dict(resizing="map", first_map="embed"),
     "mixer, update": {

@@ -115,9 +115,9 @@ class StoppingDigits(Digits):
         return super().__getitem__(index)
 
 
-def load_script(name):
-    """Return the module of a script in tools/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+def load_script(name, folder="tools"):
+    """Return the module of a script in tools/ or docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -23,7 +23,7 @@ import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from helpers import ROOT, TINY, make_image_folder
+from helpers import ROOT, TINY, load_script, make_image_folder
 from raftmlp.commands import train
 from raftmlp_cli import NAMES
 
@@ -241,9 +241,7 @@ def test_a_broken_link_fails(tmp_path):
 
 
 def test_links_out_of_the_pages(caplog):
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    hooks = load_script("hooks", "docs")
     page = SimpleNamespace(file=SimpleNamespace(src_uri="train.md"))
     text = "[a](../LICENSE) [`b`](../configs) [c](export.md#figures) [f](../README.md#models) ![g](h.png)"
     changed = "a `b` [c](export.md#figures) [f](index.md#models) ![g](h.png)"
@@ -254,9 +252,7 @@ def test_links_out_of_the_pages(caplog):
 
 
 def test_the_pictures_are_drawn(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("how_it_works", ROOT / "docs" / "how_it_works.py")
-    drawing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(drawing)
+    drawing = load_script("how_it_works", "docs")
     monkeypatch.setattr(drawing, "DOCS", tmp_path)
     drawing.main()
     drawn = {path.name for path in tmp_path.iterdir()}

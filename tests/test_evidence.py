@@ -1,15 +1,12 @@
 """docs/evidence.md: its tables are those of the JSON files beside it."""
 
-import importlib.util
 import json
 
 import pytest
 
-from helpers import ROOT
+from helpers import load_script
 
-spec = importlib.util.spec_from_file_location("evidence", ROOT / "docs/evidence.py")
-evidence = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evidence)
+evidence = load_script("evidence", "docs")
 
 
 def row(arm, *top1, **point):
