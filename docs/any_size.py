@@ -1,4 +1,4 @@
-"""The ablation of docs/any-size.md: rules for other sizes, trained grids, layouts and peers, on scenes of digits.
+"""The ablation of docs/any-size.md: rules for other sizes, trained grids, layouts, peers, on scenes and on shapes.
 
     raftmlp scenes runs/scenes --train 4000 --val 200
     python docs/any_size.py --jobs 2
@@ -16,9 +16,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shapes import CLASSES, write_shapes
+import shapes
 
-from raftmlp.files import save_figure, write_text
+from raftmlp.files import save_figure, write_json
 
 RUNS, DOCS = Path("runs/any-size"), Path(__file__).parent
 GROUP_NORM = {
@@ -27,19 +27,18 @@ GROUP_NORM = {
     for key, value in dict(type="GN", num_groups=16).items()
 }
 SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 128 pixels
+SCALE = "test_dataloader.dataset.pipeline.1.scale=({size},{size})"
 DETECTOR = dict(
     config="detection/mask_rcnn_raftmlp_digits",
-    scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
     figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
     data="runs/scenes",
-    several={},
+    several={},  # what a task changes for several sizes, beside SEVERAL_SIZES
 )
 TASKS = {
     "segmentation": dict(
         config="segmentation/fpn_raftmlp_digits",
         data="runs/scenes",
         options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
-        scale="test_dataloader.dataset.pipeline.1.scale=({size},{size})",
         figures=dict(mIoU="mIoU"),
         several={  # the schedule in images, not in updates; a batch of one is too small for BatchNorm
             "/model.data_preprocessor.size": None,
@@ -56,8 +55,11 @@ TASKS = {
         data="runs/shapes",
         options=[
             *("train_cfg.max_epochs=8", "train_cfg.val_interval=8", "param_scheduler.1.end=8"),
-            *(f"{part}_dataloader.dataset.metainfo.classes=[{','.join(CLASSES)}]" for part in ("train", "val", "test")),
-            *(f"model.roi_head.{head}_head.num_classes={len(CLASSES)}" for head in ("bbox", "mask")),
+            *(
+                f"{part}_dataloader.dataset.metainfo.classes=[{','.join(shapes.CLASSES)}]"
+                for part in ("train", "val", "test")
+            ),
+            *(f"model.roi_head.{head}_head.num_classes={len(shapes.CLASSES)}" for head in ("bbox", "mask")),
         ],
     ),
 }
@@ -149,7 +151,7 @@ def run_arm(task: str, arm: str, seed: int) -> dict:
             log = folder.with_suffix(".log")
             if size == SIZES[0]:
                 run("train-mm", *common, "--work-dir", folder, "--resume", log=log)
-            at_size = [*common[:1], folder, *common[1:], settings["scale"].format(size=size)]
+            at_size = [*common[:1], folder, *common[1:], SCALE.format(size=size)]
             run("eval-mm", *at_size, "--work-dir", folder / "test", "--results-file", results, log=log)
         found = json.loads(results.read_text())
         rows |= {f"{name} at {size}": found[key] for name, key in settings["figures"].items()}
@@ -215,15 +217,15 @@ def main() -> None:
     for name in PEERS:
         if any(name in arm.lower() for arm in args.arms):
             pretrain(name)
-    if "shapes" in args.tasks and not Path("runs/shapes").exists():
-        write_shapes(Path("runs/shapes"))
+    if "shapes" in args.tasks:
+        shapes.write_shapes(Path("runs/shapes"))
     table = DOCS / "any-size.json"
     rows = json.loads(table.read_text())["rows"] if table.exists() else []
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [(task, arm, seed) for seed in args.seeds for task in args.tasks for arm in args.arms]
         for row in pool.map(lambda job: run_arm(*job), jobs):
             rows = [old for old in rows if any(old[key] != row[key] for key in ("task", "arm", "seed"))] + [row]
-            write_text(table, json.dumps(dict(rows=rows), indent=1) + "\n")
+            write_json(table, dict(rows=rows), indent=1)
             print(row, flush=True)
     draw(rows, DOCS / "any-size.png")
     drawn = ["map", "update", "ResNet-18, a quarter as wide"]

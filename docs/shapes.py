@@ -44,7 +44,9 @@ def paint(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, np.nda
 
 
 def write_shapes(root: Path, train: int = 300, val: int = 100) -> None:
-    """Write the set, complete or not at all; it is a function of the numbers alone."""
+    """Write the set, complete or not at all, unless the folder is there; it is a function of the numbers alone."""
+    if root.exists():
+        return
     with new_folder(root) as folder:
         for seed, (split, count) in enumerate((("training", train), ("validation", val))):
             images, annotations = [], []

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import signal
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,11 @@ def load_script(name, folder="tools"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def time_little(monkeypatch):
+    """Let exports compare the speed of their file in one short round."""
+    from raftmlp.export import comparison
+
+    quick = partial(comparison.milliseconds_in_turns, rounds=1, seconds=0)
+    monkeypatch.setattr(comparison, "milliseconds_in_turns", quick)

@@ -14,11 +14,11 @@ import torch
 from timm.data import create_transform
 from timm.models import load_checkpoint
 
-from helpers import DIGITS, ROOT
+from helpers import DIGITS, ROOT, time_little
 from raftmlp import RaftMLP
 from raftmlp.commands import export
 from raftmlp.data import Digits
-from raftmlp.export import comparison, formats
+from raftmlp.export import formats
 from raftmlp.weights import load_state_dict, save_state_dict
 
 SUFFIXES = dict(onnx="onnx", pt2="pt2", aoti="pt2", torchscript="pt")
@@ -33,8 +33,7 @@ SMALL = dict(
 @pytest.fixture
 def run(run_command, monkeypatch):
     """Run the command, which times little; see ``run_command``."""
-    quick = partial(comparison.milliseconds_in_turns, rounds=1, seconds=0)
-    monkeypatch.setattr(comparison, "milliseconds_in_turns", quick)
+    time_little(monkeypatch)
     return partial(run_command, export)
 
 

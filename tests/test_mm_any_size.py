@@ -15,7 +15,8 @@ from raftmlp.mm.configs import read_config
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "docs")
-    any_size, shapes = load_script("any_size", "docs"), load_script("shapes", "docs")
+    any_size = load_script("any_size", "docs")
+shapes = any_size.shapes
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def sets(tmp_path_factory):
 def test_every_arm_fits_its_config(task, arm, sets, tmp_path):
     patch_mmengine()
     settings = any_size.TASKS[task]
-    options = [*any_size.options_of(task, arm, 1), settings["scale"].format(size=96)]
+    options = [*any_size.options_of(task, arm, 1), any_size.SCALE.format(size=96)]
     options = [value for value in options if "checkpoint" not in value and "overlay" not in value]  # of pretraining
     data = sets / settings["data"].removeprefix("runs/")
     args = train_mm.build_parser().parse_args(

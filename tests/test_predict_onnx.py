@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,9 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
-from helpers import DIGITS, load_script
+from helpers import DIGITS, load_script, time_little
 from raftmlp.commands import export, predict
 from raftmlp.data import Digits
-from raftmlp.export import comparison
 
 predict_onnx = load_script("predict_onnx")
 
@@ -34,11 +32,10 @@ def files(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)  # RGBA
     Image.fromarray(pixels).save(folder / "images" / "odd.png")
     common = [*DIGITS, "--overwrite", "--out"]
-    for name, options in (("digits", []), ("free", ["--dynamic-size", "--img-size", "64"])):
-        with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
+        time_little(patched)
+        for name, options in (("digits", []), ("free", ["--dynamic-size", "--img-size", "64"])):
             patched.setattr(sys, "argv", ["raftmlp export", *common, str(folder / f"{name}.onnx"), *options])
-            quick = partial(comparison.milliseconds_in_turns, rounds=1, seconds=0)
-            patched.setattr(comparison, "milliseconds_in_turns", quick)
             export.main()
     fixed = onnx.load(folder / "digits.onnx")  # what --batch 8 writes, without the time of another export
     for value in (*fixed.graph.input, *fixed.graph.output):

@@ -28,7 +28,7 @@ from raftmlp.commands.console import run, say
 from raftmlp.commands.options import Parser, option_type, output_folder
 from raftmlp.device import find_device
 from raftmlp.errors import UserError
-from raftmlp.files import write_text
+from raftmlp.files import write_json
 from raftmlp.settings import Number
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,7 +220,7 @@ def main() -> int:
         if done.returncode:
             failed.append(f"the benchmark {benchmark.name} (status {done.returncode})")
         rows += read_rows(folder, benchmark.name)
-        write_text(folder / "summary.json", json.dumps(dict(about, rows=rows), indent=1) + "\n")
+        write_json(folder / "summary.json", dict(about, rows=rows), indent=1)
     say_speeds(rows)
     say(f"{time.monotonic() - begun:.0f} s; tests, tables and pictures: {output}")
     if failed:
