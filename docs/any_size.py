@@ -5,7 +5,8 @@
 
 Every arm is an ordinary run of `raftmlp train-mm` and three of `raftmlp eval-mm`, in a folder of its own in
 runs/any-size; what is done is not run again, and an arm that was interrupted goes on. The figures go into
-docs/any-size.json, the pictures beside it. `--arms NAME ...` runs some of the arms.
+docs/any-size.json, the pictures beside it. `--arms NAME ...` runs some of the arms. The runs import this file, for the
+transform that it registers.
 """
 
 import argparse
@@ -14,9 +15,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import mmcv
 import shapes
+from mmcv.transforms import LoadImageFromFile
+from mmengine.registry import TRANSFORMS
 
 from raftmlp.files import save_figure, write_json
 
@@ -27,7 +32,6 @@ GROUP_NORM = {
     for key, value in dict(type="GN", num_groups=16).items()
 }
 SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 128 pixels
-SCALE = "test_dataloader.dataset.pipeline.1.scale=({size},{size})"
 DETECTOR = dict(
     config="detection/mask_rcnn_raftmlp_digits",
     figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
@@ -80,34 +84,65 @@ SEVERAL_SIZES = {
     "/train_dataloader.dataset.pipeline.2.keep_ratio": True,
     "/param_scheduler.0.end": 800,
 }
-# what an arm changes in the config's backbone, or in the whole config
-ARMS = {
-    "map": dict(resizing="map"),
-    "update": dict(resizing="update"),
-    "weights resampled to 128": dict(resizing="map", img_size=128),
-    "update, several sizes": dict(resizing="update", **SEVERAL_SIZES),
-    "map, first map the embedding": dict(resizing="map", first_map="embed"),
-    "mixer, update": {
-        "arch._delete_": True,
-        "arch.embed_dims": "[32,64,128,128]",
-        "arch.depths": "[1,2,2,1]",
-        "arch.token_mixing": "plain",
-        "resizing": "update",
-        "img_size": 32,
-        "init_cfg.checkpoint": RUNS / "mixer" / "model_best.pth.tar",
-    },
-    "ResNet-18, a quarter as wide": {
-        "_delete_": True,
-        "type": "mmseg.TIMMBackbone",
-        "model_name": "resnet18",
-        "channels": "[16,32,64,128]",
-        "out_indices": "[1,2,3,4]",
-        "pretrained_cfg_overlay.file": RUNS / "resnet" / "model_best.pth.tar",
-        "pretrained_cfg_overlay.num_classes": 10,
-        "/model.neck.in_channels": "[16,32,64,128]",
-        "/custom_imports.imports": "[raftmlp.mm,mmseg.models]",
-    },
+RESNET = {
+    "_delete_": True,
+    "type": "mmseg.TIMMBackbone",
+    "model_name": "resnet18",
+    "channels": "[16,32,64,128]",
+    "out_indices": "[1,2,3,4]",
+    "pretrained_cfg_overlay.file": RUNS / "resnet" / "model_best.pth.tar",
+    "pretrained_cfg_overlay.num_classes": 10,
+    "/model.neck.in_channels": "[16,32,64,128]",
 }
+MIXER = {
+    "arch._delete_": True,
+    "arch.embed_dims": "[32,64,128,128]",
+    "arch.depths": "[1,2,2,1]",
+    "arch.token_mixing": "plain",
+    "resizing": "update",
+    "img_size": 32,
+    "init_cfg.checkpoint": RUNS / "mixer" / "model_best.pth.tar",
+}
+
+
+@dataclass
+class Arm:
+    """A row of the table: what it changes in a config, in its backbone or with "/" in the whole, and its evaluation."""
+
+    changes: dict
+    several_sizes: bool = False  # in training
+    resized: int | None = None  # the size in pixels that images are resized to before they are evaluated
+    run: str | None = None  # the arm whose run is evaluated (default: this one's)
+
+
+ARMS = {
+    "map": Arm(dict(resizing="map")),
+    "update": Arm(dict(resizing="update")),
+    "update, resized to 128": Arm(dict(resizing="update"), resized=128, run="update"),
+    "ResNet-18, a quarter as wide": Arm(RESNET),
+    "update, several sizes": Arm(dict(resizing="update"), several_sizes=True),
+    "update, several sizes, resized to 160": Arm(
+        dict(resizing="update"), several_sizes=True, resized=160, run="update, several sizes"
+    ),
+    "weights resampled to 128": Arm(dict(resizing="map", img_size=128)),
+    "map, first map the embedding": Arm(dict(resizing="map", first_map="embed")),
+    "mixer, update": Arm(MIXER),
+}
+
+
+@TRANSFORMS.register_module()
+class LoadCoarseImage(LoadImageFromFile):
+    """Loads an image with the detail that it would have at ``size`` pixels: it is resized to it and back."""
+
+    def __init__(self, size: int, **settings):
+        super().__init__(**settings)
+        self.size = size
+
+    def transform(self, results: dict) -> dict:
+        results = super().transform(results)
+        image = results["img"]
+        results["img"] = mmcv.imresize(mmcv.imresize(image, (self.size, self.size)), image.shape[1::-1])
+        return results
 
 
 def run(*command: object, log: Path) -> None:
@@ -115,7 +150,7 @@ def run(*command: object, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         command = [sys.executable, "-m", "raftmlp", *map(str, command)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS)}
         if subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
             raise SystemExit(f"{' '.join(command)} failed: see {log}")
 
@@ -128,34 +163,48 @@ def pretrain(name: str) -> None:
 
 
 def folder_of(task: str, arm: str, seed: int) -> Path:
-    """Return the folder of an arm's run."""
-    return RUNS / f"{task}-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    """Return the folder of the run that an arm evaluates."""
+    name = ARMS[arm].run or arm
+    return RUNS / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def options_of(task: str, arm: str, seed: int) -> list[str]:
     """Return what an arm changes in its task's config, as --cfg-options."""
-    changes = {**ARMS[arm], **(TASKS[task]["several"] if "several sizes" in arm else {})}.items()
+    settings, several = ARMS[arm], {**SEVERAL_SIZES, **TASKS[task]["several"]}
+    changes = {**settings.changes, **(several if settings.several_sizes else {})}.items()
     changes = [f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}" for key, value in changes]
     return [*TASKS[task]["options"], f"randomness.seed={seed}", *changes]
+
+
+def test_options(arm: str, size: int) -> list[str]:
+    """Return what evaluating an arm on images of a size changes, as --cfg-options."""
+    pipeline, resized = "test_dataloader.dataset.pipeline", ARMS[arm].resized
+    if not resized:
+        return [f"{pipeline}.1.scale=({size},{size})"]
+    return [
+        "custom_imports.imports=[raftmlp.mm,any_size]",
+        *(f"{pipeline}.0.type=LoadCoarseImage", f"{pipeline}.0.size={size}"),
+        f"{pipeline}.1.scale=({resized},{resized})",
+    ]
 
 
 def run_arm(task: str, arm: str, seed: int) -> dict:
     """Train and evaluate an arm; return its figures by size."""
     settings, folder, options = TASKS[task], folder_of(task, arm, seed), options_of(task, arm, seed)
-    rows = dict(task=task, arm=arm, seed=seed)
+    common = [settings["config"], "--data-dir", settings["data"], "--cfg-options", *options]
+    log = folder.with_suffix(".log")
+    row = dict(task=task, arm=arm, seed=seed)
     for size in SIZES:
-        results = folder / f"{size}.json"
+        results = folder / f"{size}-resized.json" if ARMS[arm].resized else folder / f"{size}.json"
         if not results.exists():
             print(f"{task}: {arm}, seed {seed}, {size} pixels", flush=True)
-            common = [settings["config"], "--data-dir", settings["data"], "--cfg-options", *options]
-            log = folder.with_suffix(".log")
             if size == SIZES[0]:
                 run("train-mm", *common, "--work-dir", folder, "--resume", log=log)
-            at_size = [*common[:1], folder, *common[1:], SCALE.format(size=size)]
+            at_size = [*common[:1], folder, *common[1:], *test_options(arm, size)]
             run("eval-mm", *at_size, "--work-dir", folder / "test", "--results-file", results, log=log)
         found = json.loads(results.read_text())
-        rows |= {f"{name} at {size}": found[key] for name, key in settings["figures"].items()}
-    return rows
+        row |= {f"{name} at {size}": found[key] for name, key in settings["figures"].items()}
+    return row
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
 
-from helpers import ROOT, load_script
+from helpers import ROOT
 from raftmlp.commands import train_mm
 from raftmlp.commands.config_files import find_config
 from raftmlp.mm.checkpoints import patch_mmengine
@@ -15,7 +15,7 @@ from raftmlp.mm.configs import read_config
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "docs")
-    any_size = load_script("any_size", "docs")
+    import any_size  # by its name: the runs' configs import it too
 shapes = any_size.shapes
 
 
@@ -35,7 +35,7 @@ def sets(tmp_path_factory):
 def test_every_arm_fits_its_config(task, arm, sets, tmp_path):
     patch_mmengine()
     settings = any_size.TASKS[task]
-    options = [*any_size.options_of(task, arm, 1), any_size.SCALE.format(size=96)]
+    options = [*any_size.options_of(task, arm, 1), *any_size.test_options(arm, 96)]
     options = [value for value in options if "checkpoint" not in value and "overlay" not in value]  # of pretraining
     data = sets / settings["data"].removeprefix("runs/")
     args = train_mm.build_parser().parse_args(
@@ -44,9 +44,10 @@ def test_every_arm_fits_its_config(task, arm, sets, tmp_path):
     path = find_config(args.config, ".py")
     config = read_config(path, args.cfg_options, args.data_dir, args.work_dir, args.launcher)
     init_default_scope(config.default_scope)
+    size = any_size.ARMS[arm].resized or 96
     for loop in ("train", "test"):
         sample = DATASETS.build(config[f"{loop}_dataloader"].dataset)[0]
-        assert sample["inputs"].shape[0] == 3 and (loop == "train" or sample["inputs"].shape[1:] == (96, 96))
+        assert sample["inputs"].shape[0] == 3 and (loop == "train" or sample["inputs"].shape[1:] == (size, size))
     if config.model.backbone.type == "RaftMLP":
         config.model.backbone.init_cfg = None
     else:

@@ -209,7 +209,7 @@ def test_resuming_needs_a_run_of_the_same_model(trained, scenes, run, tmp_path):
         ([], zero, 2, f"{zero} cannot be resumed: it has no message_hub; to start from its weights give --cfg-options"),
         ([], strange, 2, "holds no weights of a model of mmdet or mmseg"),
         ([other], trained, 2, "does not fit the config's model: roi_head.bbox_head"),
-        (adamw, trained, 2, "cannot be resumed: it is of a run with timm.optim.Muon, the config has AdamW; to start"),
+        (adamw, trained, 2, "cannot be resumed: it is of a run with raftmlp.mm.Muon, the config has AdamW; to start"),
         ([gone], trained, 0, ""),  # what the backbone started from is no longer needed
     ]
     for number, (changes, file, expected, message) in enumerate(cases):
@@ -226,7 +226,7 @@ def test_a_run_survives_an_overwrite_that_cannot_begin(trained, scenes, run, tmp
     cases = [
         ("model.backbone.arch=raftmlp_q", "unknown arch"),
         ("optim_wrapper.optimizer.type=AdamWW", "cannot build the optimizer or its schedules"),
-        ("optim_wrapper.optimizer.type=timm.optim.Muonn", "timm.optim.Muonn is no optimizer of mmengine and no class"),
+        ("optim_wrapper.optimizer.type=raftmlp.mm.Muonn", "raftmlp.mm.Muonn is no optimizer of mmengine and no class"),
         ("optim_wrapper.optimizer.lr=fast", "cannot build the optimizer or its schedules"),
         ("param_scheduler.0.type=LinearLRR", "cannot build the optimizer or its schedules"),
         (f"load_from={tmp_path}/missing.pth", "no checkpoint at"),

@@ -120,7 +120,7 @@ def test_configs_are_the_same_wherever_the_folder_is(tmp_path):
 
 def test_changes():
     config = read_config(DETECTOR, {"optim_wrapper.optimizer.lr": 0.5}, data_dir="mine", work_dir="w", launcher="slurm")
-    assert config.optim_wrapper.optimizer == dict(type="timm.optim.Muon", lr=0.5, weight_decay=0.05, nesterov=True)
+    assert config.optim_wrapper.optimizer == dict(type="raftmlp.mm.Muon", lr=0.5, weight_decay=0.05, nesterov=True)
     assert (config.work_dir, config.launcher) == ("w", "slurm")
     assert config.data_root == config.train_dataloader.dataset.data_root == "mine/"
     assert config.val_evaluator.ann_file == "mine/annotations/instances_validation.json"
@@ -147,6 +147,7 @@ def test_drop_pretrained():
         ("model = dict(); default_scope = 'mmdet'", dict(data_dir="d"), "no data_root that --data-dir could replace"),
         ("model = dict(); default_scope = 'mmdet'", dict(changes={"modle.x": 1}), "no 'modle'; did you mean model"),
         ("model = dict(); default_scope = 'mmdet'", dict(changes={"model.x.y": 1, "sync_bn": "torch"}), None),
+        ("model = dict(); default_scope = 'mmdet'", dict(changes={"custom_imports.imports": ["nowhere"]}), "nowhere"),
     ],
 )
 def test_bad_configs(tmp_path, text, changes, message):

@@ -15,6 +15,7 @@ model = dict(
         type="RaftMLP",
         arch="raftmlp_digits",
         resizing="update",
+        out_norm=True,
         init_cfg=dict(type="Pretrained", checkpoint="raftmlp_digits.sklearn"),
     ),
     neck=dict(in_channels=[32, 64, 128, 128], out_channels=channels, num_outs=4),
@@ -95,7 +96,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="timm.optim.Muon", lr=2e-3, weight_decay=0.05, nesterov=True),
+    optimizer=dict(type="raftmlp.mm.Muon", lr=2e-3, weight_decay=0.05, nesterov=True),
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [

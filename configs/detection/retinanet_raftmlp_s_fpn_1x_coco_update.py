@@ -1,5 +1,5 @@
 # RetinaNet with RaftMLP-S, FPN, COCO 1x: the paper's experiment with resizing="update",
-# which keeps the detail of maps that are larger than the trained grid.
+# which keeps the detail of maps that are larger than the trained grid, and a LayerNorm on every map.
 #   torchrun --nproc-per-node 8 tools/train_mm.py configs/detection/retinanet_raftmlp_s_fpn_1x_coco_update.py \
 #       --data-dir coco
 # It starts from pretrained weights, raftmlp_s.TAG.safetensors in checkpoints/, or another file with
@@ -7,4 +7,8 @@
 # Hardware: 8 GPUs, 2 images each. Expected: not run.
 _base_ = "retinanet_raftmlp_s_fpn_1x_coco.py"
 
-model = dict(backbone=dict(resizing="update", first_map="stage"))
+# The head has no use for the first map, and its LayerNorm would not train: the neck begins with the second one.
+model = dict(
+    backbone=dict(resizing="update", first_map="stage", out_norm=True, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=[128, 256, 512], start_level=0),
+)

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from ..errors import MissingFileError, UserError, first_words
 from .data import check_files, name_damaged_files
@@ -44,6 +45,8 @@ def read_config(
         for key in changes or ():
             _check_key(config, key)
         config.merge_from_dict(dict(changes or {}))
+        if any(key.split(".")[0] == "custom_imports" for key in changes or ()):  # mmengine imports those of the file
+            import_modules_from_strings(**config.custom_imports)
     except UserError:
         raise
     except Exception as error:  # a config is Python
@@ -65,7 +68,7 @@ def read_config(
 
 def _check_key(config: Config, key: str) -> None:
     """Refuse a dotted key whose first part neither the config nor mmengine's runner has: nothing would read it."""
-    known = {*config, *inspect.signature(Runner).parameters, "find_unused_parameters", "sync_bn"}
+    known = {*config, *inspect.signature(Runner).parameters, "custom_imports", "find_unused_parameters", "sync_bn"}
     first = key.split(".")[0]
     if first not in known:
         near = difflib.get_close_matches(first, known, n=3)

@@ -1,0 +1,60 @@
+"""raftmlp.mm.Muon: timm's, which on a CPU calculates in float32 instead of bfloat16."""
+
+import timm.optim
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from raftmlp.mm import Muon
+
+SHAPES = [(12, 20), (20, 12), (8, 6, 3, 3), (7,)]
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of what the operators in this context return."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.add(out.dtype)
+        return out
+
+
+def trained(kind, weights, gradients):
+    """Return the weights after a step for each of the gradients, the optimizer, and the dtypes that it used."""
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = kind(parameters, lr=0.1, weight_decay=0.05, nesterov=True)
+    with Dtypes() as dtypes:
+        for values in gradients:
+            for parameter, value in zip(parameters, values):
+                parameter.grad = value.clone()
+            optimizer.step()
+    return [parameter.detach() for parameter in parameters], optimizer, dtypes.seen
+
+
+def numbers(count):
+    return [[torch.randn(shape, generator=torch.manual_seed(number)) for shape in SHAPES] for number in range(count)]
+
+
+def test_its_steps_are_timms_in_float32():
+    weights, *gradients = numbers(3)
+    ours, optimizer, dtypes = trained(Muon, weights, gradients)
+    timms, other, dtypes_of_timm = trained(timm.optim.Muon, weights, gradients)
+    assert dtypes == {torch.float32} and torch.bfloat16 in dtypes_of_timm
+    for weight, mine, its in zip(weights, ours, timms):
+        assert (mine - its).norm() < 0.01 * (its - weight).norm()
+    assert torch.equal(ours[3], timms[3]) and not torch.equal(ours[0], timms[0])  # a vector's AdamW has no bfloat16
+    other.load_state_dict(optimizer.state_dict())  # the state of a run with timm's, and the other way round
+
+
+def test_a_step_is_what_its_source_says():
+    weights, gradients = numbers(2)
+    found, _, _ = trained(Muon, weights, [gradients])
+    u, _, v = torch.linalg.svd(gradients[0], full_matrices=False)  # the first momentum is a share of the gradient
+    moved = (found[0] - weights[0] * (1 - 0.1 * 0.05)) / (-0.1 * 0.2 * 20**0.5)
+    singular = torch.diagonal(u.T @ moved @ v.T)
+    assert ((singular > 0.6) & (singular < 1.3)).all()  # five iterations bring all singular values near 1
+    assert torch.allclose(u @ torch.diag(singular) @ v, moved, atol=1e-4)  # and leave the vectors
