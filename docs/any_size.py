@@ -16,6 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 
 import mmcv
@@ -120,6 +121,7 @@ ARMS = {
     "update": Arm(dict(resizing="update")),
     "update, resized to 128": Arm(dict(resizing="update"), resized=128, run="update"),
     "ResNet-18, a quarter as wide": Arm(RESNET),
+    "ResNet-18, a quarter as wide, resized to 128": Arm(RESNET, resized=128, run="ResNet-18, a quarter as wide"),
     "update, several sizes": Arm(dict(resizing="update"), several_sizes=True),
     "update, several sizes, resized to 160": Arm(
         dict(resizing="update"), several_sizes=True, resized=160, run="update, several sizes"
@@ -188,23 +190,35 @@ def test_options(arm: str, size: int) -> list[str]:
     ]
 
 
-def run_arm(task: str, arm: str, seed: int) -> dict:
-    """Train and evaluate an arm; return its figures by size."""
-    settings, folder, options = TASKS[task], folder_of(task, arm, seed), options_of(task, arm, seed)
-    common = [settings["config"], "--data-dir", settings["data"], "--cfg-options", *options]
-    log = folder.with_suffix(".log")
+def train(task: str, arm: str, seed: int) -> None:
+    """Train an arm, or go on with its run."""
+    settings, folder = TASKS[task], folder_of(task, arm, seed)
+    options = ["--data-dir", settings["data"], "--work-dir", folder, "--resume"]
+    changes = ["--cfg-options", *options_of(task, arm, seed)]
+    run("train-mm", settings["config"], *options, *changes, log=folder.with_suffix(".log"))
+
+
+def evaluate(task: str, arm: str, seed: int) -> dict:
+    """Evaluate an arm's run on images of each size; return the figures."""
+    settings, folder = TASKS[task], folder_of(task, arm, seed)
     row = dict(task=task, arm=arm, seed=seed)
     for size in SIZES:
         results = folder / f"{size}-resized.json" if ARMS[arm].resized else folder / f"{size}.json"
         if not results.exists():
             print(f"{task}: {arm}, seed {seed}, {size} pixels", flush=True)
-            if size == SIZES[0]:
-                run("train-mm", *common, "--work-dir", folder, "--resume", log=log)
-            at_size = [*common[:1], folder, *common[1:], *test_options(arm, size)]
-            run("eval-mm", *at_size, "--work-dir", folder / "test", "--results-file", results, log=log)
+            options = ["--data-dir", settings["data"], "--work-dir", folder / "test", "--results-file", results]
+            changes = ["--cfg-options", *options_of(task, arm, seed), *test_options(arm, size)]
+            run("eval-mm", settings["config"], folder, *options, *changes, log=folder.with_suffix(".log"))
         found = json.loads(results.read_text())
         row |= {f"{name} at {size}": found[key] for name, key in settings["figures"].items()}
     return row
+
+
+def run_arms(task: str, arms: list[str], seed: int) -> list[dict]:
+    """Train the one run that some arms share, unless it has been evaluated, and evaluate it; return their figures."""
+    if not (folder_of(task, arms[0], seed) / f"{SIZES[-1]}.json").exists():
+        train(task, arms[0], seed)
+    return [evaluate(task, arm, seed) for arm in arms]
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -263,6 +277,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each")
     args = parser.parse_args()
+    args.arms.sort(key=list(ARMS).index)  # arms that share a run are neighbours
     for name in PEERS:
         if any(name in arm.lower() for arm in args.arms):
             pretrain(name)
@@ -270,9 +285,10 @@ def main() -> None:
         shapes.write_shapes(Path("runs/shapes"))
     table = DOCS / "any-size.json"
     rows = json.loads(table.read_text())["rows"] if table.exists() else []
+    runs = [list(arms) for _, arms in groupby(args.arms, lambda arm: ARMS[arm].run or arm)]
+    jobs = [(task, arms, seed) for seed in args.seeds for task in args.tasks for arms in runs]
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [(task, arm, seed) for seed in args.seeds for task in args.tasks for arm in args.arms]
-        for row in pool.map(lambda job: run_arm(*job), jobs):
+        for row in chain.from_iterable(pool.map(lambda job: run_arms(*job), jobs)):
             rows = [old for old in rows if any(old[key] != row[key] for key in ("task", "arm", "seed"))] + [row]
             write_json(table, dict(rows=rows), indent=1)
             print(row, flush=True)

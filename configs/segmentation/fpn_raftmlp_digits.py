@@ -90,7 +90,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="raftmlp.mm.Muon", lr=2e-3, weight_decay=0.05, nesterov=True),
+    optimizer=dict(type="raftmlp.mm.Muon", lr=4e-3, weight_decay=0.05, nesterov=True),
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
