@@ -43,7 +43,7 @@ TASKS = {
     "segmentation": dict(
         config="segmentation/fpn_raftmlp_digits",
         data="runs/scenes",
-        options=["train_cfg.max_iters=1500", "train_cfg.val_interval=1500", "param_scheduler.1.end=1500"],
+        options=["train_cfg.val_interval=1500"],
         figures=dict(mIoU="mIoU"),
         several={  # the schedule in images, not in updates; a batch of one is too small for BatchNorm
             "/model.data_preprocessor.size": None,
