@@ -152,7 +152,8 @@ def run(*command: object, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         command = [sys.executable, "-m", "raftmlp", *map(str, command)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS)}
+        path = os.pathsep.join([str(DOCS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         if subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
             raise SystemExit(f"{' '.join(command)} failed: see {log}")
 
@@ -178,7 +179,7 @@ def options_of(task: str, arm: str, seed: int) -> list[str]:
     return [*TASKS[task]["options"], f"randomness.seed={seed}", *changes]
 
 
-def test_options(arm: str, size: int) -> list[str]:
+def evaluation_options(arm: str, size: int) -> list[str]:
     """Return what evaluating an arm on images of a size changes, as --cfg-options."""
     pipeline, resized = "test_dataloader.dataset.pipeline", ARMS[arm].resized
     if not resized:
@@ -207,7 +208,7 @@ def evaluate(task: str, arm: str, seed: int) -> dict:
         if not results.exists():
             print(f"{task}: {arm}, seed {seed}, {size} pixels", flush=True)
             options = ["--data-dir", settings["data"], "--work-dir", folder / "test", "--results-file", results]
-            changes = ["--cfg-options", *options_of(task, arm, seed), *test_options(arm, size)]
+            changes = ["--cfg-options", *options_of(task, arm, seed), *evaluation_options(arm, size)]
             run("eval-mm", settings["config"], folder, *options, *changes, log=folder.with_suffix(".log"))
         found = json.loads(results.read_text())
         row |= {f"{name} at {size}": found[key] for name, key in settings["figures"].items()}

@@ -35,7 +35,7 @@ def sets(tmp_path_factory):
 def test_every_arm_fits_its_config(task, arm, sets, tmp_path):
     patch_mmengine()
     settings = any_size.TASKS[task]
-    options = [*any_size.options_of(task, arm, 1), *any_size.test_options(arm, 96)]
+    options = [*any_size.options_of(task, arm, 1), *any_size.evaluation_options(arm, 96)]
     options = [value for value in options if "checkpoint" not in value and "overlay" not in value]  # of pretraining
     data = sets / settings["data"].removeprefix("runs/")
     args = train_mm.build_parser().parse_args(

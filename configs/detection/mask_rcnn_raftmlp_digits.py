@@ -2,8 +2,8 @@
 #   raftmlp scenes runs/scenes --train 4000 --val 200
 #   raftmlp train-mm detection/mask_rcnn_raftmlp_digits
 #   raftmlp eval-mm detection/mask_rcnn_raftmlp_digits runs/mask_rcnn_raftmlp_digits
-# Hardware: 2 CPU cores, 11 minutes with a little other work beside it. Expected on the 200 held-out scenes:
-# boxes AP50 0.969, AP 0.728 and 0.730 in two runs; masks AP50 0.962, AP 0.680 and 0.677.
+# Hardware: one CPU core (AVX2, 2 GHz), 29 minutes with other work beside it. Expected on the 200 held-out scenes:
+# boxes AP50 0.970, AP 0.720; masks AP50 0.963, AP 0.717.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["raftmlp.mm"])
 
