@@ -2,7 +2,7 @@
 #   raftmlp scenes runs/scenes --train 4000 --val 200
 #   raftmlp train-mm segmentation/fpn_raftmlp_digits
 #   raftmlp eval-mm segmentation/fpn_raftmlp_digits runs/fpn_raftmlp_digits
-# Hardware: one CPU core (AVX2, 2 GHz), 17 minutes with other work beside it. Expected on the 200 held-out scenes:
+# Hardware: one CPU core (AVX2, 2 GHz), 20 minutes with other work beside it. Expected on the 200 held-out scenes:
 # mean IoU 76.03 %.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
