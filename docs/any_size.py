@@ -32,7 +32,7 @@ GROUP_NORM = {
     for part in ("neck", "decode_head")
     for key, value in dict(type="GN", num_groups=16).items()
 }
-SIZES = (96, 128, 192)  # of the scenes in evaluation; those of training have 128 pixels
+SIZES = (96, 128, 192)  # of the images in evaluation; in training they have 128 pixels
 DETECTOR = dict(
     config="detection/mask_rcnn_raftmlp_digits",
     figures={"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"},
@@ -110,22 +110,20 @@ MIXER = {
 class Arm:
     """A row of the table: what it changes in a config, in its backbone or with "/" in the whole, and its evaluation."""
 
-    changes: dict
+    changes: dict | None = None
     several_sizes: bool = False  # in training
+    run: str | None = None  # the arm whose run is evaluated, in place of a run of its own
     resized: int | None = None  # the size in pixels that images are resized to before they are evaluated
-    run: str | None = None  # the arm whose run is evaluated (default: this one's)
 
 
 ARMS = {
     "map": Arm(dict(resizing="map")),
     "update": Arm(dict(resizing="update")),
-    "update, resized to 128": Arm(dict(resizing="update"), resized=128, run="update"),
+    "update, resized to 128": Arm(run="update", resized=128),
     "ResNet-18, a quarter as wide": Arm(RESNET),
-    "ResNet-18, a quarter as wide, resized to 128": Arm(RESNET, resized=128, run="ResNet-18, a quarter as wide"),
+    "ResNet-18, a quarter as wide, resized to 128": Arm(run="ResNet-18, a quarter as wide", resized=128),
     "update, several sizes": Arm(dict(resizing="update"), several_sizes=True),
-    "update, several sizes, resized to 160": Arm(
-        dict(resizing="update"), several_sizes=True, resized=160, run="update, several sizes"
-    ),
+    "update, several sizes, resized to 160": Arm(run="update, several sizes", resized=160),
     "weights resampled to 128": Arm(dict(resizing="map", img_size=128)),
     "map, first map the embedding": Arm(dict(resizing="map", first_map="embed")),
     "mixer, update": Arm(MIXER),
@@ -172,8 +170,8 @@ def folder_of(task: str, arm: str, seed: int) -> Path:
 
 
 def options_of(task: str, arm: str, seed: int) -> list[str]:
-    """Return what an arm changes in its task's config, as --cfg-options."""
-    settings, several = ARMS[arm], {**SEVERAL_SIZES, **TASKS[task]["several"]}
+    """Return what the run that an arm evaluates changes in its task's config, as --cfg-options."""
+    settings, several = ARMS[ARMS[arm].run or arm], {**SEVERAL_SIZES, **TASKS[task]["several"]}
     changes = {**settings.changes, **(several if settings.several_sizes else {})}.items()
     changes = [f"{key[1:] if key.startswith('/') else f'model.backbone.{key}'}={value}" for key, value in changes]
     return [*TASKS[task]["options"], f"randomness.seed={seed}", *changes]

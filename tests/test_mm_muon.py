@@ -47,7 +47,7 @@ def test_its_steps_are_timms_in_float32():
     for weight, mine, its in zip(weights, ours, timms):
         assert (mine - its).norm() < 0.01 * (its - weight).norm()
     assert torch.equal(ours[3], timms[3]) and not torch.equal(ours[0], timms[0])  # a vector's AdamW has no bfloat16
-    other.load_state_dict(optimizer.state_dict())  # the state of a run with timm's, and the other way round
+    other.load_state_dict(optimizer.state_dict())  # their states are the same
 
 
 def test_a_step_is_what_its_source_says():
