@@ -138,20 +138,30 @@ def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
 
 
 def draw_speed(path: Path, results: Sequence[Result]) -> None:
-    """Write a picture of images/s over GMACs, one panel a task, at the first size."""
+    """Write a picture of images/s over GMACs, one panel a task, at the first size: a colour a model, filled if compiled."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(r.task for r in results))
-    figure = Figure(figsize=(6 * len(tasks), 4.5), layout="constrained")
-    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        shown = [r for r in results if r.task == task and r.size == results[0].size and not r.failure]
-        for i, r in enumerate(shown):
-            marker = "o" if "raftmlp" in r.model else "s"
-            axis.scatter(r.gmacs, r.images_per_second, color=f"C{i}", marker=marker, label=_label(r))
+    models = list(dict.fromkeys(r.model for r in results if not r.failure))
+    palette = colormaps["tab10" if len(models) <= 10 else "tab20"]
+    looks = {
+        name: dict(marker="o" if "raftmlp" in name else "s", edgecolors=[palette(i % palette.N)])
+        for i, name in enumerate(models)
+    }
+    figure = Figure(figsize=(6 * len(tasks) + 2, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(axes, tasks):
+        for r in results:
+            if r.task == task and r.size == results[0].size and not r.failure:
+                look = looks[r.model]
+                face = "none" if r.mode == "eager" else look["edgecolors"]
+                axis.scatter(r.gmacs, r.images_per_second, **look, facecolors=face)
         axis.set(xlabel="GMACs an image", ylabel="images a second", title=f"{task} at {results[0].size}")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    handles = [axes[-1].scatter([], [], **look, facecolors="none") for look in looks.values()]
+    axes[-1].legend(handles, models, fontsize=8, title="filled: compiled", loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
 
 
