@@ -138,7 +138,7 @@ def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
 
 
 def draw_speed(path: Path, results: Sequence[Result]) -> None:
-    """Write a picture of images/s over GMACs, one panel a task, at the first size: a colour a model, filled if compiled."""
+    """Write a picture of images/s over GMACs, one panel a task, at the first size; filled points are compiled models."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
