@@ -138,7 +138,7 @@ def draw_accuracy(path: Path, rows: Sequence[dict], sizes: int) -> None:
 
 
 def draw_speed(path: Path, results: Sequence[Result]) -> None:
-    """Write a picture of images/s over GMACs, one panel a task, at the first size; filled points are compiled models."""
+    """Write a picture of images/s over GMACs at the first size, one panel a task; filled points are compiled."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
