@@ -27,6 +27,7 @@ from mmengine.registry import TRANSFORMS
 from raftmlp.files import save_figure, write_json
 
 RUNS, DOCS = Path("runs/any-size"), Path(__file__).parent
+TABLE = DOCS / "any-size.json"
 GROUP_NORM = {
     f"/model.{part}.norm_cfg.{key}": value
     for part in ("neck", "decode_head")
@@ -114,6 +115,7 @@ class Arm:
     several_sizes: bool = False  # in training
     run: str | None = None  # the arm whose run is evaluated, in place of a run of its own
     resized: int | None = None  # the size in pixels that images are resized to before they are evaluated
+    resizing: str | None = None  # the rule in evaluation, if it is another than in training
 
 
 ARMS = {
@@ -125,6 +127,7 @@ ARMS = {
     "update, several sizes": Arm(dict(resizing="update"), several_sizes=True),
     "update, several sizes, resized to 160": Arm(run="update, several sizes", resized=160),
     "weights resampled to 128": Arm(dict(resizing="map", img_size=128)),
+    "weights resampled to 128, update": Arm(run="weights resampled to 128", resizing="update"),
     "map, first map the embedding": Arm(dict(resizing="map", first_map="embed")),
     "mixer, update": Arm(MIXER),
 }
@@ -179,13 +182,15 @@ def options_of(task: str, arm: str, seed: int) -> list[str]:
 
 def evaluation_options(arm: str, size: int) -> list[str]:
     """Return what evaluating an arm on images of a size changes, as --cfg-options."""
-    pipeline, resized = "test_dataloader.dataset.pipeline", ARMS[arm].resized
-    if not resized:
-        return [f"{pipeline}.1.scale=({size},{size})"]
+    pipeline, settings = "test_dataloader.dataset.pipeline", ARMS[arm]
+    options = [f"model.backbone.resizing={settings.resizing}"] if settings.resizing else []
+    if not settings.resized:
+        return [*options, f"{pipeline}.1.scale=({size},{size})"]
     return [
+        *options,
         "custom_imports.imports=[raftmlp.mm,any_size]",
         *(f"{pipeline}.0.type=LoadCoarseImage", f"{pipeline}.0.size={size}"),
-        f"{pipeline}.1.scale=({resized},{resized})",
+        f"{pipeline}.1.scale=({settings.resized},{settings.resized})",
     ]
 
 
@@ -201,8 +206,9 @@ def evaluate(task: str, arm: str, seed: int) -> dict:
     """Evaluate an arm's run on images of each size; return the figures."""
     settings, folder = TASKS[task], folder_of(task, arm, seed)
     row = dict(task=task, arm=arm, seed=seed)
+    way = "-resized" if ARMS[arm].resized else f"-{ARMS[arm].resizing}" if ARMS[arm].resizing else ""
     for size in SIZES:
-        results = folder / f"{size}-resized.json" if ARMS[arm].resized else folder / f"{size}.json"
+        results = folder / f"{size}{way}.json"
         if not results.exists():
             print(f"{task}: {arm}, seed {seed}, {size} pixels", flush=True)
             options = ["--data-dir", settings["data"], "--work-dir", folder / "test", "--results-file", results]
@@ -220,31 +226,53 @@ def run_arms(task: str, arms: list[str], seed: int) -> list[dict]:
     return [evaluate(task, arm, seed) for arm in arms]
 
 
+def read_rows() -> list[dict]:
+    """Return the figures of all arms."""
+    return json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
+
+
+def add_row(row: dict) -> None:
+    """Add an arm's figures to the table, in the place of older ones; another call may have added others since."""
+    keys = ("task", "arm", "seed")
+    rows = [old for old in read_rows() if any(old[key] != row[key] for key in keys)]
+    rows = [*rows, row]
+    rows.sort(key=lambda row: (list(TASKS).index(row["task"]), list(ARMS).index(row["arm"]), row["seed"]))
+    write_json(TABLE, dict(rows=rows), indent=1)
+
+
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw the figures over the size of the scenes, a panel a figure: the mean of the seeds, and each of them."""
+    """Draw the figures over the size of the images, a panel a figure: the mean of the seeds, and each of them.
+
+    An arm that evaluates another's run has its colour, and a dashed line.
+    """
     from matplotlib.figure import Figure
 
     panels = [(task, name) for task, settings in TASKS.items() for name in settings["figures"]]
     panels = [(task, name) for task, name in panels if any(row["task"] == task for row in rows)]
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 4.2 * lines), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 4 * lines + 1), layout="constrained")
+    colours = {arm: f"C{number}" for number, arm in enumerate(arm for arm in ARMS if not ARMS[arm].run)}
+    handles = {}
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (task, name) in zip(axes, panels):
-        for number, arm in enumerate(ARMS):
+        for arm in ARMS:
+            colour, style = colours[ARMS[arm].run or arm], "--" if ARMS[arm].run else "-"
             seeds = [
                 [row[f"{name} at {size}"] for size in SIZES] for row in rows if (row["task"], row["arm"]) == (task, arm)
             ]
             if seeds:
-                axis.plot(SIZES, [sum(column) / len(seeds) for column in zip(*seeds)], f"C{number}-", label=arm)
+                means = [sum(column) / len(seeds) for column in zip(*seeds)]
+                (handles[arm],) = axis.plot(SIZES, means, colour + style)
                 for figures in seeds:
-                    axis.plot(SIZES, figures, f"C{number}.")
+                    axis.plot(SIZES, figures, f"{colour}.")
         axis.set(xlabel="size of the images (pixels)", ylabel=name, title=task, xticks=SIZES)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    shown = [arm for arm in ARMS if arm in handles]
+    figure.legend([handles[arm] for arm in shown], shown, loc="outside lower center", ncols=columns)
     save_figure(figure, path)
 
 
@@ -282,16 +310,13 @@ def main() -> None:
             pretrain(name)
     if "shapes" in args.tasks:
         shapes.write_shapes(Path("runs/shapes"))
-    table = DOCS / "any-size.json"
-    rows = json.loads(table.read_text())["rows"] if table.exists() else []
     runs = [list(arms) for _, arms in groupby(args.arms, lambda arm: ARMS[arm].run or arm)]
     jobs = [(task, arms, seed) for seed in args.seeds for task in args.tasks for arms in runs]
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in chain.from_iterable(pool.map(lambda job: run_arms(*job), jobs)):
-            rows = [old for old in rows if any(old[key] != row[key] for key in ("task", "arm", "seed"))] + [row]
-            write_json(table, dict(rows=rows), indent=1)
+            add_row(row)
             print(row, flush=True)
-    draw(rows, DOCS / "any-size.png")
+    draw(read_rows(), DOCS / "any-size.png")
     drawn = ["map", "update", "ResNet-18, a quarter as wide"]
     if all(folder_of("segmentation", arm, 0).exists() for arm in drawn):
         draw_scenes(drawn, DOCS / "any-size-scenes.jpg")
