@@ -8,6 +8,7 @@ C / raft_size consecutive numbers) and none after them: the residual addition re
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as all_modules
 
 from .arguments import check_weight
@@ -32,6 +34,8 @@ __all__ = [
     "embedded_size",
     "to_nhwc",
 ]
+
+PLAIN_WEIGHTS = (Tensor, nn.Parameter, NoneType, FakeTensor)  # the last stands for them in torch.export
 
 torch.fx.wrap("resize_bicubic")  # leaves for every tracer: they look at sizes
 torch.fx.wrap("from_trained_grid")
@@ -54,6 +58,10 @@ def to_nhwc(x: Tensor, in_chans: int) -> Tensor:
         raise ValueError(f"expected images of shape (B, {in_chans}, H, W), got {list(x.shape)}")
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"expected images of at least 1x1 pixels, got {x.shape[2]}x{x.shape[3]}")
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():  # the graph holds the matrices and grids of one size: it must refuse all others
+            for axis in (2, 3):
+                x = x.unflatten(axis, (int(x.shape[axis]), 1)).flatten(axis, axis + 1)
     return x.permute(0, 2, 3, 1)
 
 
@@ -67,7 +75,8 @@ class MultiScalePatchEmbed(nn.Module):
 
     The paper concatenates the patches of every kernel size and applies one Linear. That is a sum of convolutions of one
     stride, hence one convolution whose kernel is the largest one with the smaller ones added in its middle. The kernels
-    are separate parameters, so that training moves each as the paper's Linear does; a call runs one convolution.
+    are separate layers, so that training moves each as the paper's Linear does. A call runs one convolution, or, where
+    a layer is adapted, quantized or has hooks, calls each of them and adds the results.
     With a single kernel of the stride's size this is the usual (single-scale) patch embedding.
 
     Source: RaftMLP, arXiv 2108.04384.
@@ -99,9 +108,9 @@ class MultiScalePatchEmbed(nn.Module):
         self.stride = stride
         self.kernels = kernels
         self.padding = (kernels[-1] - stride) // 2
-        # only their weights are used; tools that adapt weights expect a convolution module for each kernel
+        kwargs = dict(bias=False, device=device, dtype=dtype)
         self.convs = nn.ModuleList(
-            nn.Conv2d(in_chans, embed_dim, k, stride, bias=False, device=device, dtype=dtype) for k in kernels
+            nn.Conv2d(in_chans, embed_dim, k, stride, (k - stride) // 2, **kwargs) for k in kernels
         )
         self.bias = nn.Parameter(torch.empty(embed_dim, device=device, dtype=dtype))
         bound = (in_chans * sum(k * k for k in kernels)) ** -0.5  # PyTorch's default for the one Linear
@@ -126,12 +135,30 @@ class MultiScalePatchEmbed(nn.Module):
             if torch.compiler.is_compiling():
                 # inductor cannot lay out a view of dynamic size that a convolution keeps for its backward pass
                 x = x.contiguous()
-        x = F.conv2d(x, self.merged_weight(), self.bias, stride=s, padding=self.padding)
-        return x.permute(0, 2, 3, 1).contiguous()
+        return self._convolve(x).permute(0, 2, 3, 1).contiguous()
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if not self._has_plain_convs():
+                return self._call_convs(x)
+        return F.conv2d(x, self.merged_weight(), self.bias, stride=self.stride, padding=self.padding)
+
+    @torch.jit.unused
+    def _has_plain_convs(self) -> bool:
+        return all(_is_plain(conv, nn.Conv2d) for conv in self.convs)
+
+    @torch.jit.unused
+    def _call_convs(self, x: Tensor) -> Tensor:
+        y = sum(conv(x) for conv in self.convs)
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)
 
 
 def _is_plain(module: nn.Module, *kinds: type) -> bool:
-    """Return whether a module is of one of the kinds, its ``forward`` is not replaced, and it has no hooks."""
+    """Return whether using a module's weights does what a call of it does.
+
+    It does for a module of one of the kinds without hooks, whose ``forward`` is not replaced, and whose weights are
+    plain tensors: a quantized weight, or another subclass of Tensor, brings operators of its own.
+    """
     hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -142,7 +169,8 @@ def _is_plain(module: nn.Module, *kinds: type) -> bool:
         or all_modules._global_backward_hooks
         or all_modules._global_backward_pre_hooks
     )
-    return type(module) in kinds and "forward" not in module.__dict__ and not hooks
+    plain_weights = all(type(p) in PLAIN_WEIGHTS for p in module._parameters.values())
+    return type(module) in kinds and "forward" not in module.__dict__ and not hooks and plain_weights
 
 
 class _ResidualMLP(nn.Module):
@@ -188,16 +216,13 @@ class _ResidualMLP(nn.Module):
             and _is_plain(self.fc1, nn.Linear)
             and _is_plain(self.fc2, nn.Linear)
             and _is_plain(self.drop_path, nn.Identity, DropPath)
-            and all(p is None or type(p) in (Tensor, nn.Parameter) for p in self._weights())
         )
-
-    def _weights(self) -> list[Tensor | None]:
-        return [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
 
     @torch.jit.unused
     def _mix(self, x: Tensor) -> Tensor:
         vectors = x if self.order else x.flatten(0, 2)
-        return mixing(vectors, *self._weights(), self.norm.eps, self.raft_size, self.order).view(x.shape)
+        weights = [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
+        return mixing(vectors, *weights, self.norm.eps, self.raft_size, self.order).view(x.shape)
 
 
 class _TokenMixing(_ResidualMLP):

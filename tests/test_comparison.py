@@ -29,7 +29,7 @@ SAMPLES = [(1, (4, 4)), (3, (4, 6))]
 
 
 def graph(**settings):
-    return Graph(None, 3, (32, 40), ExportSettings(**settings), 8, ["logits"], {}, least_size=(17, 17))
+    return Graph(None, 3, (32, 40), ExportSettings(**settings), [4, 8], ["logits"], {}, least_size=(17, 17))
 
 
 def test_samples_have_the_free_axes_of_the_file():
@@ -80,6 +80,7 @@ def test_a_file_that_differs_is_refused(wrong, message, monkeypatch):
             "for every second column",
         ),
         (lambda x: x[..., :32, :40], "for 1 x 36x52"),
+        (lambda x: x[..., :32, :40] if x.shape[-1] < 44 else x, "for 1 x 33x41"),
         (lambda x: x[:1], "for 2 x 32x40"),
         (lambda x: x.float() if x.dtype == torch.float32 else x.view(torch.float32)[..., :40], "for float64"),
     ],
@@ -96,7 +97,8 @@ def test_wrong_answers_without_an_error_are_refused(wrong, message):
         return [model(images)]
 
     assert try_inputs(model, lambda x: [model(x.float())], "runtime", noise, wanted) == []
-    assert try_inputs(model, strict, "runtime", noise, wanted) == ["float64", "1 x 36x52", "1 x 16x20"]
+    sizes = ["36x52", "16x20", "31x39", "33x41", "35x43", "39x47"]
+    assert try_inputs(model, strict, "runtime", noise, wanted) == ["float64", *(f"1 x {size}" for size in sizes)]
     with pytest.raises(UserError, match=f"gives a wrong answer, and no error, {message}: the file is not written"):
         try_inputs(model, lambda x: [model(wrong(x).float())], "runtime", noise, wanted)
 

@@ -58,7 +58,7 @@ def test_feature_maps_are_named_with_their_channels_and_strides(prepared):
     assert [(m["name"], m["channels"], m["stride"]) for m in maps] == [
         (f"map_{i}", entry["num_chs"], entry["reduction"]) for i, entry in enumerate(info)
     ]
-    assert graph.outputs == [m["name"] for m in maps] and graph.reduction == info[-1]["reduction"]
+    assert graph.outputs == [m["name"] for m in maps] and graph.strides == [entry["reduction"] for entry in info]
 
 
 @pytest.mark.parametrize("file_format, batch, least", [("onnx", None, (1, 1)), ("pt2", 5, (9, 9))])
@@ -70,7 +70,7 @@ def test_axes_are_free_where_the_settings_say_so(file_format, batch, least):
     program = exported(graph)
     assert [isinstance(side, int) for side in image_shape(program)] == [batch is not None, True, False, False]
     assert len(set(graph.example().shape)) == 4  # two axes of one length would be taken for one
-    assert graph.reduction == 8
+    assert graph.strides[-1] == 8
     assert graph.least_size == least and json.loads(graph.metadata["least_size"]) == list(least)
 
 

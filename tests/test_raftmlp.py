@@ -514,6 +514,19 @@ def test_trace(model):
         assert_same(traced(batch(size, count=3)), model(batch(size, count=3)))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_refuses_every_other_size():
+    """Of the neighbors, some have maps of the same grid once a convolution has cut off the rest."""
+    backbone = timm.create_model("raftmlp_digits", embed_dims=(8,) * 4, depths=(1,) * 4, features_only=True).eval()
+    for size in (32, 40):  # the trained size, and another
+        traced = torch.jit.trace(backbone, torch.randn(2, 3, size, size), check_trace=False)
+        for height, width in [(size + more, size) for more in range(-4, 5)] + [(size, size + 1), (1, size), (size, 1)]:
+            if (height, width) != (size, size):
+                with pytest.raises(RuntimeError):
+                    traced(torch.randn(2, 3, height, width))
+
+
 @torch.no_grad()
 def test_fx(model):
     tracer = dict(

@@ -169,6 +169,8 @@ def try_inputs(
     limit = LIMIT if is_exact else COARSE_LIMIT
     trials = [(name, change(images), own, limit) for name, change in SAME_VALUES.items()]
     sizes = [(height + 4, width + 12), (-(-height // 2), -(-width // 2))]
+    neighbors = sorted({-1, 1, *(stride - 1 for stride in graph.strides)})  # maps of a neighbor may have the same grid
+    sizes += [(height + more, width + more) for more in neighbors if min(height, width) + more > 0]
     if graph.settings.dynamic_size:
         sizes += [graph.least_size, tuple(max(1, side - 1) for side in graph.least_size)]
     shapes = [(len(images), size) for size in sizes] + [(len(images) + 1, graph.size)]

@@ -139,7 +139,7 @@ class Graph:
         channels: Channels of the images.
         size: Height and width of the images; if they are free, those to compare at first.
         settings: What to write.
-        reduction: Pixels of the image for a position of the last map.
+        strides: Pixels of the image per position of each feature map.
         outputs: Names of the outputs.
         metadata: JSON texts by name, which the file carries.
         least_size: The smallest height and width that the graph takes; ``exported`` sets it.
@@ -149,7 +149,7 @@ class Graph:
     channels: int
     size: tuple[int, int]
     settings: ExportSettings
-    reduction: int
+    strides: list[int]
     outputs: list[str]
     metadata: dict[str, str]
     least_size: tuple[int, int] = (1, 1)
@@ -158,7 +158,7 @@ class Graph:
         """Return images to trace the module with: free axes have lengths that no other axis has."""
         height, width = self.size
         if self.settings.dynamic_size:  # equal lengths would be taken for one
-            height, width = (max(side, 2 * self.reduction) + more for side, more in zip(self.size, (3, 38)))
+            height, width = (max(side, 2 * max(self.strides)) + more for side, more in zip(self.size, (3, 38)))
         return torch.randn(self.settings.batch or 2, self.channels, height, width)
 
     def takes(self, size: tuple[int, int]) -> bool:
@@ -187,10 +187,10 @@ def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
     preparation = {key: value for key, value in config.items() if key != "background"}  # the reader's choice
     metadata = dict(model=prepared.name, weights=weights, settings=preparation, precision=settings.precision)
     stages, names = getattr(model, "feature_info", None) or [dict(reduction=32)], ["logits"]
+    strides = [stage["reduction"] for stage in stages]
     if settings.features:
         names = [f"map_{i}" for i in range(len(outputs))]
-        strides = [stage["reduction"] for stage in stages] if len(stages) == len(outputs) else [None] * len(outputs)
-        maps = zip(names, outputs, strides)
+        maps = zip(names, outputs, strides if len(strides) == len(outputs) else [None] * len(outputs))
         metadata["maps"] = [dict(name=name, channels=y.shape[1], stride=stride) for name, y, stride in maps]
     elif model.num_classes:
         metadata["class_names"] = model_class_names(model)
@@ -200,7 +200,7 @@ def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
         channels=config["input_size"][0],
         size=tuple(config["input_size"][1:]),
         settings=settings,
-        reduction=max(stage["reduction"] for stage in stages),
+        strides=strides,
         outputs=names,
         metadata={key: json.dumps(value) for key, value in metadata.items()},
     )
