@@ -204,15 +204,15 @@ def test_autocast():
 
 @pytest.mark.parametrize("name", ["raftmlp_s", "raftmlp_mixer_b16"])
 def test_multiplications_are_counted(name):
-    """mmengine hooks every layer; the token mixing then calls its layers, whose work mmengine knows to count."""
+    """mmengine hooks every layer; all of them are then called, and mmengine knows to count their work."""
     backbone = build(name).eval()
     info = get_model_complexity_info(backbone, (3, 224, 224), show_table=False, show_arch=False)
     assert info["params"] == sum(p.numel() for p in backbone.parameters())
-    expected = dict(raftmlp_s=2.026e9, raftmlp_mixer_b16=12.631e9)  # docs/choosing.md, with merged kernels
+    expected = dict(raftmlp_s=2.087e9, raftmlp_mixer_b16=12.631e9)  # docs/choosing.md
     assert info["flops"] == pytest.approx(expected[name], rel=0.02)  # LayerNorms are counted too, no classifier
     analyzer = FlopAnalyzer(backbone, torch.randn(1, 3, 224, 224))
     assert analyzer.total() == info["flops"]
-    assert set(analyzer.unsupported_ops()) <= {"aten::add", "aten::gelu", "aten::pad"}
+    assert set(analyzer.unsupported_ops()) <= {"aten::add", "aten::gelu", "aten::unflatten"}
 
 
 # Weights
