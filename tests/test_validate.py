@@ -15,7 +15,7 @@ from PIL import Image
 from helpers import DIGITS, REAL_LABELS, ROOT, TINY_MODEL, NamedImages, make_image_folder, release_weights
 from raftmlp.commands import export, validate
 from raftmlp.data import Digits, create_dataset
-from raftmlp.data.images import DataSettings
+from raftmlp.data.settings import DataSettings
 from raftmlp.evaluate import evaluation
 
 DIGITS = [*DIGITS, "--dataset", "digits"]
