@@ -4,19 +4,28 @@ Nothing here needs torch before it is called: a command parses its options befor
 """
 
 import difflib
+import os
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .settings import Number, Settings, option
-from .sizes import as_size
+from .sizes import Pixels, as_size, flat_sides
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DeviceSettings", "ExportSettings", "ModelSettings", "SpeedSettings", "is_folder_name", "known_model"]
+__all__ = [
+    "DeviceSettings",
+    "ExportSettings",
+    "ModelSettings",
+    "SpeedSettings",
+    "is_folder_name",
+    "known_model",
+    "weights_file",
+]
 
 AMP_DTYPES = ("bfloat16", "float16")
 REFERENCE = "reference:"
@@ -56,6 +65,14 @@ def known_model(name: str, among: str = "") -> str:
     return name
 
 
+def weights_file(name: str) -> str:
+    """Return the file with the best weights where the name is that of a run's folder, else the name."""
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
+        files = (os.path.join(name, f"{stem}.pth.tar") for stem in ("model_best", "last", "previous"))
+        return next(filter(os.path.isfile, files), name)
+    return name
+
+
 @dataclass(kw_only=True)
 class ModelSettings(Settings):
     """Which model, and its weights."""
@@ -69,7 +86,10 @@ class ModelSettings(Settings):
     )
     pretrained: bool = option(False, "start from the model's pretrained weights")
     checkpoint: str | None = option(
-        None, "start from the weights in this file, or folder for the Hugging Face Hub", metavar="FILE"
+        None,
+        "start from the weights in this file, in a run's folder (its best), or in a folder for the Hugging Face Hub",
+        type=weights_file,
+        metavar="FILE",
     )
     num_classes: int | None = option(
         None, "classes (default: the data set's, else the model's)", type=Number(int, 1), metavar="N"
@@ -79,12 +99,16 @@ class ModelSettings(Settings):
     )
     img_size: list[int] | None = option(
         None,
-        "size of the images in pixels, one number or height and width (default: the model's)",
-        type=Number(int, 1),
+        "size of the images in pixels: 224, 320x480 or 320 480 (default: the model's)",
+        type=Pixels(),
         nargs="+",
-        metavar="N",
+        metavar="N|HxW",
     )
     model_kwargs: dict[str, Any] = option(factory=dict, help="more arguments of the model", metavar="KEY=VALUE")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.img_size = self.img_size and flat_sides(self.img_size)
 
     @property
     def size(self) -> tuple[int, int] | None:

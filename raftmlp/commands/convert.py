@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import known_model
+from ..config import known_model, weights_file
 from ..errors import UserError
-from ..settings import Number
-from ..sizes import as_size
+from ..sizes import Pixels, as_size
 from .console import run, say
 from .options import Parser, option_type
 
@@ -29,15 +28,20 @@ CLASSIFIERS = ("classifier.", "head.")
 
 def build_parser() -> Parser:
     parser = Parser("%(prog)s IN OUT.safetensors [OPTION ...]", yaml_config=False, description=__doc__)
-    parser.add_argument("checkpoint", metavar="IN", help="file to read: .pth, .pt, .safetensors")
+    parser.add_argument(
+        "checkpoint",
+        type=weights_file,
+        metavar="IN",
+        help="file to read: .pth, .pt, .safetensors; or the folder of a run",
+    )
     parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="file to write")
     parser.add_argument("--model", metavar="NAME", help="the variant, if you know it")
     parser.checks["model"] = known_model
     parser.add_argument(
         "--img-size",
-        type=option_type(Number(int, 1)),
+        type=option_type(Pixels()),
         nargs="+",
-        metavar="N",
+        metavar="N|HxW",
         help="image size the checkpoint's trained grid is made for (default: the variant's)",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over an existing file")

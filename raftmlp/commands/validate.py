@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..config import DeviceSettings, ModelSettings, is_folder_name, known_model
+from ..config import DeviceSettings, ModelSettings, is_folder_name, known_model, weights_file
 from ..data.settings import DataSettings, ImageSettings
 from ..errors import MissingFileError, UserError
 from ..files import write_json
@@ -53,11 +53,12 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--compare",
+        type=weights_file,
         nargs="+",
         metavar="NAME|FILE",
-        help="evaluate these models too, on the same images prepared as each needs them: checkpoints, folders as "
-        "local-dir:FOLDER or hf-hub:USER/NAME, and models with their pretrained weights if --pretrained; --checkpoint "
-        "and --model-kwargs are for --model alone",
+        help="evaluate these models too, on the same images prepared as each needs them: checkpoints, folders of runs, "
+        "folders as local-dir:FOLDER or hf-hub:USER/NAME, and models with their pretrained weights if --pretrained; "
+        "--checkpoint and --model-kwargs are for --model alone",
     )
     parser.checks["compare"] = known_model_or_checkpoint
     group.add_argument(

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 
-from ..config import DeviceSettings, ModelSettings, known_model
+from ..config import DeviceSettings, ModelSettings, known_model, weights_file
 from ..data.settings import AugmentationSettings, ImageSettings, TrainingDataSettings
 from ..data.updates import SizeSettings
 from ..errors import UserError
@@ -114,7 +114,10 @@ class DistillationSettings(Settings):
         None, "teacher: any model of timm's list, of the same classes", check=known_model, metavar="NAME"
     )
     kd_checkpoint: str | None = option(
-        None, "its weights, a file or folder as for --checkpoint (default: its pretrained ones)", metavar="FILE"
+        None,
+        "its weights, a file or folder as for --checkpoint (default: its pretrained ones)",
+        type=weights_file,
+        metavar="FILE",
     )
     kd_loss_type: str = option(
         "kl", "kl: its probabilities are the targets; hard: its best class, as DeiT's", choices=("kl", "hard")
