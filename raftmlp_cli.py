@@ -1,10 +1,12 @@
 """The console command ``raftmlp``: lists the others in groups, and runs one.
 
-It lies outside of the package since an import of that loads torch, which takes seconds: the list, a wrong name and
-Ctrl-C do not wait for it.
+It lies outside of the package since an import of that loads torch, which takes seconds: the list and a wrong name do
+not wait for it. A command's options do not either: while ``is_parsing`` is set, an import of the package leaves out
+what needs torch.
 """
 
 import difflib
+import importlib
 import importlib.metadata
 import io
 import os
@@ -36,6 +38,7 @@ COMMANDS = {
 }
 # rounds that a waiting thread of OpenMP keeps its core; the default of 300,000 costs ten times the time on busy cores
 SPINS = "10000"
+is_parsing = False
 NAMES = [name for group in COMMANDS.values() for name in group]
 
 
@@ -53,6 +56,7 @@ def help_text() -> str:
 
 def main(name: str | None = None) -> None:
     """Run a command, the one that the command line names if none is given here."""
+    global is_parsing
     prepare_streams()
     if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads both when torch is loaded
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -60,10 +64,11 @@ def main(name: str | None = None) -> None:
         if name is None:
             name = choose()
             sys.argv = [f"raftmlp {name}", *sys.argv[2:]]
-        with loading_line():
-            module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
-            from raftmlp.commands.console import run
-    except KeyboardInterrupt:  # while torch is loaded; later, the command handles it
+        sys.modules["raftmlp_cli"] = sys.modules[__name__]  # where Python runs this file itself
+        is_parsing = True
+        module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
+        from raftmlp.commands.console import run
+    except KeyboardInterrupt:  # later, the command handles it
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # "| head"

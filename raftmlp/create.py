@@ -1,6 +1,5 @@
 """A model of timm's list by name, or as a checkpoint describes it, with its weights loaded."""
 
-import difflib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ import timm
 from huggingface_hub import hf_hub_download
 from torch import nn
 
+from .config import ModelSettings, is_folder_name, known_model
 from .errors import UserError, first_words
 from .raftmlp import RaftMLP
-from .settings import Number, Settings, option
-from .sizes import as_size, check_memory
+from .sizes import check_memory
 from .weights import (
     HUB_CONFIG,
     StateDict,
@@ -27,81 +26,11 @@ from .weights import (
     summary,
 )
 
-__all__ = ["ModelSettings", "create_model", "create_recorded_model", "is_folder_name", "known_model"]
+__all__ = ["create_model", "create_recorded_model"]
 
 _logger = logging.getLogger(__name__)
 
 ANY_WEIGHTS = ("img_size", "resizing", "drop_rate", "drop_path_rate")  # arguments that fit all weights
-
-
-def is_folder_name(name: str | None) -> bool:
-    """Return whether timm takes the name for a folder: local-dir:FOLDER, or hf-hub:USER/NAME on the Hub."""
-    return bool(name) and name.startswith(("local-dir:", "hf-hub:"))
-
-
-def known_model(name: str, among: str = "") -> str:
-    """Return the name if timm knows such a model.
-
-    Args:
-        name: The model, with a tag or without; local-dir:FOLDER or hf-hub:USER/NAME.
-        among: A pattern that it must match.
-
-    Raises:
-        UserError: If there is none; the message names similar ones.
-    """
-    if is_folder_name(name) and not among:
-        return name
-    known = timm.list_models(among)
-    if timm.models.split_model_name_tag(name)[0] not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or timm.list_models("raftmlp*")
-        raise UserError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
-    return name
-
-
-@dataclass(kw_only=True)
-class ModelSettings(Settings):
-    """Which model, and its weights."""
-
-    title = "model"
-    model: str | None = option(
-        None,
-        "any model of timm's list, or local-dir:FOLDER or hf-hub:USER/NAME (default: the checkpoint's, else raftmlp_s)",
-        type=known_model,
-        metavar="NAME",
-    )
-    pretrained: bool = option(False, "start from the model's pretrained weights")
-    checkpoint: str | None = option(
-        None, "start from the weights in this file, or folder for the Hugging Face Hub", metavar="FILE"
-    )
-    num_classes: int | None = option(
-        None, "classes (default: the data set's, else the model's)", type=Number(int, 1), metavar="N"
-    )
-    in_chans: int | None = option(
-        None, "channels of the images: 1 or 3 (default: the model's)", type=Number(int, 1), metavar="N"
-    )
-    img_size: list[int] | None = option(
-        None,
-        "size of the images in pixels, one number or height and width (default: the model's)",
-        type=Number(int, 1),
-        nargs="+",
-        metavar="N",
-    )
-    model_kwargs: dict[str, Any] = option(factory=dict, help="more arguments of the model", metavar="KEY=VALUE")
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width of the images in pixels, None where ``img_size`` is left open."""
-        return as_size(self.img_size) if self.img_size else None
-
-    @property
-    def weights(self) -> str:
-        """Where the weights come from: a file or folder, "pretrained" or "random"."""
-        named = self.model if is_folder_name(self.model) else "pretrained"
-        return self.checkpoint or (named if self.pretrained else "random")
-
-    def name(self, model: nn.Module) -> str:
-        """Return the name of the model that ``create_model`` made."""
-        return model.pretrained_cfg["architecture"] if not self.model or is_folder_name(self.model) else self.model
 
 
 @dataclass

@@ -1,24 +1,29 @@
 """Several processes that train together, started by torchrun or SLURM; a single one is the case of one."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
-
-from .device import find_device
 from .errors import UserError, first_words
 
-__all__ = ["Processes", "end_processes", "is_first_process", "start_processes"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Processes", "are_connected", "end_processes", "is_first_process", "process_numbers", "start_processes"]
+
+# where launchers say a process's number, among those of its machine and among all: as timm reads them, without torch
+LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+RANKS = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among those that train together: its device, its number, how many there are."""
 
-    device: torch.device
+    device: "torch.device"
     rank: int = 0
     world_size: int = 1
 
@@ -36,6 +41,8 @@ class Processes:
             except UserError as error:
                 message = str(error)
         if self.world_size > 1:
+            import torch
+
             result = [value, message]
             torch.distributed.broadcast_object_list(result)
             value, message = result
@@ -44,9 +51,21 @@ class Processes:
         return value
 
 
+def process_numbers() -> tuple[int, int]:
+    """Return this process's number on its machine, and among all that a launcher started; 0 of a single one."""
+    local, rank = (next((int(os.environ[n]) for n in names if n in os.environ), 0) for names in (LOCAL_RANKS, RANKS))
+    return local, rank
+
+
+def are_connected() -> bool:
+    """Return whether this process has joined those that it trains with."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_first_process() -> bool:
     """Return whether this is the first of the processes that a launcher started, or the only one."""
-    return world_info_from_env()[1] == 0
+    return process_numbers()[1] == 0
 
 
 def start_processes(device: str | None) -> Processes:
@@ -58,11 +77,16 @@ def start_processes(device: str | None) -> Processes:
     Raises:
         UserError: If there is no such device, or the processes do not connect.
     """
+    import torch
+    from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+
+    from .device import find_device
+
     if not is_distributed_env():
         return Processes(find_device(device))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):
-        name = f"cuda:{world_info_from_env()[0]}"
+        name = f"cuda:{process_numbers()[0]}"
     device = find_device(name)
     try:
         joined = init_distributed_device_so(device.type)
@@ -73,7 +97,9 @@ def start_processes(device: str | None) -> Processes:
 
 def end_processes() -> None:
     """Wait until all processes are done: one that ends while others still work or talk to it may take them down."""
-    if torch.distributed.is_initialized():
+    if are_connected():
+        import torch
+
         torch.distributed.barrier()
         time.sleep(1)  # gloo's threads need the GIL to release their last work, and abort where Python has ended
         torch.distributed.destroy_process_group()

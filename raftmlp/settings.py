@@ -49,6 +49,7 @@ def option(
     help: str = "",
     *,
     type: Callable[[str], Any] | None = None,
+    check: Callable[[Any], Any] | None = None,
     short: str | None = None,
     factory: Callable[[], Any] = MISSING,
     **argument: Any,
@@ -59,11 +60,13 @@ def option(
         default: The default value.
         help: The help text.
         type: A ``Number``, or another function that parses a text; None takes texts as they are.
+        check: A function that refuses a value by what only torch or timm knows: a command calls it after it has parsed
+            all of its options, since those take seconds to load.
         short: A short name, such as "-b".
         factory: Makes the default value, in place of ``default``.
         **argument: More of argparse's words: choices, nargs, const, metavar.
     """
-    metadata = dict(help=help, type=type, short=short, **argument)
+    metadata = dict(help=help, type=type, check=check, short=short, **argument)
     return field(default=default, default_factory=factory, metadata=metadata)
 
 

@@ -4,10 +4,13 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from .errors import UserError
+from .settings import Number
 
-__all__ = ["as_size", "check_memory", "parse_size", "size_name"]
+__all__ = ["Pixels", "as_size", "check_memory", "flat_sides", "parse_size", "size_name"]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -22,14 +25,36 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def as_size(values: Sequence[int]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Pixels(Number):
+    """A side of an image; the text "HEIGHTxWIDTH" gives both."""
+
+    kind: type = int
+    minimum: float = 1
+
+    def __call__(self, text: str) -> int | tuple[int, int]:
+        return parse_size(text) if "x" in text else super().__call__(text)
+
+    def check(self, value: Any, shown: Any = None) -> Any:
+        for side in value if isinstance(value, tuple) else [value]:
+            super().check(side, shown)
+        return value
+
+
+def flat_sides(values: Sequence[int | tuple[int, int]]) -> list[int]:
+    """Return the sides that ``Pixels`` gave as single numbers."""
+    return [side for value in values for side in (value if isinstance(value, tuple) else (value,))]
+
+
+def as_size(values: Sequence[int | tuple[int, int]]) -> tuple[int, int]:
     """Return height and width for one number or two.
 
     Raises:
         UserError: If it is another count of numbers.
     """
+    values = flat_sides(values)
     if not 1 <= len(values) <= 2:
-        raise UserError(f"--img-size takes one number of pixels, or height and width, not {list(values)}")
+        raise UserError(f"--img-size takes one number of pixels, or height and width, not {' '.join(map(str, values))}")
     return values[0], values[-1]
 
 

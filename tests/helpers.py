@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 
@@ -56,6 +57,16 @@ def same_weights(a, b):
     """Return whether two models have the same keys and bit-equal weights."""
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def make_run_folder(path):
+    """Write a folder with the checkpoints of a training run: the best weights are the shipped ones, the last are 0."""
+    path.mkdir()
+    state = timm.create_model("raftmlp_digits", pretrained=True).state_dict()
+    torch.save(dict(arch="raftmlp_digits", state_dict=state), path / "model_best.pth.tar")
+    state = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save(dict(arch="raftmlp_digits", state_dict=state), path / "last.pth.tar")
+    return path
 
 
 def fill_disk(monkeypatch):

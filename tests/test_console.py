@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from helpers import ROOT
 from raftmlp import __version__
-from raftmlp.commands import console
+from raftmlp.commands import console, train
 from raftmlp.errors import MissingFileError, UserError
 from raftmlp_cli import COMMANDS, NAMES, main
 
@@ -137,6 +138,78 @@ def test_the_list_of_commands_does_not_load_torch():
         "import sys, raftmlp_cli; raftmlp_cli.help_text(); assert not {'torch', 'timm', 'raftmlp'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory):
+    """Run Python in an empty folder where torch, timm and mmengine cannot be imported; gives status and output."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'mmengine')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+    def run(*words):
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_parsed_before_torch_is_loaded(without_torch, name):
+    status, out, error = without_torch("-m", "raftmlp", name, "--help")
+    assert (status, error) == (0, "") and f"usage: raftmlp {name}" in out
+    status, out, error = without_torch("-m", "raftmlp", name, "--no-such-option")
+    assert (status, out) == (2, "") and error.startswith(f"raftmlp {name}: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["-m", "raftmlp_cli", "trian"], "train"),
+        (["-m", "raftmlp_cli", "train", "--lrr", "1"], "--lrr"),
+        (["-m", "raftmlp.commands.train", "--lr", "fast"], "fast"),
+        ([ROOT / "tools" / "validate.py", "--sizes", "8x"], "8x"),
+        (["-m", "raftmlp", "train", "-c", "imagenet/raftmlp_x"], "imagenet/raftmlp_s"),
+        (["-m", "raftmlp", "train", "-c", "typo.yaml"], "lrr"),
+        (["-m", "raftmlp", "train", "--output", ""], "output"),
+        (["-m", "raftmlp", "train", "--train-img-sizes", "32", "32"], "32"),
+        (["-m", "raftmlp", "study", "study.yaml"], "lrr"),
+        (["-m", "raftmlp", "study", "finetune/folder"], "epochs"),
+        (["-m", "raftmlp", "eval-mm", "detection/fpn", "x.pth"], "segmentation/fpn"),
+        (["-m", "raftmlp", "predict-mm", "x.py", "x.pth", "x.png", "--cfg-options", "a"], "KEY=VALUE"),
+        (["-m", "raftmlp", "predict", "no-such-image"], "no-such-image"),
+        (["-m", "raftmlp", "export", "--format", "onnx", "--quantize", "static", "--out", "x.onnx"], "--data-dir"),
+    ],
+)
+def test_typos_are_refused_before_torch_is_loaded(without_torch, tmp_path_factory, words, named):
+    folder = next(tmp_path_factory.getbasetemp().glob("site*"))
+    (folder / "typo.yaml").write_text("lrr: 1\n")
+    (folder / "study.yaml").write_text("recipe: {dataset: digits}\nseeds: [0]\narms: {a: {}, b: {lrr: 1}}\n")
+    status, out, error = without_torch(*words)
+    assert (status, out) == (2, "") and named in error and error.count("\n") == 1
+
+
+def test_what_needs_torch_raises_where_it_is_missing(without_torch):
+    status, _, error = without_torch("-m", "raftmlp", "train", "--dataset", "digits")
+    assert status == 1 and "import of torch halted" in error
+
+
+@pytest.mark.parametrize("option", ["model", "kd-model-name", "opt"])
+def test_names_that_timm_does_not_know_are_refused_with_their_option(run_command, option):
+    status, out, error = run_command(train, f"--{option}", "no_such_name")
+    assert (status, out) == (2, "") and f"--{option}" in error and "no_such_name" in error and error.count("\n") == 1
+    Path("run.yaml").write_text(f"{option.replace('-', '_')}: no_such_name\n")
+    status, out, error = run_command(train, "-c", "run.yaml")
+    assert (status, out) == (2, "") and "run.yaml" in error and "no_such_name" in error and error.count("\n") == 1
+
+
+def test_an_import_by_name_registers_the_models():
+    code = "import {}, timm; assert timm.is_model('raftmlp_s'); import raftmlp; assert raftmlp.RaftMLP"
+    for name in ("raftmlp.commands.train", "raftmlp_cli, raftmlp"):
+        assert subprocess.run([sys.executable, "-c", code.format(name)]).returncode == 0
 
 
 def test_ctrl_c_while_torch_is_loaded():

@@ -151,10 +151,11 @@ def parse(name, module, args):
         from mmengine.registry import MODELS, init_default_scope
 
         from raftmlp.commands.config_files import find_config
+        from raftmlp.commands.mm_options import config_changes
         from raftmlp.mm.configs import read_config
 
         path = ROOT / options.config if (ROOT / options.config).exists() else find_config(options.config, ".py")
-        config = read_config(path, options.cfg_options, getattr(options, "data_dir", None))
+        config = read_config(path, config_changes(options.cfg_options), getattr(options, "data_dir", None))
         init_default_scope(config.default_scope)
         assert MODELS.build(config.model).backbone.out_channels
 

@@ -14,7 +14,7 @@ import torch
 from timm.data import create_transform
 from timm.models import load_checkpoint
 
-from helpers import DIGITS, ROOT, time_little
+from helpers import DIGITS, ROOT, make_run_folder, time_little
 from raftmlp import RaftMLP
 from raftmlp.commands import export
 from raftmlp.data import Digits
@@ -479,3 +479,12 @@ def test_the_digits_stay_right(run, digits):
     status, printed, err = run(*options, "--format", "torchscript", "--out", "model.pt")
     assert status == 0, err
     assert f"TorchScript: top-1 {100 * right / 360:.2f} % on 360 images" in printed
+
+
+def test_the_folder_of_a_run_stands_for_its_best_weights(run):
+    make_run_folder(Path("run"))
+    assert run("--checkpoint", "run", "--format", "hf", "--out", "hub")[0] == 0
+    assert torch.equal(load_state_dict("hub")["head.bias"], load_state_dict("run/model_best.pth.tar")["head.bias"])
+    (Path("hub") / "last.pth.tar").touch()  # a folder for the Hub stays one
+    assert run("--checkpoint", "hub", "--format", "hf", "--out", "again", "--results-file", "r.json")[0] == 0
+    assert json.loads(Path("r.json").read_text())["weights"] == "hub"

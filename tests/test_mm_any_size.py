@@ -10,6 +10,7 @@ from PIL import Image
 from helpers import ROOT
 from raftmlp.commands import train_mm
 from raftmlp.commands.config_files import find_config
+from raftmlp.commands.mm_options import config_changes
 from raftmlp.mm.checkpoints import patch_mmengine
 from raftmlp.mm.configs import read_config
 
@@ -42,7 +43,8 @@ def test_every_arm_fits_its_config(task, arm, sets, tmp_path):
         [settings["config"], "--data-dir", str(data), "--work-dir", str(tmp_path), "--cfg-options", *options]
     )
     path = find_config(args.config, ".py")
-    config = read_config(path, args.cfg_options, args.data_dir, args.work_dir, args.launcher)
+    changes = config_changes(args.cfg_options)
+    config = read_config(path, changes, args.data_dir, args.work_dir, args.launcher)
     init_default_scope(config.default_scope)
     size = any_size.ARMS[arm].resized or 96
     for loop in ("train", "test"):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from helpers import DIGITS
+from helpers import DIGITS, make_run_folder
 from raftmlp.commands import predict
 from raftmlp.data import Digits
 
@@ -249,3 +249,21 @@ def test_bad_input(run, options, message):
     assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("raftmlp predict: error: ")
     assert "Traceback" not in err
     assert sorted(Path().iterdir()) == before
+
+
+def test_the_folder_of_a_run_stands_for_its_best_weights(run, digits):
+    folder = make_run_folder(Path("run"))
+    for name in ("model_best.pth.tar", "last.pth.tar"):
+        assert run(digits, "--checkpoint", folder, "--results-file", "out.json")[0] == 0
+        assert results()["weights"] == str(folder / name)
+        right = [e["predictions"][0]["name"] == Path(e["file"]).parent.name for e in results()["images"]]
+        assert all(right) == (name == "model_best.pth.tar")
+        (folder / name).unlink()
+    status, _, err = run(digits, "--checkpoint", folder)
+    assert status == 2 and f"{folder} is a folder" in err and err.count("\n") == 1
+
+
+def test_height_and_width_in_one_word(run, digits):
+    for size in (["24x40"], ["24", "40"]):
+        assert run(digits, *DIGITS, "--img-size", *size, "--results-file", "out.json")[0] == 0
+        assert results()["settings"]["input_size"] == [3, 24, 40]

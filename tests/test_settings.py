@@ -7,6 +7,7 @@ import pytest
 
 from raftmlp.commands.config_files import find_config
 from raftmlp.commands.options import Parser, output_file, output_folder
+from raftmlp.config import ModelSettings
 from raftmlp.errors import UserError
 from raftmlp.settings import Number, Settings, option
 from raftmlp.sizes import as_size, check_memory, parse_size, size_name
@@ -147,6 +148,12 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
     assert find_config("imagenet/raftmlp_s.yaml").read_text() == "mine: 1"
     with pytest.raises(UserError, match="no config imagenet/raftmlp_ss; did you mean imagenet/raftmlp_s"):
         find_config("imagenet/raftmlp_ss")
+    with pytest.raises(UserError, match="no config folder; did you mean finetune/folder"):
+        find_config("folder")
+    with pytest.raises(
+        UserError, match="no config mask_rcnn_raftmlp_digit; did you mean detection/mask_rcnn_raftmlp_digits"
+    ):
+        find_config("mask_rcnn_raftmlp_digit", ".py")
     with pytest.raises(UserError, match="no config missing.yaml; shipped are digits/raftmlp_digits, "):
         find_config("missing.yaml")
     with pytest.raises(UserError, match="no config 'nnn.*File name too long"):
@@ -189,3 +196,35 @@ def test_sizes_that_cannot_fit_into_the_memory(monkeypatch):
         check_memory((3, 16384, 16384))
     with pytest.raises(UserError, match="^700 images of 512x800 pixels take 3 GiB, the memory has 1: .*--batch-size$"):
         check_memory((3, 512, 800), 700)
+
+
+@pytest.mark.parametrize(
+    ("words", "yaml", "sides", "size"),
+    [
+        ("64", "64", [64], (64, 64)),
+        ("28x40", "28x40", [28, 40], (28, 40)),
+        ("320 480", "[320, 480]", [320, 480], (320, 480)),
+    ],
+)
+def test_image_sizes(tmp_path, words, yaml, sides, size):
+    parser = Parser(prog="draw")
+    parser.add_settings(ModelSettings)
+    (tmp_path / "run.yaml").write_text(f"img_size: {yaml}\n")
+    for options in (["--img-size", *words.split()], ["-c", str(tmp_path / "run.yaml")]):
+        settings = ModelSettings.select(vars(parser.parse_args(options)))
+        assert (settings.img_size, settings.size) == (sides, size)
+
+
+@pytest.mark.parametrize("words", ["0", "28x", "28x0", "x40", "28,40", "28X40"])
+def test_image_sizes_that_are_none(capsys, words):
+    parser = Parser(prog="draw")
+    parser.add_settings(ModelSettings)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--img-size", words])
+    error = capsys.readouterr().err
+    assert "--img-size" in error and words in error and error.count("\n") == 1
+
+
+def test_more_than_two_sides_are_refused():
+    with pytest.raises(UserError, match="--img-size takes .* 28 40 28"):
+        _ = ModelSettings(img_size=[(28, 40), 28]).size

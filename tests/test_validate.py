@@ -12,10 +12,19 @@ import timm
 import torch
 from PIL import Image
 
-from helpers import DIGITS, REAL_LABELS, ROOT, TINY_MODEL, NamedImages, make_image_folder, release_weights
+from helpers import (
+    DIGITS,
+    REAL_LABELS,
+    ROOT,
+    TINY_MODEL,
+    NamedImages,
+    make_image_folder,
+    make_run_folder,
+    release_weights,
+)
 from raftmlp.commands import export, validate
 from raftmlp.data import Digits, create_dataset
-from raftmlp.data.images import DataSettings
+from raftmlp.data.settings import DataSettings
 from raftmlp.evaluate import evaluation
 
 DIGITS = [*DIGITS, "--dataset", "digits"]
@@ -627,3 +636,14 @@ def test_the_script_in_a_process_of_its_own():
     assert line.startswith(
         "validate.py: error: argument --model: unknown model 'raftmlp_x'; did you mean raftmlp_s or "
     )
+
+
+def test_folders_of_runs_stand_for_their_best_weights(run):
+    for name in ("one", "other"):
+        make_run_folder(Path(name))
+    Path("other/model_best.pth.tar").unlink()
+    options = ["--dataset", "digits", "--checkpoint", "one", "--compare", "other", "--results-file", "r.json"]
+    assert run(*options)[0] == 0
+    one, other = read_rows()
+    assert (one["weights"], other["weights"]) == ("one/model_best.pth.tar", "other/last.pth.tar")
+    assert one["top1"] == 100 and other["top1"] < 20

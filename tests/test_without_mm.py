@@ -7,6 +7,7 @@ import pytest
 
 from helpers import ROOT
 
+CONFIG = "detection/mask_rcnn_raftmlp_digits"
 PROGRAM = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(("mmengine", "mmcv", "mmdet", "mmseg")))  # as if they were not installed
@@ -25,9 +26,9 @@ def run(*args):
 @pytest.mark.parametrize(
     "command",
     [
-        ["raftmlp", "train-mm", "--help"],
-        ["raftmlp.commands.eval_mm", "config.py", "x.pth"],
-        [ROOT / "tools" / "predict_mm.py"],
+        ["raftmlp", "train-mm", CONFIG],
+        ["raftmlp.commands.eval_mm", CONFIG, "x.pth"],
+        [ROOT / "tools" / "predict_mm.py", CONFIG, "x.pth", "x.png"],
     ],
     ids=["console", "module", "script"],
 )

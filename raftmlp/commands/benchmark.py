@@ -11,25 +11,27 @@ arithmetic, and the operands and results of its matrix products and convolutions
 is too large for the memory of a GPU is halved until it fits.
 """
 
+from __future__ import annotations
+
 import os
 import platform
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import timm
-import torch
-
-from ..create import known_model
-from ..device import find_device
+from ..config import MODES, REFERENCE, TASKS, SpeedSettings, known_model
 from ..errors import UserError
-from ..evaluate.plots import draw_cost, draw_speed
-from ..evaluate.speed import MODES, REFERENCE, TASKS, Result, SpeedSettings, measure, split_name
 from ..files import write_csv, write_json
 from ..settings import Number
 from ..sizes import parse_size, size_name
 from .console import command_line, run, say
 from .options import Parser, option_type, output_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluate.speed import Result
 
 COLUMNS = (
     "model", "mode", "batch", "ms", "spread", "images/s", "ratio", "(range)", "GMACs", "arithmetic", "traffic", "MiB",
@@ -42,10 +44,10 @@ def build_parser() -> Parser:
     group.add_argument(
         "models",
         nargs="+",
-        type=option_type(model_name),
         metavar="MODEL",
         help=f"models of timm's list, or {REFERENCE}NAME; with arguments as in NAME,KEY=VALUE",
     )
+    parser.checks["models"] = model_name
     for name, choices in (("mode", MODES), ("task", TASKS)):
         group.add_argument(
             f"--{name}s",
@@ -84,6 +86,8 @@ def model_name(text: str) -> str:
     Raises:
         UserError: If there is none.
     """
+    from ..evaluate.speed import split_name
+
     known_model(split_name(text)[0], "raftmlp*" if text.startswith(REFERENCE) else "")
     return text
 
@@ -107,6 +111,9 @@ def table(results: list[Result]) -> str:
 
 def conditions(settings: SpeedSettings, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
+    import timm
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return dict(
         device=f"{device.type}: {name}",
@@ -123,6 +130,8 @@ def conditions(settings: SpeedSettings, device: torch.device) -> dict:
 
 def write(folder: Path, results: list[Result], about: dict) -> None:
     """Write results.json, results.csv and the pictures that the rows allow."""
+    from ..evaluate.plots import draw_cost, draw_speed
+
     rows = [{k: None if v != v else v for k, v in asdict(result).items()} for result in results]  # no NaN in JSON
     write_json(folder / "results.json", dict(about, rows=rows), indent=1)
     write_csv(folder / "results.csv", rows)
@@ -134,7 +143,14 @@ def write(folder: Path, results: list[Result], about: dict) -> None:
 
 def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which measures memory, prints lines of its own
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    parser.load_and_check(args)
+    import torch
+
+    from ..device import find_device
+    from ..evaluate.speed import measure
+
     torch.backends.cudnn.benchmark = True
     device, settings = find_device(args.device), SpeedSettings.select(vars(args))
     if args.threads:

@@ -63,7 +63,9 @@ def find_config(name: str, suffix: str = ".yaml") -> Path:
     except (OSError, ValueError) as error:  # a name that no file can have
         raise UserError(f"no config {name[:100]!r}: {error}") from error
     known = [str(path.relative_to(folder).with_suffix("")) for path in folder.glob(f"*/*{suffix}")]
-    near = difflib.get_close_matches(stem, known, n=3)
+    last_parts = {name.rpartition("/")[2]: name for name in known}
+    matches = difflib.get_close_matches(stem, [*last_parts, *known], n=3)
+    near = list(dict.fromkeys(last_parts.get(name, name) for name in matches))
     hint = f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(sorted(known))}"
     raise MissingFileError(f"no config {name}; {hint}")
 

@@ -7,15 +7,13 @@ import shlex
 import sys
 from collections.abc import Callable
 
-import torch
-from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
 from raftmlp_cli import discard_output, prepare_streams
 
 from ..data.workers import kill_workers
 from ..errors import UserError, first_words
-from ..processes import is_first_process
+from ..processes import are_connected, is_first_process, process_numbers
 
 __all__ = ["command_line", "run", "say", "show_error"]
 
@@ -46,6 +44,8 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         status = show_error(error)
     except (MemoryError, RuntimeError) as error:
+        import torch
+
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         status = show_error(UserError(f"too little memory, a smaller --batch-size may help: {first_words(error)}"))
@@ -80,9 +80,8 @@ def say(*words: object) -> None:
 
 def show_error(error: Exception) -> int:
     """Print an error's message and return the exit status, 2."""
-    local_rank, rank, _ = world_info_from_env()
-    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if local_rank == 0 or (connected and not getattr(error, "shared", False)):
+    local_rank, rank = process_numbers()
+    if local_rank == 0 or (are_connected() and not getattr(error, "shared", False)):
         print(f"{program()}: error: {f'[process {rank}] ' if rank else ''}{error}", file=sys.stderr)
     return 2
 

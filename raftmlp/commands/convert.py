@@ -7,36 +7,41 @@ The variant is found by the shapes of its weights. A file NAME.TAG.safetensors i
 $RAFTMLP_CHECKPOINTS names, is what timm.create_model("NAME.TAG", pretrained=True) loads.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import timm
-import torch
-from torch import Tensor, nn
-
-from ..create import known_model
+from ..config import known_model, weights_file
 from ..errors import UserError
-from ..release import is_release_format, release_entries
-from ..settings import Number
-from ..sizes import as_size
-from ..weights import adapt_state_dict, describe_differences, load_state_dict, save_state_dict, shapes
+from ..sizes import Pixels, as_size
 from .console import run, say
 from .options import Parser, option_type
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CLASSIFIERS = ("classifier.", "head.")
 
 
 def build_parser() -> Parser:
     parser = Parser("%(prog)s IN OUT.safetensors [OPTION ...]", yaml_config=False, description=__doc__)
-    parser.add_argument("checkpoint", metavar="IN", help="file to read: .pth, .pt, .safetensors")
+    parser.add_argument(
+        "checkpoint",
+        type=weights_file,
+        metavar="IN",
+        help="file to read: .pth, .pt, .safetensors; or the folder of a run",
+    )
     parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="file to write")
-    parser.add_argument("--model", type=option_type(known_model), metavar="NAME", help="the variant, if you know it")
+    parser.add_argument("--model", metavar="NAME", help="the variant, if you know it")
+    parser.checks["model"] = known_model
     parser.add_argument(
         "--img-size",
-        type=option_type(Number(int, 1)),
+        type=option_type(Pixels()),
         nargs="+",
-        metavar="N",
+        metavar="N|HxW",
         help="image size the checkpoint's trained grid is made for (default: the variant's)",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over an existing file")
@@ -45,11 +50,17 @@ def build_parser() -> Parser:
 
 def backbone_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple]:
     """Return the shapes of all weights but the classifier's, which differs from task to task."""
+    from ..weights import shapes
+
     return {key: shape for key, shape in shapes(state).items() if not key.startswith(CLASSIFIERS)}
 
 
 def expected_shapes(name: str, release: bool, **kwargs) -> dict[str, tuple]:
     """Return the same of a variant, in the release's format or in ours."""
+    import timm
+
+    from ..release import release_entries
+
     model = timm.create_model(name, device="meta", **kwargs)
     if not release:
         return backbone_shapes(model.state_dict())
@@ -62,6 +73,10 @@ def find_variant(path: str, given: dict[str, tuple], release: bool, model: str |
     Raises:
         UserError: If it is none of them, or not the one of that name.
     """
+    import timm
+
+    from ..weights import describe_differences
+
     names = [known_model(model, "raftmlp*")] if model else timm.list_models("raftmlp*")
     differences = {name: describe_differences(given, expected_shapes(name, release, **kwargs)) for name in names}
     name = min(differences, key=lambda name: len(differences[name]))
@@ -81,6 +96,10 @@ def load(state: Mapping[str, Tensor], model: nn.Module, path: str) -> None:
     Raises:
         UserError: If the classifier does not fit, or a weight is not finite.
     """
+    import torch
+
+    from ..weights import adapt_state_dict, describe_differences, shapes
+
     state = adapt_state_dict(state, model, path)
     if lines := describe_differences(shapes(state), shapes(model.state_dict())):
         name = model.pretrained_cfg["architecture"]
@@ -93,11 +112,18 @@ def load(state: Mapping[str, Tensor], model: nn.Module, path: str) -> None:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     if args.output.suffix != ".safetensors":
         raise UserError(f"the output {args.output} must be named .safetensors")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} exists; --overwrite writes over it")
+    parser.load_and_check(args)
+    import timm
+
+    from ..release import is_release_format
+    from ..weights import load_state_dict, save_state_dict
+
     state = load_state_dict(args.checkpoint)
     release, given = is_release_format(state), backbone_shapes(state)
     stem = given.get("stages.0.embed.convs.0.weight", ())  # the release knows three channels; ours may have others

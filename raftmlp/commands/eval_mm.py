@@ -15,8 +15,8 @@ from ..files import write_json
 from ..processes import end_processes, is_first_process
 from .config_files import find_config
 from .console import run, say
-from .mm_options import add_checkpoint_options, add_run_options, check_packages
-from .options import PICTURES, Parser, option_type, output_file, output_folder
+from .mm_options import add_checkpoint_options, add_run_options, check_packages, config_changes
+from .options import PICTURES, Parser, load_package, option_type, output_file, output_folder
 
 IN_PICTURE = 16
 
@@ -42,6 +42,9 @@ def build_parser() -> Parser:
 
 
 def main() -> None:
+    args = build_parser().parse_args()
+    path = find_config(args.config, ".py")
+    load_package()
     check_packages()
     from ..mm.checkpoints import find_checkpoint, load_weights, patch_mmengine
     from ..mm.configs import build_runner, drop_pretrained, read_config
@@ -49,9 +52,9 @@ def main() -> None:
     from ..mm.predictions import DrawHook, ProgressHook, draw_overview
     from ..mm.runs import results_line
 
-    args = build_parser().parse_args()
     patch_mmengine()
-    config = read_config(find_config(args.config, ".py"), args.cfg_options, args.data_dir, args.work_dir, args.launcher)
+    changes = config_changes(args.cfg_options)
+    config = read_config(path, changes, args.data_dir, args.work_dir, args.launcher)
     checkpoint = find_checkpoint(args.checkpoint)
     config.load_from, config.resume = None, False
     drop_pretrained(config)

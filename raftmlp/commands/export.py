@@ -13,33 +13,26 @@ name it is loaded in its runtime and compared with PyTorch, in outputs and in sp
 which format. tools/predict_onnx.py classifies images with an ONNX file, without PyTorch.
 """
 
+from __future__ import annotations
+
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from torch.utils.data import Dataset
-
-from ..create import ModelSettings, is_folder_name
-from ..data.images import DataSettings, ImageSettings
+from ..config import CALIBRATION_IMAGES, ExportSettings, ModelSettings, is_folder_name
+from ..data.settings import DataSettings, ImageSettings
 from ..errors import UserError
-from ..evaluate.evaluation import PreparedModel, prepare_model, warn_of_random_weights
-from ..export.comparison import (
-    CALIBRATION_IMAGES,
-    RuntimeModule,
-    accuracy,
-    calibration_batches,
-    image_source,
-    write_verified,
-)
-from ..export.formats import FORMATS, ExportSettings, FeatureMaps, Logits, build_graph, quantize_onnx
-from ..export.hub import data_name, model_card, own_tag, training_record, write_folder
 from ..files import write_json
-from ..pretrained import find_pretrained
 from ..sizes import size_name
 from .console import run, say
 from .options import Parser, check_output, output_file
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import Dataset
+
+    from ..evaluate.evaluation import PreparedModel
 
 
 class Once(argparse.Action):
@@ -102,6 +95,8 @@ def check_options(args: argparse.Namespace, parser: Parser) -> None:
 
 def check_path(args: argparse.Namespace) -> Path:
     """Return the file or folder to write, after a check that it can be written."""
+    from ..export.formats import FORMATS
+
     suffix = "" if args.format == "hf" else FORMATS[args.format].suffix
     if not args.out:
         raise UserError(f"--out names the {suffix + ' file' if suffix else 'folder'} to write")
@@ -129,6 +124,9 @@ def has_data(args: argparse.Namespace) -> bool:
 
 def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: PreparedModel, dataset: Dataset) -> dict:
     """Return the figures of a module and the name of the data, after printing its top-1."""
+    from ..export.comparison import accuracy
+    from ..export.hub import data_name
+
     figures = accuracy(module, prepared, dataset, args.batch or args.batch_size, args.workers)
     figures["data"] = f"{data_name(args.dataset, args.data_dir)}, {args.val_split}"
     say(f"{name}: top-1 {figures['top1']:.2f} % on {figures['images']} images of {figures['data']}")
@@ -146,6 +144,11 @@ def write_results(path: Path | None, prepared: PreparedModel, settings: ExportSe
 
 def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: PreparedModel, out: Path) -> None:
     """Write a file for another runtime."""
+    import torch
+
+    from ..export.comparison import RuntimeModule, calibration_batches, image_source, write_verified
+    from ..export.formats import FORMATS, FeatureMaps, Logits, build_graph, quantize_onnx
+
     file_format, dataset, model = FORMATS[settings.format], create_data(args, prepared), prepared.model
     graph = build_graph(prepared, settings)
     batches = []
@@ -175,6 +178,10 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
 
 def export_folder(args: argparse.Namespace, settings: ExportSettings, prepared: PreparedModel, out: Path) -> None:
     """Write a folder for the Hugging Face Hub."""
+    from ..export.formats import Logits
+    from ..export.hub import model_card, own_tag, training_record, write_folder
+    from ..pretrained import find_pretrained
+
     dataset, model = create_data(args, prepared), prepared.model.to(settings.dtype)
     measured = measure(args, prepared.name, Logits(model, settings.dtype), prepared, dataset) if dataset else None
     architecture, _, tag = prepared.name.partition(".")
@@ -196,6 +203,9 @@ def main() -> None:
     args = parser.parse_args()
     settings = ExportSettings.select(vars(args))
     check_options(args, parser)
+    parser.load_and_check(args)
+    from ..evaluate.evaluation import prepare_model, warn_of_random_weights
+
     out = check_path(args)
     prepared = prepare_model(ModelSettings.select(vars(args)), ImageSettings.select(vars(args)))
     warn_of_random_weights([prepared])

@@ -9,29 +9,18 @@ every block changes the map; and inspection.json, the figures of the last two. T
 set, or of noise where none is named.
 """
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from ..create import ModelSettings
-from ..data.datasets import class_names
-from ..data.images import DataSettings, ImageSettings, data_config, evaluation_loader, image_count
-from ..data.subset import take_images
+from ..config import ModelSettings
+from ..data.settings import DataSettings, ImageSettings
 from ..errors import UserError
-from ..evaluate.evaluation import prepare_model, warn_of_random_weights
-from ..evaluate.inspection import (
-    draw_receptive_fields,
-    draw_updates,
-    draw_weights,
-    mixing_weights,
-    receptive_fields,
-    update_norms,
-)
-from ..evaluate.labels import default_num_classes
 from ..files import write_json
-from ..raftmlp import RaftMLP
 from ..settings import Number
 from .console import run, say
 from .options import Parser, option_type, output_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def build_parser() -> Parser:
@@ -48,8 +37,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_images(settings: DataSettings, config: dict, count: int) -> Tensor:
+def read_images(settings: DataSettings, config: dict, count: int) -> "Tensor":
     """Return so many images of a data set, or all if there are fewer, as a model takes them, (B, C, H, W)."""
+    import torch
+
+    from ..data.datasets import class_names
+    from ..data.images import evaluation_loader, image_count
+    from ..data.subset import take_images
+
     dataset = settings.create(settings.val_split)
     if not isinstance(dataset, torch.utils.data.IterableDataset):
         dataset = take_images(dataset, min(count, image_count(dataset)), 0, class_names(dataset))
@@ -63,7 +58,18 @@ def read_images(settings: DataSettings, config: dict, count: int) -> Tensor:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    parser.load_and_check(args)
+    import torch
+
+    from ..data.datasets import class_names
+    from ..data.images import data_config
+    from ..evaluate import inspection
+    from ..evaluate.evaluation import prepare_model, warn_of_random_weights
+    from ..evaluate.labels import default_num_classes
+    from ..raftmlp import RaftMLP
+
     settings, data = ModelSettings.select(vars(args)), DataSettings.select(vars(args))
     has_data = bool(data.dataset or data.data_dir)
     classes = default_num_classes(class_names(data.create(data.val_split))) if has_data else None
@@ -81,15 +87,15 @@ def main() -> None:
     of = f"{prepared.name}, {len(images)} images of {source}"
 
     written = []
-    for kind, blocks in mixing_weights(model).items():
+    for kind, blocks in inspection.mixing_weights(model).items():
         axis = {"vertical": ", down the columns", "horizontal": ", along the rows"}.get(kind, "")
         title = f"{prepared.name}: first weights of the {kind} token mixing{axis}"
-        draw_weights(args.out / f"{kind}.png", kind, title, blocks)
+        inspection.draw_weights(args.out / f"{kind}.png", kind, title, blocks)
         written.append(f"{kind}.png")
-    fields = receptive_fields(model, images)
-    draw_receptive_fields(args.out / "receptive_fields.png", f"effective receptive fields: {of}", fields)
-    norms = update_norms(model, images)
-    draw_updates(args.out / "updates.png", of, norms)
+    fields = inspection.receptive_fields(model, images)
+    inspection.draw_receptive_fields(args.out / "receptive_fields.png", f"effective receptive fields: {of}", fields)
+    norms = inspection.update_norms(model, images)
+    inspection.draw_updates(args.out / "updates.png", of, norms)
     content = dict(
         model=prepared.name,
         weights=settings.weights,

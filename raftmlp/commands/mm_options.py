@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from typing import Any
 
-from ..errors import MissingPackageError
+from ..errors import MissingPackageError, UserError, first_words
 from ..settings import Number
 from .options import Parser, option_type
 
@@ -25,10 +26,35 @@ def check_packages() -> None:
         ) from error
 
 
-def add_config_options(parser: Parser) -> argparse._ArgumentGroup:
-    """Offer which config, and what is changed in it; returns the group of options."""
+def key_value(text: str) -> str:
+    """Return a text of the form KEY=VALUE.
+
+    Raises:
+        UserError: If it has another one.
+    """
+    if "=" not in text:
+        raise UserError(f"must be KEY=VALUE, not {text!r}")
+    return text
+
+
+def config_changes(texts: list[str]) -> dict[str, Any]:
+    """Return what KEY=VALUE texts change in a config, as mmengine reads them.
+
+    Raises:
+        UserError: If it cannot read one.
+    """
     from mmengine.config import DictAction
 
+    changes = argparse.Namespace()
+    try:
+        DictAction(["--cfg-options"], "cfg_options")(argparse.ArgumentParser(), changes, texts)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"--cfg-options {' '.join(texts)}: {first_words(error)}") from error
+    return changes.cfg_options
+
+
+def add_config_options(parser: Parser) -> argparse._ArgumentGroup:
+    """Offer which config, and what is changed in it; returns the group of options."""
     parser.add_argument(
         "config",
         metavar="CONFIG",
@@ -38,8 +64,8 @@ def add_config_options(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
-        default={},
+        type=option_type(key_value),
+        default=[],
         metavar="KEY=VALUE",
         help="change the config, for example optim_wrapper.optimizer.lr=1e-3 model.backbone.with_cp=True",
     )

@@ -1,8 +1,10 @@
 """Options of commands: made of settings, given on the command line or in YAML files, checked before anything runs."""
 
 import argparse
+import ast
 import difflib
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -11,14 +13,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from timm.utils import ParseKwargs
+import raftmlp_cli
 
 from ..errors import UserError
 from ..settings import Settings
 from .config_files import find_config, read_config
 from .console import show_error
 
-__all__ = ["Parser", "option_type", "output_file", "output_folder"]
+__all__ = ["Parser", "load_package", "option_type", "output_file", "output_folder"]
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -44,6 +46,32 @@ def option_type(function: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def load_package() -> None:
+    """Import this package whole, with torch and timm, after the options have been parsed without them."""
+    if not importlib.import_module("raftmlp").is_parsing:
+        return
+    raftmlp_cli.is_parsing = False
+    with raftmlp_cli.loading_line():
+        for name in ("raftmlp", "raftmlp.data", "raftmlp.train", "raftmlp.study"):
+            if name in sys.modules:
+                importlib.reload(sys.modules[name])
+
+
+class KeyValues(argparse.Action):
+    """An option of KEY=VALUE pairs: a mapping whose values are Python's where they can be, else texts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = dict(value.partition("=")[::2] for value in values if value)
+        if not all("=" in value for value in values if value):
+            raise argparse.ArgumentError(self, "expected KEY=VALUE pairs")
+        for key, text in pairs.items():
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose options can also stand in a YAML file, given with -c/--config; the command line wins.
 
@@ -58,6 +86,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, usage: str = "%(prog)s [OPTION ...]", yaml_config: bool = True, **kwargs):
         super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.yaml_config = yaml_config
+        self.checks: dict[str, Callable[[str], Any]] = {}
+        self.sources: dict[str, str] = {}
         self.groups: dict[str, argparse._ArgumentGroup] = {}
         if yaml_config:
             self.add_argument(
@@ -89,15 +119,17 @@ class Parser(argparse.ArgumentParser):
         """Offer a field of settings as an option."""
         metadata = dict(entry.metadata)
         names = [name for name in (metadata.pop("short"), f"--{entry.name.replace('_', '-')}") if name]
-        kind = metadata.pop("type")
+        kind, check = metadata.pop("type"), metadata.pop("check")
         default = entry.default_factory() if entry.default is MISSING else entry.default
         if isinstance(default, bool):
             metadata.setdefault("action", argparse.BooleanOptionalAction)
         elif isinstance(default, dict):
-            metadata.update(action=ParseKwargs, nargs="*")
+            metadata.update(action=KeyValues, nargs="*")
         elif kind:
             metadata["type"] = option_type(kind)
         group.add_argument(*names, default=default, **metadata)
+        if check:
+            self.checks[entry.name] = check
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -107,12 +139,7 @@ class Parser(argparse.ArgumentParser):
             config = finder.parse_known_args(args)[0].config
             if config:
                 self._apply(read_config(find_config(config)), config)
-        try:
-            return super().parse_args(args, namespace)
-        except ValueError as error:  # of timm's ParseKwargs and mmengine's DictAction
-            if isinstance(error, UserError):
-                raise
-            self.error("expected KEY=VALUE pairs")
+        return super().parse_args(args, namespace)
 
     def parse_options(self, options: dict, source: str) -> argparse.Namespace:
         """Return what the options of a mapping give, as those of a YAML file do; messages name the source.
@@ -123,6 +150,25 @@ class Parser(argparse.ArgumentParser):
         self._apply(options, source)
         return super().parse_args([])
 
+    def load_and_check(self, args: argparse.Namespace) -> None:
+        """Load torch and timm, then check the options whose values only they know: ``checks``, by the options' names.
+
+        Raises:
+            UserError: If a value is not allowed; the message names the option, and the file that it stands in.
+        """
+        load_package()
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if action.dest not in self.checks or value is None:
+                continue
+            try:
+                for single in value if isinstance(value, list) else [value]:
+                    self.checks[action.dest](single)
+            except UserError as error:
+                if action.dest in self.sources and value == action.default:
+                    raise UserError(f"{self.sources[action.dest]}: {action.dest}: {error}") from error
+                self.error(str(argparse.ArgumentError(action, str(error))))
+
     def _apply(self, options: dict, path: str) -> None:
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in options.items():
@@ -131,12 +177,13 @@ class Parser(argparse.ArgumentParser):
                 hint = f"; did you mean {' or '.join(near)}?" if near else f"; the keys are {', '.join(actions)}"
                 raise UserError(f"{path}: unknown key {key!r}{hint}")
             self.set_defaults(**{key: self._checked(actions[key], value, path)})
+            self.sources[key] = path
 
     def _checked(self, action: argparse.Action, value, path: str):
         """Return a YAML value as the command line would have given it."""
         if value is None and action.default is not None:
             raise UserError(f"{path}: {action.dest} has no value")
-        if value is None or isinstance(action, ParseKwargs):
+        if value is None or isinstance(action, KeyValues):
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {action.dest} must be a mapping, not {value!r}")
             return value

@@ -12,18 +12,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..create import ModelSettings
+from ..config import DeviceSettings, ModelSettings
 from ..data.find import find_images
-from ..data.images import ImageSettings
-from ..device import DeviceSettings, find_device
+from ..data.settings import ImageSettings
 from ..errors import UserError
-from ..evaluate.evaluation import prepare_model, warn_of_random_weights
-from ..evaluate.labels import model_class_names, read_class_names
-from ..evaluate.prediction import MAX_BARS, ImageFiles, class_probabilities, draw_predictions, occlusion_map, predict
 from ..files import write_json
 from ..settings import Number
 from ..sizes import check_memory
@@ -62,7 +56,7 @@ def build_parser() -> Parser:
         "--picture",
         type=output_file(*PICTURES),
         metavar="FILE",
-        help=f"draw the first {MAX_IMAGES} images, as the model sees them, with up to {MAX_BARS} classes",
+        help=f"draw the first {MAX_IMAGES} images, as the model sees them, with their first classes",
     )
     group.add_argument(
         "--saliency",
@@ -84,11 +78,22 @@ def show(result: dict, width: int) -> None:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     options = vars(args)
     if args.saliency and not args.picture:
         raise UserError("--saliency colours the picture: name its file with --picture")
-    files, device = find_images(args.images), find_device(args.device)
+    files = find_images(args.images)
+    parser.load_and_check(args)
+    import torch
+    from torch.utils.data import DataLoader
+
+    from ..device import find_device
+    from ..evaluate.evaluation import prepare_model, warn_of_random_weights
+    from ..evaluate.labels import model_class_names, read_class_names
+    from ..evaluate.prediction import ImageFiles, class_probabilities, draw_predictions, occlusion_map, predict
+
+    device = find_device(args.device)
     prepared = prepare_model(ModelSettings.select(options), ImageSettings.select(options))
     warn_of_random_weights([prepared])
     model, execution = prepared.model, DeviceSettings.select(options)

@@ -12,14 +12,14 @@ import sys
 from PIL import Image
 from tqdm import tqdm
 
+from ..config import DeviceSettings
 from ..data.find import find_images
-from ..device import DeviceSettings, find_device
 from ..errors import UserError
 from ..files import write_json
 from .config_files import find_config
 from .console import run, say
-from .mm_options import add_checkpoint_options, add_config_options, check_packages
-from .options import Parser, option_type, output_folder
+from .mm_options import add_checkpoint_options, add_config_options, check_packages, config_changes
+from .options import Parser, load_package, option_type, output_folder
 
 
 def build_parser() -> Parser:
@@ -35,14 +35,17 @@ def build_parser() -> Parser:
 
 
 def main() -> None:
+    args = build_parser().parse_args()
+    path = find_config(args.config, ".py")
+    load_package()
     check_packages()
+    from ..device import find_device
     from ..mm.checkpoints import find_checkpoint, patch_mmengine
     from ..mm.configs import read_config
     from ..mm.predictions import Predictor, draw, label_map, objects
 
-    args = build_parser().parse_args()
     patch_mmengine()
-    config = read_config(find_config(args.config, ".py"), args.cfg_options)
+    config = read_config(path, config_changes(args.cfg_options))
     files = find_images(args.images)
     device = find_device(args.device)
     predictor = Predictor(config, find_checkpoint(args.checkpoint), device)

@@ -5,10 +5,9 @@
 Nothing is downloaded: digits and photographs come with scikit-learn and scikit-image.
 """
 
-from ..data.scenes import write_scenes
 from ..settings import Number
 from .console import run, say
-from .options import Parser, option_type
+from .options import Parser, load_package, option_type
 
 
 def build_parser() -> Parser:
@@ -26,6 +25,9 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    load_package()
+    from ..data.scenes import write_scenes
+
     is_new = write_scenes(args.out, args.train, args.val, args.size, args.seed)
     say(f"{args.train} + {args.val} scenes {'are' if is_new else 'were already'} in {args.out}")
 

@@ -21,19 +21,14 @@ again that failed; what is done is not run again. The same seeds give the same f
 
 from pathlib import Path
 
-import torch
-
 from ..data.workers import processor_count
-from ..device import find_device
 from ..errors import MissingFileError, UserError, first_words
-from ..evaluate.speed import count_macs
 from ..settings import Number
-from ..study import Plan, StudyFolder, make_rows, make_table, run_study, write_results
+from ..study.plan import Plan
 from ..train.settings import TrainSettings
-from ..train.trainer import Trainer
 from .config_files import find_config, read_config
 from .console import run, say
-from .options import Parser, option_type
+from .options import Parser, load_package, option_type
 from .train import build_parser as build_train_parser
 
 
@@ -57,7 +52,8 @@ def read_plan(path: Path) -> Plan:
     """Return the study that a file describes.
 
     Raises:
-        UserError: If it cannot be read or is no study; the message names the file.
+        UserError: If it cannot be read, is no study, or an arm has an unknown option or a wrong value; the message
+            names the file.
     """
     content = read_config(path)
     recipe = content.get("recipe")
@@ -73,9 +69,12 @@ def read_plan(path: Path) -> Plan:
         for name in ("export", "output", "seed"):  # the study gives every run its own
             content["recipe"].pop(name, None)
     try:
-        return Plan.from_content(content)
+        plan = Plan.from_content(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    for cell in plan.cells():
+        build_train_parser().parse_options(cell.options, f"{path}: {cell.name}")
+    return plan
 
 
 def check_cells(plan: Plan, path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
@@ -87,10 +86,14 @@ def check_cells(plan: Plan, path: Path) -> tuple[dict[str, tuple[int, int]], dic
     Raises:
         UserError: If one cannot be built; the message names it.
     """
+    from ..evaluate.speed import count_macs
+    from ..train.trainer import Trainer
+
     costs, epochs = {}, {}
     for cell in plan.cells():
-        where = f"{path}: {cell.name}"
-        args = build_train_parser().parse_options(cell.options, where)
+        where, parser = f"{path}: {cell.name}", build_train_parser()
+        args = parser.parse_options(cell.options, where)
+        parser.load_and_check(args)
         try:
             settings = TrainSettings.select({**vars(args), "seed": plan.seeds[0]})
             trainer = Trainer.from_settings(settings)
@@ -107,6 +110,8 @@ def check_cells(plan: Plan, path: Path) -> tuple[dict[str, tuple[int, int]], dic
 
 def default_jobs() -> int:
     """Return how many runs go at a time: one a processor, or a single one where there is a GPU."""
+    from ..device import find_device
+
     return 1 if find_device(None).type == "cuda" else processor_count()
 
 
@@ -114,6 +119,11 @@ def main() -> int:
     args = build_parser().parse_args()
     path = find_config(args.study)
     plan, name = read_plan(path), path.stem
+    load_package()
+    import torch
+
+    from ..study import StudyFolder, make_rows, make_table, run_study, write_results
+
     folder = StudyFolder(args.output or f"runs/{name}")
     folder.check(plan)
     torch.set_num_threads(1)

@@ -15,7 +15,6 @@ import signal
 from ..processes import end_processes, start_processes
 from ..train.settings import TrainSettings
 from ..train.signals import StopSignals
-from ..train.trainer import Trainer
 from .console import command_line, run
 from .options import Parser
 
@@ -37,8 +36,12 @@ def build_parser() -> Parser:
 
 
 def main() -> int:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     settings = TrainSettings.select(vars(args))
+    parser.load_and_check(args)
+    from ..train.trainer import Trainer
+
     trainer = Trainer.from_settings(settings, start_processes(settings.device), command_line())
     summary = trainer.fit(args.resume, args.overwrite)
     with StopSignals():  # a launcher may send its signal once more

@@ -8,14 +8,12 @@ With --resume an interrupted run continues from its newest readable checkpoint.
 
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError, shared_errors
 from ..processes import end_processes, is_first_process
 from .config_files import find_config
 from .console import run, say
-from .mm_options import add_run_options, check_packages
-from .options import Parser
+from .mm_options import add_run_options, check_packages, config_changes
+from .options import Parser, load_package
 
 
 def build_parser() -> Parser:
@@ -37,15 +35,20 @@ def build_parser() -> Parser:
 
 
 def main() -> None:
+    args = build_parser().parse_args()
+    path = find_config(args.config, ".py")
+    load_package()
     check_packages()
+    import torch
+
     from ..mm import runs
     from ..mm.checkpoints import list_checkpoints, patch_mmengine
     from ..mm.configs import build_runner, drop_pretrained, read_config
     from ..mm.data import damaged_files
 
-    args = build_parser().parse_args()
     patch_mmengine()
-    config = read_config(find_config(args.config, ".py"), args.cfg_options, args.data_dir, args.work_dir, args.launcher)
+    changes = config_changes(args.cfg_options)
+    config = read_config(path, changes, args.data_dir, args.work_dir, args.launcher)
     if args.amp:
         if not torch.cuda.is_available():
             raise UserError("--amp needs a GPU: mmengine's mixed precision does not run on a CPU")

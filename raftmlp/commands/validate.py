@@ -10,6 +10,8 @@ part of ImageNet, in folders named by synsets (ImageNet-A, ImageNet-R, ...): a m
 among these classes. images/s are those of the whole evaluation, with reading images and with compiling.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
@@ -18,34 +20,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-
-import timm
-import torch
-from timm.data import infer_imagenet_subset
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..create import ModelSettings, is_folder_name, known_model
-from ..data import class_names
-from ..data.images import DataSettings, ImageSettings, file_name, image_count
-from ..device import DeviceSettings, find_device
+from ..config import DeviceSettings, ModelSettings, is_folder_name, known_model, weights_file
+from ..data.settings import DataSettings, ImageSettings
 from ..errors import MissingFileError, UserError
-from ..evaluate.evaluation import (
-    PreparedModel,
-    SizeError,
-    evaluate_prepared,
-    prepare_model,
-    run_once,
-    warn_of_random_weights,
-)
-from ..evaluate.labels import default_num_classes
-from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
-from ..evaluate.results import Predictions
 from ..files import write_json
-from ..raftmlp import RaftMLP
 from ..sizes import parse_size, size_name
 from .console import run, say
 from .options import PICTURES, Parser, option_type, output_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+
+    from ..evaluate.evaluation import PreparedModel
 
 
 def build_parser() -> Parser:
@@ -63,13 +53,14 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--compare",
-        type=option_type(known_model_or_checkpoint),
+        type=weights_file,
         nargs="+",
         metavar="NAME|FILE",
-        help="evaluate these models too, on the same images prepared as each needs them: checkpoints, folders as "
-        "local-dir:FOLDER or hf-hub:USER/NAME, and models with their pretrained weights if --pretrained; --checkpoint "
-        "and --model-kwargs are for --model alone",
+        help="evaluate these models too, on the same images prepared as each needs them: checkpoints, folders of runs, "
+        "folders as local-dir:FOLDER or hf-hub:USER/NAME, and models with their pretrained weights if --pretrained; "
+        "--checkpoint and --model-kwargs are for --model alone",
     )
+    parser.checks["compare"] = known_model_or_checkpoint
     group.add_argument(
         "--mirror", action="store_true", help="average the probabilities of every image and its mirror image"
     )
@@ -128,6 +119,11 @@ def check_options(args: argparse.Namespace) -> None:
 
 def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedModel]:
     """Return what the options name, in their order: models, and each at every size."""
+    from ..data.datasets import class_names
+    from ..data.images import image_count
+    from ..evaluate.evaluation import SizeError, prepare_model, run_once
+    from ..evaluate.labels import default_num_classes
+
     options, images = vars(args), ImageSettings.select(vars(args))
     choices = [{**options, "pretrained": args.pretrained and not args.checkpoint}]
     choices += compared_models(args)
@@ -156,6 +152,8 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
 
 def refuse_if_all_failed(models: list[PreparedModel]) -> None:
     """Refuse if there is nothing to show but failures."""
+    from ..evaluate.evaluation import SizeError
+
     if all(prepared.failure for prepared in models):
         raise SizeError(models[0].failure)
 
@@ -165,6 +163,10 @@ def refuse_if_all_failed(models: list[PreparedModel]) -> None:
 
 def announce(models: list[PreparedModel]) -> None:
     """Print what matters for the figures: which classes compete, which weights are random."""
+    from timm.data import infer_imagenet_subset
+
+    from ..evaluate.evaluation import warn_of_random_weights
+
     for prepared in {prepared.name: prepared for prepared in models}.values():
         if prepared.outputs:
             subset = (infer_imagenet_subset(prepared.model) or "the model's").replace("imagenet", "ImageNet")
@@ -195,6 +197,8 @@ def table_line(row: dict, width: int) -> str:
 
 def explain_fall(model: torch.nn.Module, rows: list[dict]) -> None:
     """Print why, and what helps, if a RaftMLP's top-1 falls by more than 5 points beside its trained size."""
+    from ..raftmlp import RaftMLP
+
     trained = next((row for row in rows if tuple(row["img_size"]) == getattr(model, "img_size", None)), None)
     worst = min(rows, key=lambda row: row.get("top1", math.inf))
     if isinstance(model, RaftMLP) and trained and trained.get("top1", 0) - worst.get("top1", 0) > 5:
@@ -227,6 +231,8 @@ def worst_table(worst: list[dict]) -> str:
 
 def name_unreadable(unreadable: list[int], total: int, dataset: Dataset) -> None:
     """Print the names of images that could not be read."""
+    from ..data.images import file_name
+
     if unreadable:
         print(f"{len(unreadable)} of {total} images could not be read and do not count:", file=sys.stderr)
     for index in unreadable:
@@ -235,6 +241,9 @@ def name_unreadable(unreadable: list[int], total: int, dataset: Dataset) -> None
 
 def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
+    import timm
+    import torch
+
     data = dict(dataset=args.dataset or "folder", data_dir=args.data_dir, split=args.val_split)
     data["classes"] = names and len(names)
     execution = dict(device=str(device), precision=args.amp_dtype if args.amp else "float32")
@@ -246,8 +255,16 @@ def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     check_options(args)
+    parser.load_and_check(args)
+    from ..data.datasets import class_names
+    from ..device import find_device
+    from ..evaluate.evaluation import SizeError, evaluate_prepared
+    from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
+    from ..evaluate.results import Predictions
+
     device, settings = find_device(args.device), DeviceSettings.select(vars(args))
     dataset = DataSettings.select(vars(args)).create(args.val_split)
     models = prepare_models(args, dataset)

@@ -1,9 +1,12 @@
 """Data sets: the embedded digits and scenes of them, and by ``create_dataset`` all that timm reads."""
 
-from .datasets import class_names, create_dataset
-from .digits import Digits
-from .mnist import MlxtendMnist
-from .scene_digits import SceneDigits
-from .transfer import INaturalist
+from .. import is_parsing
+
+if not is_parsing:
+    from .datasets import class_names, create_dataset
+    from .digits import Digits
+    from .mnist import MlxtendMnist
+    from .scene_digits import SceneDigits
+    from .transfer import INaturalist
 
 __all__ = ["Digits", "INaturalist", "MlxtendMnist", "SceneDigits", "class_names", "create_dataset"]

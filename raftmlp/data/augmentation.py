@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,47 +11,9 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomAffine, RandomCrop, RandomErasing
 
 from ..errors import UserError
-from ..settings import Number, Settings, option
+from .settings import AugmentationSettings
 
-__all__ = ["AugmentationSettings", "BatchAugmentation", "MixupThenCutmix", "training_transform"]
-
-
-PROBABILITY = dict(type=Number(float, 0, 1), metavar="P")
-STRENGTH = dict(type=Number(float, 0))
-RANGE = dict(type=Number(float, 1e-6), nargs=2, metavar="X")
-AFFINE = dict(STRENGTH, nargs=3, metavar=("DEGREES", "SHIFT", "SCALE"))
-CROPS = ("rrc", "rkrc", "rkrr", "random")
-CROP_HELP = "rrc: crops of random size; rkrc, rkrr: timm's; random: resized as for evaluation, then a random crop"
-
-
-@dataclass(kw_only=True)
-class AugmentationSettings(Settings):
-    """How images to train on are varied."""
-
-    title = "augmentation"
-    train_crop_mode: str = option("rrc", CROP_HELP, choices=CROPS)
-    scale: Sequence[float] = option((0.08, 1.0), "area of random crops", **RANGE)
-    ratio: Sequence[float] = option((3 / 4, 4 / 3), "their aspect ratio", **RANGE)
-    hflip: float = option(0.5, "probability of a horizontal flip", **PROBABILITY)
-    color_jitter: float = option(0.4, "colour jitter, off beside --aa", **STRENGTH, metavar="X")
-    force_color_jitter: bool = option(False, "colour jitter before --aa too")
-    aa: str | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
-    affine: Sequence[float] | None = option(
-        None, "random rotation, shift (share of the size) and scaling (1 +- SCALE)", **AFFINE
-    )
-    cutout: float = option(0.0, "probability of a black rectangle", **PROBABILITY)
-    reprob: float = option(0.0, "probability of random erasing", **PROBABILITY)
-    remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
-    mixup: float = option(0.0, "mixup, off at 0", **STRENGTH, metavar="ALPHA")
-    cutmix: float = option(0.0, "cutmix, off at 0", **STRENGTH, metavar="ALPHA")
-    mixup_prob: float = option(1.0, "probability of mixup or cutmix", **PROBABILITY)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", **PROBABILITY)
-    mixup_then_cutmix: bool = option(False, "both, one after the other, on every batch")
-
-    @property
-    def makes_soft_targets(self) -> bool:
-        """Whether images are mixed, so that the targets of the loss are shares of classes."""
-        return self.mixup > 0 or self.cutmix > 0
+__all__ = ["BatchAugmentation", "MixupThenCutmix", "training_transform"]
 
 
 def training_transform(settings: AugmentationSettings, config: dict) -> Callable:

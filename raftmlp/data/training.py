@@ -9,7 +9,6 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,51 +21,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import UserError, first_words
-from ..settings import Number, option
 from ..sizes import check_memory
 from .datasets import class_names
-from .images import DataSettings, file_name, read_image, read_stream
+from .images import file_name, read_image, read_stream
 from .pixels import PixelReader
-from .subset import take_images
+from .settings import TrainingDataSettings
 from .updates import Updates
 from .workers import ignore_signals
 
 __all__ = [
-    "Batches", "TrainingDataSettings", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
+    "Batches", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class TrainingDataSettings(DataSettings):
-    """Which data to train and to evaluate on, and how they are loaded."""
-
-    title = "data"
-    train_split: str = option("train", "split to train on", metavar="NAME")
-    train_num_samples: int | None = option(
-        None,
-        "train on so many of the images alone, every class in its share, chosen by --seed (default: all)",
-        type=Number(int, 1),
-        metavar="N",
-    )
-    max_bad_images: int = option(
-        100,
-        "end the run when more images than these cannot be read (a stream's are left out without a count)",
-        type=Number(int, 0),
-        metavar="N",
-    )
-
-    def create_training(self, seed: int) -> Dataset:
-        """Return the images to train on.
-
-        Raises:
-            UserError: If there is no such data set or split, or it has too few images.
-        """
-        dataset = self.create(self.train_split, is_training=True, seed=seed)
-        if not self.train_num_samples:
-            return dataset
-        return take_images(dataset, self.train_num_samples, seed, class_names(dataset))
 
 
 def seed_everything(*key: int) -> None:

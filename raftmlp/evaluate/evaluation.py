@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..create import ModelSettings, create_model
+from ..config import DeviceSettings, ModelSettings
+from ..create import create_model
 from ..data import class_names
-from ..data.images import UNREADABLE, ImageSettings, data_config, evaluation_loader, file_name
-from ..device import DeviceSettings
+from ..data.images import UNREADABLE, data_config, evaluation_loader, file_name
+from ..data.settings import ImageSettings
 from ..errors import UserError, first_words
 from ..sizes import check_memory, size_name
 from .labels import RealLabels, are_synsets, matching_outputs, model_class_names, readable_names

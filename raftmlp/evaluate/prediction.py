@@ -19,7 +19,7 @@ from ..errors import UserError, first_words
 from ..files import printable, save_figure
 from .labels import drawable
 
-__all__ = ["MAX_BARS", "ImageFiles", "class_probabilities", "draw_predictions", "occlusion_map", "predict"]
+__all__ = ["ImageFiles", "class_probabilities", "draw_predictions", "occlusion_map", "predict"]
 
 MAX_BARS = 10  # of an image in the picture
 

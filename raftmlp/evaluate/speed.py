@@ -23,41 +23,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
-from ..create import ModelSettings, create_model
+from ..config import REFERENCE, ModelSettings, SpeedSettings
+from ..create import create_model
 from ..errors import UserError, first_words
 from ..ops import plain_operators
 from ..reference import Reference
-from ..settings import Number, Settings, option
 from ..sizes import size_name
 
 __all__ = [
-    "MODES", "REFERENCE", "TASKS", "Meter", "Result", "SpeedSettings", "clock", "count_macs", "iterations_in",
-    "measure", "split_name",
+    "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name",
 ]  # fmt: skip
-
-REFERENCE = "reference:"
-MODES = ("eager", "compile")
-TASKS = ("inference", "training")
-PRECISIONS = ("float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16")  # timm's names
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@dataclass(kw_only=True)
-class SpeedSettings(Settings):
-    """How speed is measured."""
-
-    title = "how"
-    batch_size: int = option(16, "images a batch", type=Number(int, 1), short="-b", metavar="N")
-    precision: str = option("float32", "of the weights, or of autocast", choices=PRECISIONS)
-    channels_last: bool = option(False, "channels-last memory layout", action="store_true")
-    rounds: int = option(7, "rounds, after one of warm-up", type=Number(int, 1), metavar="N")
-    min_time: float = option(0.5, "seconds a turn lasts at least", type=Number(float, 0), metavar="S")
-    compile_mode: str = option("default", "of torch.compile", choices=COMPILE_MODES)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the numbers in products."""
-        return getattr(torch, self.precision.removeprefix("amp_"))
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..config import CALIBRATION_IMAGES
 from ..data.images import UNREADABLE, evaluation_loader, image_count
 from ..errors import UserError, first_words
 from ..evaluate.evaluation import ClassifierView, PreparedModel, evaluate
@@ -32,7 +33,6 @@ _logger = logging.getLogger(__name__)
 
 LIMIT = 1e-4  # of the largest value: what a file in float32 may differ from PyTorch
 COARSE_LIMIT = 0.1  # what a file in half or 8-bit precision may differ from itself
-CALIBRATION_IMAGES = 256
 SAME_VALUES: dict[str, Callable[[Tensor], Tensor]] = {  # other strides and types of the same images
     "a permuted view": lambda images: images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
     "channels-last": lambda images: images.to(memory_format=torch.channels_last),

@@ -23,87 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..arguments import is_whole
+from ..config import OPSET, ExportSettings
 from ..errors import MissingPackageError, UserError, first_words
 from ..evaluate.evaluation import PreparedModel, run_once
 from ..evaluate.labels import model_class_names
-from ..settings import Number, Settings, option
 from ..sizes import size_name
 from .stages import show_stage
 
-__all__ = ["FORMATS", "ExportSettings", "FeatureMaps", "Format", "Graph", "Logits", "build_graph", "quantize_onnx"]
+__all__ = ["FORMATS", "FeatureMaps", "Format", "Graph", "Logits", "build_graph", "quantize_onnx"]
 
 Runtime = Callable[[Tensor], list[Tensor]]
-OPSET = 18
-
-
-def parse_batch(text: str) -> int | None:
-    """Return a number of images, or None for "dynamic".
-
-    Raises:
-        UserError: If it is neither.
-    """
-    if text == "dynamic":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"must be a whole number of 1 or more, or 'dynamic', not {text!r}")
-    return int(text)
-
-
-@dataclass(kw_only=True)
-class ExportSettings(Settings):
-    """What to write."""
-
-    title = "file"
-    format: str = option("onnx", "what to write", choices=("onnx", "pt2", "aoti", "torchscript", "hf"))
-    batch: int | None = option(
-        None, "images at a time: a number, or 'dynamic' (default: dynamic)", type=parse_batch, metavar="N"
-    )
-    dynamic_size: bool = option(
-        False,
-        "leave height and width free too (slower); the last map must have more than one position",
-        action="store_true",
-    )
-    features: bool = option(False, "give the feature maps instead of logits", action="store_true")
-    half: str | None = option(
-        None,
-        "weights and products in half precision; inputs and outputs stay float32",
-        choices=("float16", "bfloat16"),
-        nargs="?",
-        const="float16",
-    )
-    quantize: str | None = option(
-        None,
-        "ONNX: 8-bit weights; the scales of activations are computed at each run, or (static) taken from data",
-        choices=("dynamic", "static"),
-    )
-    simplify: bool = option(False, "ONNX: simplify the graph with onnxslim", action="store_true")
-    opset: int | None = option(
-        None, f"ONNX: version of the operators (default: {OPSET})", type=Number(int, 18, 23), metavar="N"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch is not None and not is_whole(self.batch, 1):
-            raise UserError(f"batch must be a whole number of 1 or more, or None, not {self.batch!r}")
-        excluded = ("quantize", "simplify", "opset") if self.format != "onnx" else ()
-        if self.format == "hf":
-            excluded += ("batch", "features", "dynamic_size")
-        for name in excluded:
-            if getattr(self, name):
-                raise UserError(f"--{name.replace('_', '-')} does not go with --format {self.format}")
-        if self.quantize and (self.half or self.features):
-            raise UserError("--quantize goes with logits in float32: leave --half and --features out")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights, before they are quantised."""
-        return getattr(torch, self.half or "float32")
-
-    @property
-    def precision(self) -> str:
-        """Type of weights and products in words."""
-        return f"int8, {self.quantize}" if self.quantize else self.half or "float32"
 
 
 class Logits(nn.Module):

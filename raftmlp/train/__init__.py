@@ -1,6 +1,9 @@
 """Training of classifiers: ``Trainer`` and its settings."""
 
+from .. import is_parsing
 from .settings import TrainSettings
-from .trainer import Trainer
+
+if not is_parsing:
+    from .trainer import Trainer
 
 __all__ = ["TrainSettings", "Trainer"]

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 
-from ..create import ModelSettings, create_model
-from ..data.images import ImageSettings, data_config
+from ..config import ModelSettings
+from ..create import create_model
+from ..data.images import data_config
+from ..data.settings import ImageSettings
 from ..errors import UserError
 from ..evaluate.evaluation import check_sizes
 

