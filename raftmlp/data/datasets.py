@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ..errors import MissingFileError, UserError
 from ..files import printable
 from .digits import Digits
-from .folders import FolderReader
+from .folders import SPLITS, FolderReader, TarReader
 from .mnist import MlxtendMnist
 from .scene_digits import SceneDigits
 from .transfer import create_transfer_dataset
@@ -69,8 +69,9 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
     try:
         if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
             return found
-        if name in FOLDERS and Path(root).is_dir() and not kwargs.get("class_map"):
-            return ImageDataset(root, reader=FolderReader(root), **kwargs)
+        if name in FOLDERS and not kwargs.get("class_map"):
+            reader = FolderReader(root) if Path(root).is_dir() else TarReader(root)
+            return ImageDataset(root, reader=reader, **kwargs)
         if name.startswith(("wds/", "hfids/")):
             kwargs["input_img_mode"] = ""  # images as they are stored: a PixelReader converts them
         dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
@@ -90,12 +91,11 @@ def _load(path: str) -> Image.Image:
 
 def _find_split(root: Path, split: str) -> Path:
     """Return the folder of a split, or all of a folder without splits; a split that is missing is refused."""
-    kinds = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
-    names = next((kind for kind in kinds if split in kind), (split,))
+    names = next((kind for kind in SPLITS if split in kind), (split,))
     if found := next((root / name for name in (split, *names) if (root / name).is_dir()), None):
         return found
-    splits = sorted(path.name for path in root.glob("*") if path.stem in (*kinds[0], *kinds[1], "test"))
-    if root.is_dir() and (splits or split not in kinds[0] + kinds[1]):
+    splits = sorted(path.name for path in root.glob("*") if path.stem.lower() in sum(SPLITS, ()))
+    if root.is_dir() and (splits or split not in SPLITS[0] + SPLITS[1]):
         raise UserError(f"no split {split!r} in {root}: it has {', '.join(splits) or 'no folders of splits'}")
     return root
 

@@ -19,6 +19,7 @@ from ..files import printable
 from ..settings import Number, Settings, option
 from ..sizes import check_memory
 from .datasets import class_names, create_dataset
+from .folders import wanted_layout
 from .pixels import PixelReader, known_colour
 from .subset import Part
 from .workers import default_workers, ignore_signals
@@ -142,12 +143,15 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
 
 
 def check_classes(dataset: Dataset, model: nn.Module) -> None:
-    """Refuse to train on more classes than the model has.
+    """Refuse to train on more classes than the model has, or on a single one.
 
     Raises:
-        UserError: If the data has more.
+        UserError: If the data has more, or one.
     """
-    names = class_names(dataset)
+    names, root = class_names(dataset), getattr(getattr(dataset, "reader", None), "root", "")
+    if names and len(names) == 1:
+        layout = f": {wanted_layout(root)}" if root else ""
+        raise UserError(f"the images to train on have one class alone, {names[0]!r}{layout}")
     if names and len(names) > model.num_classes:
         raise UserError(f"the data has {len(names)} classes, the model {model.num_classes}")
 
