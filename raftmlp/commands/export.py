@@ -15,6 +15,7 @@ which format. tools/predict_onnx.py classifies images with an ONNX file, without
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from ..export.comparison import (
     write_verified,
 )
 from ..export.formats import FORMATS, ExportSettings, FeatureMaps, Logits, build_graph, quantize_onnx
-from ..export.hub import data_name, model_card, own_tag, training_record, write_folder
+from ..export.hub import data_name, model_card, own_tag, training_options, training_record, write_folder
 from ..files import write_json
 from ..pretrained import find_pretrained
 from ..sizes import size_name
@@ -118,7 +119,7 @@ def create_data(args: argparse.Namespace, prepared: PreparedModel) -> Dataset | 
     """Return the data that the options name, if they do, and they are the model's."""
     if not has_data(args):
         return None
-    dataset = DataSettings.select(vars(args)).create(args.val_split)
+    dataset = DataSettings.select(vars(args)).create_evaluation(partial(training_options, args.checkpoint))
     prepared.match(dataset)
     return dataset
 

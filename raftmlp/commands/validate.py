@@ -17,6 +17,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -41,6 +42,7 @@ from ..evaluate.evaluation import (
 from ..evaluate.labels import default_num_classes
 from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
 from ..evaluate.results import Predictions
+from ..export.hub import training_options
 from ..files import write_json
 from ..raftmlp import RaftMLP
 from ..sizes import parse_size, size_name
@@ -249,7 +251,7 @@ def main() -> None:
     args = build_parser().parse_args()
     check_options(args)
     device, settings = find_device(args.device), DeviceSettings.select(vars(args))
-    dataset = DataSettings.select(vars(args)).create(args.val_split)
+    dataset = DataSettings.select(vars(args)).create_evaluation(partial(training_options, args.checkpoint))
     models = prepare_models(args, dataset)
     announce(models)
 

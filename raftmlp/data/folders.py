@@ -44,7 +44,7 @@ def class_labels(names: Sequence[str], root: str) -> list[str]:
     if deeper := [name for name in names if name.count("/") > 1]:
         _logger.warning(
             f"note: {len(deeper)} of the {len(names)} images in {printable(root)} lie deeper than CLASS/IMAGE, "
-            f"{printable(deeper[0])} for one: their class is the first folder, {deeper[0].partition('/')[0]!a}"
+            f"{printable(deeper[0])} for one: their class is the first folder, {printable(deeper[0].split('/')[0])!r}"
         )
     return [name.partition("/")[0] for name in names]
 

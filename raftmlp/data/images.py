@@ -1,9 +1,11 @@
 """Images of a data set as a model takes them: how they are prepared, and batches to evaluate on."""
 
-from collections.abc import Callable, Iterator, Sequence
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -13,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose
 
-from ..description import INTERPOLATIONS
+from ..description import EXIF_NOTES, INTERPOLATIONS
 from ..errors import UserError
 from ..files import printable
 from ..settings import Number, Settings, option
 from ..sizes import check_memory
-from .datasets import class_names, create_dataset
+from .datasets import class_names, create_dataset, lacks_split
 from .folders import wanted_layout
 from .pixels import PixelReader, known_colour
-from .subset import Part
+from .subset import Part, hold_out
 from .workers import default_workers, ignore_signals
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "read_image",
     "read_stream",
 ]
+
+_logger = logging.getLogger(__name__)
 
 UNREADABLE = -1  # the class of an image that cannot be read, in evaluation
 
@@ -61,6 +65,11 @@ class ImageSettings(Settings):
     )
     background: str = option(
         "white", "colour behind transparent pixels, a name or '#rrggbb'", type=known_colour, metavar="COLOUR"
+    )
+    exif: bool | None = option(
+        None,
+        "turn images as their EXIF orientation says (default: yes, unless the weights were trained without)",
+        action=argparse.BooleanOptionalAction,
     )
 
 
@@ -110,6 +119,33 @@ class DataSettings(Settings):
             seed=seed,
         )
 
+    def create_evaluation(self, read_record: Callable[[], Mapping[str, Any]]) -> Dataset:
+        """Return the images to evaluate trained weights on; where there is no such split, those held out in training.
+
+        Args:
+            read_record: Returns the options of the training as far as they are known. If they held no images out, all
+                images of a folder without splits are taken, which is logged.
+
+        Raises:
+            UserError: If there is no such data set or split, or no image in it.
+        """
+        record = read_record() if lacks_split(self.dataset, self.data_dir, self.val_split) else {}
+        share, split = record.get("val_share"), record.get("train_split", "train")
+        if share and lacks_split(self.dataset, self.data_dir, self.val_split, split):
+            dataset = hold_out(self.create(split), share, record["seed"])[1]
+            _logger.warning(
+                f"note: no validation split in {self.data_dir}: evaluating on the {len(dataset)} images that were held "
+                f"out in training, if it was on these (--val-split train: on all of them)"
+            )
+            return dataset
+        dataset = self.create(self.val_split)
+        if lacks_split(self.dataset, self.data_dir, self.val_split):
+            _logger.warning(
+                f"note: no splits in {self.data_dir}: evaluating on all of its {len(dataset)} images; if some were "
+                f"trained on, the accuracy is too high"
+            )
+        return dataset
+
 
 def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int] | None = None) -> dict:
     """Return how images are prepared for a model: timm's data config of it, with the settings in place of its values.
@@ -120,7 +156,8 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
         size: Height and width of the images in pixels; None takes the model's.
 
     Returns:
-        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean, std and background.
+        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean, std, background, and exif:
+        whether the EXIF orientation is applied.
 
     Raises:
         UserError: If the model takes other than 1 or 3 channels, or the settings do not fit them.
@@ -139,6 +176,8 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
         if len(values) == 3 and channels == 1:
             config[name] = (sum(values) / 3,)
     config["background"] = settings.background
+    says_no = EXIF_NOTES[False] in (getattr(model, "pretrained_cfg", {}).get("notes") or ())
+    config["exif"] = not says_no if settings.exif is None else settings.exif
     return config
 
 
@@ -232,7 +271,7 @@ class EvaluationImages(Dataset):
 
 
 class _EvaluationLoader(PrefetchLoader):
-    """A loader that says once if images have transparency."""
+    """A loader that says once what the reader of pixels has to say."""
 
     def __init__(self, loader: DataLoader, config: dict, device: torch.device, pixels: PixelReader):
         super().__init__(loader, config["mean"], config["std"], channels=config["input_size"][0], device=device)
@@ -240,7 +279,7 @@ class _EvaluationLoader(PrefetchLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().__iter__():
-            self.pixels.say_transparency()
+            self.pixels.say_what_was_seen()
             yield batch
 
 

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from ..errors import UserError, first_words
 from ..settings import Number, option
 from ..sizes import check_memory
-from .datasets import class_names
+from .datasets import class_names, lacks_split
 from .images import DataSettings, file_name, read_image, read_stream
 from .pixels import PixelReader
-from .subset import take_images
+from .subset import hold_out, take_images
 from .updates import Updates
 from .workers import ignore_signals
 
@@ -36,6 +36,9 @@ __all__ = [
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
+
+
+DEFAULT_SHARE = 0.2  # of the images, to evaluate on
 
 
 @dataclass(kw_only=True)
@@ -50,6 +53,13 @@ class TrainingDataSettings(DataSettings):
         type=Number(int, 1),
         metavar="N",
     )
+    val_share: float | None = option(
+        None,
+        f"hold out this share of every class of the training split, chosen by --seed, to evaluate on, in place of "
+        f"--val-split (default: {DEFAULT_SHARE} of images in folders or tar files without a validation split)",
+        type=Number(float, 1e-6, 0.9),
+        metavar="X",
+    )
     max_bad_images: int = option(
         100,
         "end the run when more images than these cannot be read (a stream's are left out without a count)",
@@ -57,16 +67,31 @@ class TrainingDataSettings(DataSettings):
         metavar="N",
     )
 
-    def create_training(self, seed: int) -> Dataset:
-        """Return the images to train on.
+    def choose_share(self) -> float | None:
+        """Return ``val_share``; if it is None and there is no validation split, the default, which is logged."""
+        if self.val_share or not lacks_split(self.dataset, self.data_dir, self.val_split, self.train_split):
+            return self.val_share
+        _logger.warning(
+            f"note: no validation split in {self.data_dir}: {DEFAULT_SHARE:.0%} of the images of every class are held "
+            f"out to evaluate on (--val-share)"
+        )
+        return DEFAULT_SHARE
+
+    def create_splits(self, seed: int) -> tuple[Dataset, Dataset]:
+        """Return the images to train on and those to evaluate on.
 
         Raises:
             UserError: If there is no such data set or split, or it has too few images.
         """
-        dataset = self.create(self.train_split, is_training=True, seed=seed)
-        if not self.train_num_samples:
-            return dataset
-        return take_images(dataset, self.train_num_samples, seed, class_names(dataset))
+        train_data = self.create(self.train_split, is_training=True, seed=seed)
+        names = class_names(train_data)
+        if self.val_share:
+            train_data, val_data = hold_out(train_data, self.val_share, seed, names)
+        else:
+            val_data = self.create(self.val_split, seed=seed)
+        if self.train_num_samples:
+            train_data = take_images(train_data, self.train_num_samples, seed, names)
+        return train_data, val_data
 
 
 def seed_everything(*key: int) -> None:
@@ -80,8 +105,13 @@ def seed_everything(*key: int) -> None:
         torch.manual_seed(seed)
 
 
-def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
+def check_splits(train_data: Dataset, val_data: Dataset, share_root: bool = False) -> list[int] | None:
     """Refuse images that are the same for training and evaluation, or that are to be evaluated on other classes.
+
+    Args:
+        train_data: The images to train on.
+        val_data: Those to evaluate on.
+        share_root: Whether they are parts of the same images, which have none in common.
 
     Returns:
         The number in training of each class to evaluate on, where these are fewer; None where they are the same.
@@ -105,7 +135,7 @@ def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
             f"{'and others ' if len(odd) > 5 else ''}belong to one of them only"
         )
     readers = [getattr(data, "reader", None) for data in (train_data, val_data)]
-    if all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
+    if not share_root and all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
         train_root, val_root = (Path(reader.root).resolve() for reader in readers)
         if train_root == val_root or train_root in val_root.parents or val_root in train_root.parents:
             raise UserError(
@@ -272,7 +302,7 @@ class TrainingLoader:
                 next(batches)
             for _ in range(count):
                 yield next(batches)
-                self.pixels.say_transparency()
+                self.pixels.say_what_was_seen()
                 self.check_bad_images()
         except TooManyUnreadable as error:
             last = self.bad_images.read_text(errors="backslashreplace").splitlines()[-1]
