@@ -68,7 +68,7 @@ class ImageSettings(Settings):
     )
     exif: bool | None = option(
         None,
-        "turn images as their EXIF orientation says (default: yes, unless the weights were trained without)",
+        "turn images as their EXIF orientation says (default: in training yes, else as the weights were trained)",
         action=argparse.BooleanOptionalAction,
     )
 
@@ -134,15 +134,15 @@ class DataSettings(Settings):
         if share and lacks_split(self.dataset, self.data_dir, self.val_split, split):
             dataset = hold_out(self.create(split), share, record["seed"])[1]
             _logger.warning(
-                f"note: no validation split in {self.data_dir}: evaluating on the {len(dataset)} images that were held "
-                f"out in training, if it was on these (--val-split train: on all of them)"
+                f"note: no validation split in {self.data_dir}: evaluating on the {len(dataset)} images that training "
+                f"held out (--val-split train evaluates on all images)"
             )
             return dataset
         dataset = self.create(self.val_split)
         if lacks_split(self.dataset, self.data_dir, self.val_split):
             _logger.warning(
-                f"note: no splits in {self.data_dir}: evaluating on all of its {len(dataset)} images; if some were "
-                f"trained on, the accuracy is too high"
+                f"note: no splits in {self.data_dir}: evaluating on all {len(dataset)} images; the accuracy is too high "
+                f"if the model was trained on some of them"
             )
         return dataset
 

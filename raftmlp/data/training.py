@@ -72,8 +72,8 @@ class TrainingDataSettings(DataSettings):
         if self.val_share or not lacks_split(self.dataset, self.data_dir, self.val_split, self.train_split):
             return self.val_share
         _logger.warning(
-            f"note: no validation split in {self.data_dir}: {DEFAULT_SHARE:.0%} of the images of every class are held "
-            f"out to evaluate on (--val-share)"
+            f"note: no validation split in {self.data_dir}: {100 * DEFAULT_SHARE:g} % of the images of every class are "
+            f"held out to evaluate on (--val-share)"
         )
         return DEFAULT_SHARE
 
