@@ -141,8 +141,8 @@ class DataSettings(Settings):
         dataset = self.create(self.val_split)
         if lacks_split(self.dataset, self.data_dir, self.val_split):
             _logger.warning(
-                f"note: no splits in {self.data_dir}: evaluating on all {len(dataset)} images; the accuracy is too high "
-                f"if the model was trained on some of them"
+                f"note: no splits in {self.data_dir}: evaluating on all {len(dataset)} images, on some of which the "
+                f"model may have been trained"
             )
         return dataset
 
