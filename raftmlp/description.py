@@ -10,12 +10,15 @@ from .errors import UserError
 from .settings import Number
 
 __all__ = [
-    "INTERPOLATIONS", "check_description", "check_fields", "mapping", "number", "parse_json", "shorten", "text",
+    "EXIF_NOTES", "INTERPOLATIONS", "check_description", "check_fields", "mapping", "number", "parse_json", "shorten",
+    "text",
 ]  # fmt: skip
 
 Check = Callable[[Any], Any]
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+# whether images were turned as EXIF says: timm's cfg has no field for it, and its loaders keep these words in ``notes``
+EXIF_NOTES = {True: "EXIF orientation applied", False: "EXIF orientation not applied"}
 CROP_MODES = ("center", "squash", "border")
 MAX_SIDE = 4096  # of an image in pixels
 MAX_CLASSES = 10**6
@@ -132,6 +135,7 @@ PRETRAINED_CFG: dict[str, Check] = dict(
     crop_pct=number(float, 0.01, 2),
     crop_mode=choice(*CROP_MODES),
     label_names=several(text, 0, MAX_CLASSES),
+    notes=several(text, 0, 1000),
 )
 DESCRIPTION: dict[str, Check] = dict(model=text, model_kwargs=arguments, pretrained_cfg=mapping)
 
@@ -175,4 +179,7 @@ def check_description(values: Mapping[str, Any], path: str | Path) -> dict[str, 
     names, classes = cfg.get("label_names"), cfg.get("num_classes")
     if names and classes is not None and len(names) != classes:
         raise UserError(f"{path}: pretrained_cfg.label_names has {len(names)} names for {classes} classes")
+    notes = cfg.get("notes", ())
+    if not set(notes) & set(EXIF_NOTES.values()):  # of timm, or of version 0.2 of this package, which applied none
+        cfg["notes"] = (*notes, EXIF_NOTES[False])
     return {**description, "pretrained_cfg": cfg}

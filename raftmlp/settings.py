@@ -101,7 +101,7 @@ class Settings:
 
 
 def _check(kind: Any, metadata: Mapping[str, Any], value: Any) -> None:
-    if kind is bool and not isinstance(value, bool):
+    if kind in (bool, bool | None) and not isinstance(value, bool):
         raise UserError(f"must be true or false, not {value!r}")
     if kind in (str, str | None) and not isinstance(value, str | os.PathLike):
         raise UserError(f"must be a text, not {value!r}")

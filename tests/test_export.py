@@ -127,8 +127,9 @@ def test_digits_with_any_batch(run, digits, how, size):
     assert metadata.keys() >= METADATA
     settings = json.loads(metadata["settings"])
     assert settings == dict(
-        input_size=[3, *size], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear", crop_pct=1, crop_mode="center"
-    )
+        input_size=[3, *size], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear", crop_pct=1, crop_mode="center",
+        exif=False,
+    )  # fmt: skip
     assert json.loads(metadata["class_names"]) == [str(i) for i in range(10)]
     assert json.loads(metadata["model"]) == "raftmlp_digits"
     assert [path.name for path in Path().iterdir()] == [out.name]

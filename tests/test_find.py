@@ -2,13 +2,16 @@
 
 import errno
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
+import timm
 
 from helpers import load_script
 from raftmlp.data import class_names, create_dataset
 from raftmlp.data.find import find_images
+from raftmlp.data.images import check_classes
 from raftmlp.errors import UserError
 
 
@@ -89,7 +92,7 @@ def test_folders_that_are_passed_over_are_named(odd_folders, caplog):
 
 def test_classes_in_odd_folders(odd_folders, caplog):
     folder = create_dataset("", "photos", "train")
-    assert class_names(folder) == ["cat", "linked"]
+    assert class_names(folder) == ["cat", "dog"]
     assert [folder.filename(i) for i in range(len(folder))] == ["cat/1.png", "dog/linked/3.png"]
     assert "note: 3 folders passed over: " in caplog.text
     caplog.clear()
@@ -98,6 +101,83 @@ def test_classes_in_odd_folders(odd_folders, caplog):
     with pytest.raises(UserError, match="0 images in it"):
         create_dataset("", "photos", "train")
     assert "note: 3 folders passed over: " in caplog.text
+
+
+LAYOUTS = ["folder", "tar", "tar of the split", "tar with ./"]
+
+
+def create_layout(kind, names, folder):
+    """Return the data set of empty images of these names, in train/ or in train.tar."""
+    for name in names:
+        path = folder / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    if kind != "folder":
+        with tarfile.open(folder / "train.tar", "w") as tar:
+            for name in names:
+                prefix = {"tar of the split": "train/", "tar with ./": "./"}.get(kind, "")
+                tar.add(folder / "train" / name, prefix + name)
+    return create_dataset("", str(folder), "train")
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_classes_are_the_first_folders_and_hidden_names_are_left_out(kind, tmp_path, caplog):
+    hidden = [".ipynb_checkpoints/1.png", "cat/._1.png", "dog/.thumbnails/1.png", "._2.png"]
+    names = ["cat/2021/1.png", "cat/2022/2.png", "dog/1.png", "10/1.png", "9/1.png"]
+    data = create_layout(kind, names + hidden, tmp_path)
+    assert class_names(data) == ["9", "10", "cat", "dog"] and len(data) == 5
+    labels = {Path(name).parts[-2:]: target for name, target in zip(data.filenames(), targets(data))}
+    assert labels[("2021", "1.png")] == labels[("2022", "2.png")] == 2 and labels[("dog", "1.png")] == 3
+    (note,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "2 of the 5 images" in note and "cat/202" in note and "'cat'" in note
+
+
+def targets(data):
+    return data.reader.targets if hasattr(data.reader, "targets") else [target for _, target in data.reader.samples]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("names", [["1.png", "2.png"], ["cat/1.png", "dog/2.png", "3.png"]], ids=["flat", "stray"])
+def test_images_outside_of_class_folders_are_refused(kind, names, tmp_path):
+    with pytest.raises(UserError, match="images in .*train.* outside of class folders.*train.*/CLASS/IMAGE") as error:
+        create_layout(kind, names, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_single_class_is_refused_in_training(kind, tmp_path):
+    data = create_layout(kind, ["cat/2021/1.png", "cat/2022/2.png"], tmp_path)
+    with pytest.raises(UserError, match="one class alone, 'cat'.*train.*/CLASS/IMAGE"):
+        check_classes(data, timm.create_model("raftmlp_digits"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("names", [[], [".hidden/1.png"]], ids=["empty", "hidden"])
+def test_data_without_an_image_are_refused(kind, names, tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="0 images in it"):
+        create_layout(kind, names, tmp_path)
+
+
+def test_a_tar_of_tars_has_their_names_as_classes(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "1.png").write_bytes(name.encode())
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(tmp_path / "1.png", "1.png")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name in ("cat", "dog"):
+            tar.add(tmp_path / f"{name}.tar", f"{name}.tar")
+    data = create_dataset("", str(tmp_path), "train")
+    assert class_names(data) == ["cat", "dog"]
+    assert sorted((file.read(), int(target)) for file, target in data.reader) == [(b"cat", 0), (b"dog", 1)]
+
+
+def test_splits_of_odd_names_are_no_classes(tmp_path):
+    for name in ("Train/cat/1.png", "Valid/cat/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="no split 'train' in .*Train, Valid"):
+        create_dataset("", str(tmp_path), "train")
 
 
 def test_classes_come_in_timms_order(tmp_path):

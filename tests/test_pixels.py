@@ -5,15 +5,17 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, default_collate
 
 from raftmlp.data import create_dataset
-from raftmlp.data.images import UNREADABLE, evaluation_loader, open_image
-from raftmlp.data.pixels import PixelReader, _say_transparency
+from raftmlp.data.images import UNREADABLE, ImageSettings, data_config, evaluation_loader, open_image
+from raftmlp.data.pixels import PixelReader, _say_once
 from raftmlp.data.training import TrainingDataSettings, TrainingLoader
 from raftmlp.data.updates import Share, Updates
+from raftmlp.description import EXIF_NOTES, check_description
 from raftmlp.errors import UserError
 from raftmlp.evaluate.prediction import ImageFiles, predict
 
@@ -92,7 +94,7 @@ def folder(tmp_path):
 
 
 def test_the_same_pixels_in_training_evaluation_and_prediction(folder, caplog):
-    _say_transparency.cache_clear()
+    _say_once.cache_clear()
     config = {**CONFIG, "background": "#ff0000"}
     expected = [[[0, 127, 255]] * 3, [[255, 127, 255], [0, 127, 255], [0, 127, 255]]]
     with tarfile.open(folder / "images.tar", "w") as tar:
@@ -132,7 +134,7 @@ def test_the_same_pixels_in_training_evaluation_and_prediction(folder, caplog):
 
 
 def test_opaque_images_need_no_note(folder, caplog):
-    _say_transparency.cache_clear()
+    _say_once.cache_clear()
     with_alpha("RGBA", (255, 255, 255)).save(folder / "val/a/1.png")
     list(evaluation_loader(create_dataset("", str(folder), "val"), CONFIG, CPU, 2))
     assert not [record for record in caplog.records if record.name.startswith("raftmlp")]
@@ -144,8 +146,83 @@ def test_an_image_of_no_known_range_does_not_count(folder):
     assert target.tolist() == [0, 0, UNREADABLE]
 
 
-def test_orientation_in_exif_is_not_applied(tmp_path):
-    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg", PixelReader(3)).size == (4, 2)
+# EXIF orientation
+
+CORNERS = np.array([[10, 200, 90], [40, 130, 250]], dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+STORED = {  # how an upright image is stored for each orientation
+    1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+    5: np.transpose, 6: np.rot90, 7: lambda x: np.rot90(x, 2).T, 8: lambda x: np.rot90(x, -1),
+}  # fmt: skip
+
+
+def save_turned(path, orientation, kind="u1"):
+    """Write the corners so that they are upright with this EXIF orientation."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    pixels = STORED[orientation](CORNERS).astype(kind) * (257 if kind == "u2" else 1)
+    options = dict(compression="tiff_lzw") if path.suffix == ".tif" else {}  # Pillow reads others wrongly
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix, kind", [("jpg", "u1"), ("png", "u1"), ("png", "u2"), ("webp", "u1"), ("tif", "u1")])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(orientation, suffix, kind, tmp_path):
+    read = np.asarray(open_image(save_turned(tmp_path / f"1.{suffix}", orientation, kind), PixelReader(1)))
+    assert read.shape == CORNERS.shape
+    assert np.abs(read[8::16, 8::16].astype(int) - CORNERS[8::16, 8::16]).max() < 12  # JPEG and WebP change pixels
+
+
+def test_images_are_left_as_they_are_stored(tmp_path, caplog):
+    _say_once.cache_clear()
+    pixels = PixelReader(1, exif=False)
+    open_image(save_turned(tmp_path / "1.png", 1), pixels)
+    pixels.say_what_was_seen()
+    assert not caplog.records
+    read = np.asarray(open_image(save_turned(tmp_path / "6.png", 6), pixels))
+    assert (read == STORED[6](CORNERS)).all()
+    pixels.say_what_was_seen()
+    assert "--exif" in caplog.text
+
+
+@pytest.mark.parametrize("exif", [True, False])
+@pytest.mark.parametrize(
+    "data", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\xff" * 40, b"Exif\0\0II*\0" + b"\x12\1" * 30]
+)
+def test_damaged_exif_data_say_nothing(data, exif, tmp_path):
+    Image.fromarray(CORNERS).save(tmp_path / "1.jpg", exif=b"Exif\0\0" + data)
+    assert open_image(tmp_path / "1.jpg", PixelReader(1, exif=exif)).size == CORNERS.shape[::-1]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_one_orientation_in_training_evaluation_and_prediction(applied, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        save_turned(tmp_path / f"val/{name}/1.png", 6)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "val", arcname=".")
+    upright = CORNERS if applied else STORED[6](CORNERS)
+    config = {**CONFIG, "input_size": (3, *upright.shape), "exif": applied}
+    folder, tar = (create_dataset("", str(tmp_path / name), "val") for name in ("", "images.tar"))
+    read = [next(iter(evaluation_loader(data, config, CPU, 2, 1)))[0] for data in (folder, tar)]
+    updates, settings = Updates(2, [upright.shape], [Share(2)]), TrainingDataSettings(workers=1)
+    to_tensor = [lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)]
+    loader = TrainingLoader(folder, to_tensor, config, CPU, updates, settings, 0, tmp_path / "bad")
+    read.append(next(loader.epoch(0))[0])
+    loader.end_workers()
+    read.append(torch.stack([image for image, _, _ in ImageFiles([tmp_path / "val/a/1.png"], config)]))
+    for images in read:
+        assert ((images[:, 0] * 255).round().numpy() == upright).all()
+
+
+def test_what_weights_say_of_exif_and_what_options_say():
+    model = timm.create_model("raftmlp_digits")
+    assert data_config(ImageSettings(), model)["exif"] is True
+    for given, expected in ((None, False), (("of timm",), False), ((EXIF_NOTES[True],), True)):
+        cfg = dict(mean=(0.5,) * 3) | (dict(notes=given) if given else {})
+        model.pretrained_cfg = check_description(dict(pretrained_cfg=cfg), "file")["pretrained_cfg"]
+        assert data_config(ImageSettings(), model)["exif"] is expected
+        for option in (True, False):
+            assert data_config(ImageSettings(exif=option), model)["exif"] is option
+    with pytest.raises(UserError, match="exif must be true or false"):
+        ImageSettings(exif="yes")

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data import create_transform
 
 from helpers import DIGITS, load_script, time_little
 from raftmlp.commands import export, predict
 from raftmlp.data import Digits
+from raftmlp.evaluate.prediction import ImageFiles
 
 predict_onnx = load_script("predict_onnx")
 
@@ -142,6 +143,26 @@ def test_16_bits_are_scaled_and_transparency_lies_over_the_background(tmp_path):
     for wrong in (np.int32([[-1, 9]]), np.int32([[70000, 9]]), np.float32([[0.5, 0.1]])):
         with pytest.raises(ValueError, match="neither whole numbers of 8 nor of 16 bits"):
             predict_onnx.as_8_bits(Image.fromarray(wrong), "RGB")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_predict_does(orientation, tmp_path):
+    settings = dict(
+        input_size=(3, 32, 48), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="nearest", crop_pct=1, crop_mode="squash"
+    )
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "1.png", exif=exif)
+    read = []
+    for applied in (True, False):
+        expected = ImageFiles([tmp_path / "1.png"], settings | dict(exif=applied))[0][0].numpy()
+        with Image.open(tmp_path / "1.png") as image:
+            read.append(predict_onnx.Preparation(**settings, exif=applied)(image))
+        assert np.abs(read[-1] - expected).max() < 1e-6
+    assert np.array_equal(*read) == (orientation == 1)
+    with Image.open(tmp_path / "1.png") as image:  # version 0.2 did not say it
+        assert np.array_equal(predict_onnx.Preparation(**settings)(image), read[1])
 
 
 # Predictions
@@ -309,7 +330,7 @@ def test_damaged_metadata(run, files, change, message):
 
 WRONG = [None, True, 0, -1, 2.5, float("nan"), float("inf"), 10**400, "", "x", [], [1], [[]], {}, {"a": 1}, [None] * 3]
 WRONG += [["0.5"] * 3, [float("nan")] * 3, [True] * 3, [1e300] * 3, [-(10**30)] * 3, [3, 32, 32, 32]]
-FIELDS = ["input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"]
+FIELDS = ["input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "exif"]
 FIELDS += ["model", "class_names", "settings", "least_size"]
 
 
@@ -317,7 +338,7 @@ def test_any_value_of_a_wrong_kind_in_the_metadata(files):
     """Every field with every kind of value is refused with one kind of error before a run, and so are odd texts."""
     model = onnx.load(files / "digits.onnx")
     right = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    right_kind = [("model", ""), ("model", "x"), ("class_names", ["0.5"] * 3)]
+    right_kind = [("model", ""), ("model", "x"), ("class_names", ["0.5"] * 3), ("exif", True)]
     wrong = [(field, value) for field in FIELDS for value in WRONG if (field, value) not in right_kind]
     assert len(wrong) > 200
     for field, value in wrong:

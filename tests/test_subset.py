@@ -16,7 +16,7 @@ from raftmlp.data.images import file_name, read_image
 from raftmlp.data.pixels import PixelReader
 from raftmlp.data.scene_digits import LENGTHS
 from raftmlp.data.scenes import PHOTOGRAPHS
-from raftmlp.data.subset import balanced_order, take_images
+from raftmlp.data.subset import Part, balanced_order, hold_out, take_images
 from raftmlp.errors import UserError
 
 
@@ -136,3 +136,27 @@ def test_training_on_a_part(run_command):
     assert yaml.safe_load(Path("runs/train/args.yaml").read_text())["train_num_samples"] == 40
     status, _, err = run_command(train, *options, "--train-num-samples", 1438, "--output", "other")
     assert status == 2 and "there are 1437 images to train on" in err
+
+
+def test_a_share_of_every_class_is_held_out():
+    digits = Digits("train")
+    train, held_out = hold_out(digits, 0.2, 3, digits.classes)
+    assert sorted([*train.indices, *held_out.indices]) == list(range(1437))
+    counts = [np.bincount(digits.labels[part.indices]) for part in (train, held_out)]
+    assert np.abs(counts[1] - 0.2 * (counts[0] + counts[1])).max() <= 0.5
+    assert class_names(train) == class_names(held_out) == list("0123456789")
+    again, other = (hold_out(digits, 0.2, seed)[1].indices for seed in (3, 4))
+    assert set(again) == set(held_out.indices) != set(other)
+    with pytest.raises(UserError, match="no images of a stream"):
+        hold_out(Stream(), 0.2, 0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.9])
+def test_every_class_is_on_both_sides_where_it_can_be(share):
+    whole = Part([], np.arange(17))
+    whole.labels = np.array([0] * 1 + [1] * 2 + [2] * 5 + [3] * 9)
+    train, held_out = (whole.labels[part.indices] for part in hold_out(whole, share, 0))
+    assert set(train) == {0, 1, 2, 3} and set(held_out) == {1, 2, 3}
+    whole.labels = np.arange(17)
+    with pytest.raises(UserError, match="too few images"):
+        hold_out(whole, share, 0)

@@ -2,22 +2,25 @@
 
 import json
 import os
+import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset
 
-from helpers import TINY, assert_same, make_image_folder
+from helpers import TINY, TINY_MODEL, assert_same, make_image_folder
 from raftmlp.commands import predict, train, validate
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
 from raftmlp.data.pixels import PixelReader
 from raftmlp.data.training import Batches, TrainingDataSettings, TrainingImages, TrainingLoader, check_splits
 from raftmlp.data.updates import Share, Updates
+from raftmlp.description import EXIF_NOTES
 from raftmlp.errors import UserError
 from raftmlp.weights import load_checkpoint
 
@@ -200,9 +203,98 @@ def test_names_that_are_no_unicode(run_command, image_folder):
     assert any(file.endswith("/caf\\udce9/caf\\udce9.jpg") for file in files)
 
 
-def test_training_on_tars_and_gray_images(run_command, image_folder):
-    import tarfile
+def make_one_folder(root, kind) -> Path:
+    """Write one folder of classes, or one tar, which holds all images; return what --data-dir names."""
+    whole = make_image_folder(root / "whole", train=10, val=1)
+    if kind == "classes":
+        return whole / "train"
+    shutil.rmtree(whole / "val")
+    if kind == "tar":
+        with tarfile.open(root / "photos.tar", "w") as tar:
+            tar.add(whole / "train", arcname="photos")
+    return root / "photos.tar" if kind == "tar" else whole
 
+
+@pytest.mark.parametrize("kind", ["classes", "train", "tar"])
+def test_one_folder_of_classes(kind, run_command, tmp_path):
+    data = make_one_folder(tmp_path, kind)
+    options = folder_options(data, "--sched", "constant", "--seed", 3, "--output")
+    status, out, err = run_command(train, *options, "one", "--epochs", 2)
+    assert status == 0 and err.count("--val-share") == 1, err
+    assert "16 images to train on, 4 to evaluate on" in out
+    assert yaml.safe_load(Path("one/args.yaml").read_text())["val_share"] == 0.2
+    state = load_checkpoint("one/last.pth.tar")
+    assert state["options"]["val_share"] == 0.2
+
+    assert run_command(train, *options, "two", "--epochs", 1)[0] == 0
+    status, _, err = run_command(train, *options, "two", "--epochs", 2, "--resume")
+    assert status == 0, err
+    assert_same(state["state_dict"], load_checkpoint("two/last.pth.tar")["state_dict"])
+    for changed in (["--val-share", 0.3], ["--seed", 4]):
+        status, _, err = run_command(train, *options, "two", "--epochs", 3, "--resume", *changed)
+        assert status == 2 and "--val-share 0.2 --seed 3" in err
+
+    options = ["--data-dir", data, "--workers", 0, "--device", "cpu", "--results-file", "r.json"]
+    status, _, err = run_command(validate, *options, "--checkpoint", "one/last.pth.tar", "--predictions", "p.csv")
+    assert status == 0 and "the 4 images that training held out" in err, err
+    row, last = json.loads(Path("r.json").read_text())["rows"][0], state["log"][-1]
+    assert row["images"] == 4 and row["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+    if kind != "train":  # weights that do not say it
+        status, _, err = run_command(validate, *options, *TINY_MODEL)
+        assert status == 0 and "all 20 images" in err, err
+
+
+def test_a_share_of_the_training_split_is_held_out(run_command, image_folder):
+    options = folder_options(image_folder, "--epochs", 1, "--val-share", 0.25, "--output", "out")
+    status, out, err = run_command(train, *options, "--train-num-samples", 8)
+    assert status == 0 and "note" not in err, err
+    assert "8 images to train on, 4 to evaluate on" in out
+    status, _, err = run_command(train, *options, "--val-split", "test", "--overwrite")
+    assert status == 0 and "--val-split (needs no --val-share)" in err
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_test_split_beside_the_training_split_is_suggested(kind, run_command, image_folder):
+    (image_folder / "val").rename(image_folder / "test")
+    if kind == "tar":
+        for split in ("train", "test"):
+            with tarfile.open(image_folder / f"{split}.tar", "w") as tar:
+                tar.add(image_folder / split, arcname=".")
+            shutil.rmtree(image_folder / split)
+    options = folder_options(image_folder, "--epochs", 1, "--output", "out")
+    status, _, err = run_command(train, *options)
+    assert status == 2 and "no split 'validation'" in err and "--val-split test" in err
+    status, out, err = run_command(train, *options, "--val-split", "test")
+    assert status == 0 and "16 images to train on, 6 to evaluate on" in out, err
+
+
+def test_a_run_of_version_0_2_goes_on_without_exif(run_command, image_folder):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in image_folder.rglob("*.jpg"):
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+    options = folder_options(image_folder, "--sched", "constant", "--output")
+    for name, more in (("upright", []), ("lying", ["--no-exif"])):
+        status, _, err = run_command(train, *options, name, "--epochs", 2, *more)
+        assert status == 0, err
+    upright, lying = (load_checkpoint(f"{name}/last.pth.tar") for name in ("upright", "lying"))
+    assert upright["options"]["exif"] is True and lying["options"]["exif"] is False
+    assert [state["pretrained_cfg"]["notes"] == (EXIF_NOTES[True],) for state in (upright, lying)] == [True, False]
+    assert not torch.equal(upright["state_dict"]["head.weight"], lying["state_dict"]["head.weight"])
+
+    assert run_command(train, *options, "old", "--epochs", 1, "--no-exif")[0] == 0
+    state = load_checkpoint("old/last.pth.tar")
+    del state["options"]["exif"], state["pretrained_cfg"]["notes"]
+    torch.save(state, "old/last.pth.tar")
+    status, _, err = run_command(train, *options, "old", "--epochs", 2, "--resume")
+    assert status == 0, err
+    state = load_checkpoint("old/last.pth.tar")
+    assert_same(state["state_dict"], lying["state_dict"])
+    assert state["options"]["exif"] is False and state["pretrained_cfg"]["notes"] == (EXIF_NOTES[False],)
+
+
+def test_training_on_tars_and_gray_images(run_command, image_folder):
     for split in ("train", "val"):
         with tarfile.open(f"{split}.tar", "w") as tar:
             tar.add(image_folder / split, arcname=".")

@@ -5,8 +5,8 @@
 
 It needs onnxruntime, numpy and Pillow, nothing else, and no other file of this repository: it can be copied beside the
 ONNX file. Images are prepared as the file's metadata describe: 16 bits are scaled to 8, what is transparent lies over
-the background, an EXIF orientation is not applied. Images that cannot be read are named and left out; the exit status
-is then 2.
+the background, and the EXIF orientation is applied (not for files of version 0.2, which do not say so). Images that
+cannot be read are named and left out; the exit status is then 2.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CROP_MODES = ("center", "squash", "border")
@@ -118,6 +119,7 @@ class Preparation:
         crop_mode: "center": the shorter side is resized, the middle cut out; "squash": both sides are resized;
             "border": the longer side is resized, the rest filled with the mean.
         background: Colour behind transparent pixels.
+        exif: Whether images are turned as their EXIF orientation says; files of version 0.2 do not say it.
 
     Raises:
         ValueError: If a value is of another kind or range.
@@ -132,6 +134,7 @@ class Preparation:
         crop_pct: float,
         crop_mode: str,
         background: str = "white",
+        exif: bool = False,
     ):
         channels, height, width = _checked("input_size", input_size, 3, 1, LARGEST_SIDE, (int,))
         if channels not in (1, 3):
@@ -140,10 +143,12 @@ class Preparation:
         for name, (value, known) in names.items():
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+        if not isinstance(exif, bool):
+            raise ValueError(f"exif must be true or false, not {exif!r}")
         (crop_pct,) = _checked("crop_pct", [crop_pct], 1, 0.01, 2)
         mean, std = _checked("mean", mean, channels, -1e6, 1e6), _checked("std", std, channels, 1e-6, 1e6)
         self.mode, self.background, self.saw_transparency = "L" if channels == 1 else "RGB", background, False
-        self.size = height, width
+        self.size, self.exif = (height, width), exif
         self.resized = math.floor(height / crop_pct), math.floor(width / crop_pct)
         self.crop_mode = crop_mode
         self.resample = Image.Resampling[interpolation.upper()]
@@ -151,6 +156,10 @@ class Preparation:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Return an image as an array of shape (C, H, W), float32, normalised."""
+        if self.exif:
+            image.load()
+            with suppress(Exception):  # damaged EXIF data, which say nothing, raise anything
+                ImageOps.exif_transpose(image, in_place=True)
         image, has_transparency = as_8_bits(image, self.mode, self.background)
         self.saw_transparency |= has_transparency
         height, width = self._resized_size(image.height, image.width)
@@ -215,12 +224,19 @@ class Classifier:
         path: The file.
         img_size: Height and width of the images, for a file whose sizes are free; None takes the file's.
         background: Colour behind transparent pixels.
+        exif: Whether images are turned as their EXIF orientation says; None takes what the file says.
 
     Raises:
         ValueError: If the file is missing, damaged or no classifier of the export command, or takes no such size.
     """
 
-    def __init__(self, path: str, img_size: tuple[int, int] | None = None, background: str = "white"):
+    def __init__(
+        self,
+        path: str,
+        img_size: tuple[int, int] | None = None,
+        background: str = "white",
+        exif: bool | None = None,
+    ):
         try:
             import onnxruntime
         except ImportError as error:
@@ -238,6 +254,7 @@ class Classifier:
             raise ValueError(f"{path} gives feature maps: tools/export.py makes a classifier without --features")
         try:
             self.model, self.names, self.settings, least = _described(metadata)
+            self.settings |= {} if exif is None else dict(exif=exif)
             self.prepare = Preparation(**self.settings, background=background)
             (images,) = self.session.get_inputs()
             batch, *_ = images.shape
@@ -376,6 +393,11 @@ def build_parser() -> Parser:
         metavar="COLOUR",
         help="colour behind transparent pixels, a name or '#rrggbb' (default: white)",
     )
+    parser.add_argument(
+        "--exif",
+        action=argparse.BooleanOptionalAction,
+        help="turn images as their EXIF orientation says (default: as the file's model was trained)",
+    )
     parser.add_argument("--results-file", metavar="FILE", help="write the predictions, a .json file")
     return parser
 
@@ -403,7 +425,8 @@ def main() -> None:
     if args.results_file and not os.access(os.path.dirname(args.results_file) or ".", os.W_OK):
         raise ValueError(f"cannot write {args.results_file}: its folder is missing or not writable")
     files = find_images(args.images)
-    classifier = Classifier(args.model, args.img_size and (args.img_size[0], args.img_size[-1]), args.background)
+    size = args.img_size and (args.img_size[0], args.img_size[-1])
+    classifier = Classifier(args.model, size, args.background, args.exif)
     results, width = [], max(len(str(file)) for file in files)
     for result in predict(classifier, files, args.batch_size, args.topk):
         results.append(result)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,9 @@ def create_data(args: argparse.Namespace, prepared: PreparedModel) -> Dataset | 
     """Return the data that the options name, if they do, and they are the model's."""
     if not has_data(args):
         return None
-    dataset = DataSettings.select(vars(args)).create(args.val_split)
+    from ..export.hub import training_options
+
+    dataset = DataSettings.select(vars(args)).create_evaluation(partial(training_options, args.checkpoint))
     prepared.match(dataset)
     return dataset
 

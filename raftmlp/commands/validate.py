@@ -19,6 +19,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -264,9 +265,10 @@ def main() -> None:
     from ..evaluate.evaluation import SizeError, evaluate_prepared
     from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
     from ..evaluate.results import Predictions
+    from ..export.hub import training_options
 
     device, settings = find_device(args.device), DeviceSettings.select(vars(args))
-    dataset = DataSettings.select(vars(args)).create(args.val_split)
+    dataset = DataSettings.select(vars(args)).create_evaluation(partial(training_options, args.checkpoint))
     models = prepare_models(args, dataset)
     announce(models)
 

@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.random_erasing import RandomErasing as BatchErasing
 from torch import Tensor
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomAffine, RandomCrop, RandomErasing
@@ -18,6 +22,9 @@ __all__ = ["BatchAugmentation", "MixupThenCutmix", "training_transform"]
 
 def training_transform(settings: AugmentationSettings, config: dict) -> Callable:
     """Return the transform of PIL images, prepared as a ``data_config`` says, to augmented uint8 tensors (C, H, W).
+
+    Posterizing of an ``aa`` policy keeps at least one bit, where timm asks for 0 bits or fewer at the strongest levels:
+    Pillow 13 refuses those, and earlier versions drew a black image.
 
     Raises:
         UserError: If the settings do not fit each other.
@@ -51,6 +58,8 @@ def training_transform(settings: AugmentationSettings, config: dict) -> Callable
             f"timm makes no augmentation of these options, --aa {settings.aa!r} perhaps: {error!r}"
         ) from error
     crop, colours, tensor = crop.transforms, colours.transforms, tensor.transforms
+    if settings.aa:
+        _keep_one_bit(colours[0])
     if settings.train_crop_mode == "random":  # no random resizing: the side that limits becomes size / crop_pct
         resize = create_transform(size, interpolation=config["interpolation"], crop_pct=config["crop_pct"])
         crop[:1] = [resize.transforms[0], RandomCrop(size)]
@@ -75,6 +84,18 @@ def _check_policy(policy: str | None) -> None:
             raise UserError(
                 f"--aa takes a policy's name and keys with numbers, as rand-m9-mstd0.5, not {policy!r}: {part!r}"
             )
+
+
+def _keep_one_bit(policy: Callable) -> None:
+    """Let the posterizing operations of timm's AutoAugment, RandAugment or AugMix keep at least one bit."""
+    operations = policy.ops if hasattr(policy, "ops") else chain.from_iterable(policy.policy)
+    for operation in operations:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    return posterize(image, max(bits, 1))
 
 
 class BatchAugmentation:

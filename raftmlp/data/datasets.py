@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 from ..errors import MissingFileError, UserError
 from ..files import printable
 from .digits import Digits
-from .folders import FolderReader
+from .folders import SPLITS, FolderReader, TarReader
 from .mnist import MlxtendMnist
 from .scene_digits import SceneDigits
 from .transfer import create_transfer_dataset
 
-__all__ = ["class_names", "create_dataset"]
+__all__ = ["class_names", "create_dataset", "lacks_split"]
 
 FOLDERS = ("", "folder", "tar")  # names for images in folders or a tar
 EMBEDDED = {  # they come with installed packages
@@ -59,18 +59,16 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         if not root:
             raise UserError("name the folder of images with --data-dir, or a data set with --dataset")
         if not Path(root).exists():
-            raise MissingFileError(f"no data at {root}: --data-dir takes a folder with train/CLASS/ and val/CLASS/")
-        synonyms = (split, "val", "validation") if split in ("val", "validation") else (split,)
-        tars = [Path(root) / f"{name}.tar" for name in synonyms]
-        root = str(next((tar for tar in tars if tar.is_file()), root))
+            raise MissingFileError(f"no data at {root}: --data-dir takes a folder with CLASS/ or train/CLASS/ in it")
         root = str(_find_split(Path(root), split))
     elif not root and not name.startswith("hfds/"):
         raise UserError(f"name the folder of {name} with --data-dir")
     try:
         if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
             return found
-        if name in FOLDERS and Path(root).is_dir() and not kwargs.get("class_map"):
-            return ImageDataset(root, reader=FolderReader(root), **kwargs)
+        if name in FOLDERS and not kwargs.get("class_map"):
+            reader = FolderReader(root) if Path(root).is_dir() else TarReader(root)
+            return ImageDataset(root, reader=reader, **kwargs)
         if name.startswith(("wds/", "hfids/")):
             kwargs["input_img_mode"] = ""  # images as they are stored: a PixelReader converts them
         dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
@@ -89,15 +87,36 @@ def _load(path: str) -> Image.Image:
 
 
 def _find_split(root: Path, split: str) -> Path:
-    """Return the folder of a split, or all of a folder without splits; a split that is missing is refused."""
-    kinds = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
-    names = next((kind for kind in kinds if split in kind), (split,))
+    """Return the folder or tar file of a split, or all of a folder without splits; a missing split is refused."""
+    synonyms = (split, "val", "validation") if split in ("val", "validation") else (split,)
+    if tar := next((tar for name in synonyms if (tar := root / f"{name}.tar").is_file()), None):
+        return tar
+    names = next((kind for kind in SPLITS if split in kind), (split,))
     if found := next((root / name for name in (split, *names) if (root / name).is_dir()), None):
         return found
-    splits = sorted(path.name for path in root.glob("*") if path.stem in (*kinds[0], *kinds[1], "test"))
-    if root.is_dir() and (splits or split not in kinds[0] + kinds[1]):
-        raise UserError(f"no split {split!r} in {root}: it has {', '.join(splits) or 'no folders of splits'}")
+    splits = sorted(path.name for path in root.glob("*") if path.stem.lower() in sum(SPLITS, ()))
+    if root.is_dir() and (splits or split not in SPLITS[0] + SPLITS[1]):
+        has_test = {"test", "test.tar"} & set(splits) and split in SPLITS[1]
+        hint = ": --val-split test evaluates on its test split" if has_test else ""
+        raise UserError(f"no split {split!r} in {root}: it has {', '.join(splits) or 'no folders of splits'}{hint}")
     return root
+
+
+def lacks_split(name: str, root: str | None, split: str, train_split: str = "train") -> bool:
+    """Return whether folders or tar files of images have images to train on, and no others to evaluate on.
+
+    The arguments are those of ``create_dataset``; a split of another name than validation is never said to be lacking.
+    """
+    if name not in FOLDERS or not root or not Path(root).exists() or split not in SPLITS[1]:
+        return False
+    try:
+        trained = _find_split(Path(root), train_split)
+    except UserError:
+        return False
+    try:
+        return _find_split(Path(root), split) == trained
+    except UserError:
+        return not any((Path(root) / test).exists() for test in ("test", "test.tar"))
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -29,7 +29,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
         if os.path.isfile(name):
             matches = [name]
         else:
-            found = walk_images(name, hidden=False) if os.path.isdir(name) else glob.glob(name, recursive=True)
+            found = walk_images(name) if os.path.isdir(name) else glob.glob(name, recursive=True)
             matches = sorted(found, key=natural_order)
             matches = [file for file in matches if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
         if not matches:
@@ -40,14 +40,10 @@ def find_images(names: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def walk_images(root: str, hidden: bool = True) -> list[str]:
-    """Return the names of image files below a folder; the folders that are passed over are logged with the reason.
+def walk_images(root: str) -> list[str]:
+    """Return the names of image files below a folder, without hidden ones, whose names begin with a dot.
 
-    These are folders that cannot be read, and links that lead to a folder above themselves.
-
-    Args:
-        root: The folder.
-        hidden: Whether names that begin with a dot count.
+    Folders that cannot be read and links that lead to a folder above themselves are passed over, which is logged.
     """
     files, passed_over = [], {}
     waiting: list[tuple[str, frozenset]] = [(root, frozenset())]
@@ -64,12 +60,12 @@ def walk_images(root: str, hidden: bool = True) -> list[str]:
             passed_over[folder] = error.strerror
             continue
         for entry in entries:
+            if entry.name.startswith("."):
+                continue
             try:
                 is_folder = entry.is_dir()
             except OSError as error:  # a link to itself, or into a folder that may not be entered
                 passed_over[entry.path] = error.strerror
-                continue
-            if entry.name.startswith(".") and not hidden:
                 continue
             if is_folder:
                 waiting.append((entry.path, above | {identity}))

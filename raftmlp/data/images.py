@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose
 
+from ..description import EXIF_NOTES
 from ..errors import UserError
 from ..files import printable
 from ..sizes import check_memory
 from .datasets import class_names
+from .folders import wanted_layout
 from .pixels import PixelReader
 from .settings import ImageSettings
 from .subset import Part
@@ -46,7 +48,8 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
         size: Height and width of the images in pixels; None takes the model's.
 
     Returns:
-        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean, std and background.
+        input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean, std, background, and exif:
+        whether the EXIF orientation is applied.
 
     Raises:
         UserError: If the model takes other than 1 or 3 channels, or the settings do not fit them.
@@ -65,16 +68,21 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
         if len(values) == 3 and channels == 1:
             config[name] = (sum(values) / 3,)
     config["background"] = settings.background
+    says_no = EXIF_NOTES[False] in (getattr(model, "pretrained_cfg", {}).get("notes") or ())
+    config["exif"] = not says_no if settings.exif is None else settings.exif
     return config
 
 
 def check_classes(dataset: Dataset, model: nn.Module) -> None:
-    """Refuse to train on more classes than the model has.
+    """Refuse to train on more classes than the model has, or on a single one.
 
     Raises:
-        UserError: If the data has more.
+        UserError: If the data has more, or one.
     """
-    names = class_names(dataset)
+    names, root = class_names(dataset), getattr(getattr(dataset, "reader", None), "root", "")
+    if names and len(names) == 1:
+        layout = f": {wanted_layout(root)}" if root else ""
+        raise UserError(f"the images to train on have one class alone, {names[0]!r}{layout}")
     if names and len(names) > model.num_classes:
         raise UserError(f"the data has {len(names)} classes, the model {model.num_classes}")
 
@@ -155,7 +163,7 @@ class EvaluationImages(Dataset):
 
 
 class _EvaluationLoader(PrefetchLoader):
-    """A loader that says once if images have transparency."""
+    """A loader that says once what the reader of pixels has to say."""
 
     def __init__(self, loader: DataLoader, config: dict, device: torch.device, pixels: PixelReader):
         super().__init__(loader, config["mean"], config["std"], channels=config["input_size"][0], device=device)
@@ -163,7 +171,7 @@ class _EvaluationLoader(PrefetchLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().__iter__():
-            self.pixels.say_transparency()
+            self.pixels.say_what_was_seen()
             yield batch
 
 

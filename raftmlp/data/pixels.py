@@ -1,13 +1,14 @@
-"""Any image as 8 bits a channel: 16 bits are scaled, what is transparent lies over a background."""
+"""Any image upright, with 8 bits a channel: 16 bits are scaled, what is transparent lies over a background."""
 
 import functools
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from .settings import known_colour
 
@@ -17,34 +18,35 @@ _logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _say_transparency(background: str) -> None:
-    """Log once that images have transparency."""
-    _logger.warning(f"note: some images have transparency: {background} shows through (--background)")
+def _say_once(note: str) -> None:
+    """Log a note once in a process."""
+    _logger.warning(note)
 
 
 class PixelReader:
-    """Makes images of 1 or 3 channels, 8 bits each, of PIL images of any mode; their EXIF orientation is not applied.
+    """Makes images of 1 or 3 channels, 8 bits each, of PIL images of any mode, turned as their EXIF orientation says.
 
     16 bits are scaled, 65535 to 255; transparent pixels lie over the background. Processes that load images share
-    what is seen of transparency with the one that made this object.
+    what is seen of transparency, and of orientations that are not applied, with the one that made this object.
 
     Args:
         channels: 1 or 3.
         background: A colour as Pillow names it.
+        exif: Whether the EXIF orientation is applied.
 
     Raises:
         UserError: If there is no such colour.
     """
 
-    def __init__(self, channels: int, background: str = "white"):
+    def __init__(self, channels: int, background: str = "white", exif: bool = True):
         self.mode = "L" if channels == 1 else "RGB"
-        self.background = known_colour(background)
-        self.transparent = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self.background, self.exif = known_colour(background), exif
+        self.transparent, self.lying = (torch.zeros(1, dtype=torch.bool).share_memory_() for _ in range(2))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "PixelReader":
         """Return the reader for images prepared as a ``data_config`` says."""
-        return cls(config["input_size"][0], config.get("background", "white"))
+        return cls(config["input_size"][0], config.get("background", "white"), config.get("exif", True))
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return the image, decoded.
@@ -53,6 +55,12 @@ class PixelReader:
             ValueError: If the range of its pixels is not known.
             Exception: Of any kind, as PIL does on bytes that are no image.
         """
+        image.load()
+        with suppress(Exception):  # damaged EXIF data, which say nothing, raise anything
+            if self.exif:
+                ImageOps.exif_transpose(image, in_place=True)
+            elif image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+                self.lying.fill_(True)
         image = _as_8_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -62,10 +70,12 @@ class PixelReader:
                 image = Image.alpha_composite(canvas, image)
         return image.convert(self.mode)
 
-    def say_transparency(self) -> None:
-        """Log a note, once in a process, if an image had transparency."""
+    def say_what_was_seen(self) -> None:
+        """Log a note, once in a process, if an image had transparency, or an EXIF orientation that was not applied."""
         if self.transparent.item():
-            _say_transparency(self.background)
+            _say_once(f"note: some images have transparency: {self.background} shows through (--background)")
+        if self.lying.item():
+            _say_once("note: some images have an EXIF orientation, which is not applied (--exif applies it)")
 
 
 def _as_8_bits(image: Image.Image) -> Image.Image:

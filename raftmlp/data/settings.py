@@ -3,9 +3,11 @@
 Nothing here needs torch before it is called: a command parses its options before that is loaded.
 """
 
-from collections.abc import Sequence
+import argparse
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import ImageColor
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AugmentationSettings", "DataSettings", "ImageSettings", "TrainingDataSettings", "known_colour"]
 
+_logger = logging.getLogger(__name__)
+
+DEFAULT_SHARE = 0.2  # of the images, to evaluate on
 PROBABILITY = dict(type=Number(float, 0, 1), metavar="P")
 STRENGTH = dict(type=Number(float, 0))
 RANGE = dict(type=Number(float, 1e-6), nargs=2, metavar="X")
@@ -60,6 +65,11 @@ class ImageSettings(Settings):
     )
     background: str = option(
         "white", "colour behind transparent pixels, a name or '#rrggbb'", type=known_colour, metavar="COLOUR"
+    )
+    exif: bool | None = option(
+        None,
+        "turn images as their EXIF orientation says (default: in training yes, else as the weights were trained)",
+        action=argparse.BooleanOptionalAction,
     )
 
 
@@ -111,6 +121,36 @@ class DataSettings(Settings):
             seed=seed,
         )
 
+    def create_evaluation(self, read_record: Callable[[], Mapping[str, Any]]) -> "Dataset":
+        """Return the images to evaluate trained weights on; where there is no such split, those held out in training.
+
+        Args:
+            read_record: Returns the options of the training as far as they are known. If they held no images out, all
+                images of a folder without splits are taken, which is logged.
+
+        Raises:
+            UserError: If there is no such data set or split, or no image in it.
+        """
+        from .datasets import lacks_split
+        from .subset import hold_out
+
+        record = read_record() if lacks_split(self.dataset, self.data_dir, self.val_split) else {}
+        share, split = record.get("val_share"), record.get("train_split", "train")
+        if share and lacks_split(self.dataset, self.data_dir, self.val_split, split):
+            dataset = hold_out(self.create(split), share, record["seed"])[1]
+            _logger.warning(
+                f"note: no validation split in {self.data_dir}: evaluating on the {len(dataset)} images that training "
+                f"held out (--val-split train evaluates on all images)"
+            )
+            return dataset
+        dataset = self.create(self.val_split)
+        if lacks_split(self.dataset, self.data_dir, self.val_split):
+            _logger.warning(
+                f"note: no splits in {self.data_dir}: evaluating on all {len(dataset)} images, on some of which the "
+                f"model may have been trained"
+            )
+        return dataset
+
 
 @dataclass(kw_only=True)
 class TrainingDataSettings(DataSettings):
@@ -124,6 +164,13 @@ class TrainingDataSettings(DataSettings):
         type=Number(int, 1),
         metavar="N",
     )
+    val_share: float | None = option(
+        None,
+        f"hold out this share of every class of the training split, chosen by --seed, to evaluate on, in place of "
+        f"--val-split (default: {DEFAULT_SHARE} of images in folders or tar files without a validation split)",
+        type=Number(float, 1e-6, 0.9),
+        metavar="X",
+    )
     max_bad_images: int = option(
         100,
         "end the run when more images than these cannot be read (a stream's are left out without a count)",
@@ -131,19 +178,36 @@ class TrainingDataSettings(DataSettings):
         metavar="N",
     )
 
-    def create_training(self, seed: int) -> "Dataset":
-        """Return the images to train on.
+    def choose_share(self) -> float | None:
+        """Return ``val_share``; if it is None and there is no validation split, the default, which is logged."""
+        from .datasets import lacks_split
+
+        if self.val_share or not lacks_split(self.dataset, self.data_dir, self.val_split, self.train_split):
+            return self.val_share
+        _logger.warning(
+            f"note: no validation split in {self.data_dir}: {100 * DEFAULT_SHARE:g} % of the images of every class are "
+            f"held out to evaluate on (--val-share)"
+        )
+        return DEFAULT_SHARE
+
+    def create_splits(self, seed: int) -> "tuple[Dataset, Dataset]":
+        """Return the images to train on and those to evaluate on.
 
         Raises:
             UserError: If there is no such data set or split, or it has too few images.
         """
-        dataset = self.create(self.train_split, is_training=True, seed=seed)
-        if not self.train_num_samples:
-            return dataset
         from .datasets import class_names
-        from .subset import take_images
+        from .subset import hold_out, take_images
 
-        return take_images(dataset, self.train_num_samples, seed, class_names(dataset))
+        train_data = self.create(self.train_split, is_training=True, seed=seed)
+        names = class_names(train_data)
+        if self.val_share:
+            train_data, val_data = hold_out(train_data, self.val_share, seed, names)
+        else:
+            val_data = self.create(self.val_split, seed=seed)
+        if self.train_num_samples:
+            train_data = take_images(train_data, self.train_num_samples, seed, names)
+        return train_data, val_data
 
 
 @dataclass(kw_only=True)

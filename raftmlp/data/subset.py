@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError
 
-__all__ = ["Part", "balanced_order", "is_training_split", "split_images", "take_images"]
+__all__ = ["Part", "balanced_order", "hold_out", "is_training_split", "split_images", "take_images"]
 
 
 def is_training_split(split: str, owner: str) -> bool:
@@ -69,11 +69,36 @@ def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] 
         raise UserError(f"--train-num-samples {count}: of a stream no images can be chosen")
     if count > len(dataset):
         raise UserError(f"--train-num-samples {count}: there are {len(dataset)} images to train on")
+    return _part(dataset, np.sort(balanced_order(_labels(dataset), seed)[:count]), classes)
+
+
+def hold_out(
+    dataset: Dataset, share: float, seed: int, classes: Sequence[str] | None = None
+) -> tuple[Dataset, Dataset]:
+    """Return the images of a data set to train on, and those held out to evaluate on: a share of every class.
+
+    Both have at least one image of each class that has two or more; a class with one image is trained on. Arguments are
+    those of ``take_images``.
+
+    Raises:
+        UserError: If the data set is a stream, or no class has two images.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f"--val-share {share}: no images of a stream can be held out, name a split with --val-split")
+    labels = _labels(dataset)
+    order, is_held_out = balanced_order(labels, seed), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        is_held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    if not is_held_out.any():
+        raise UserError(f"--val-share {share}: there are too few images to hold any out, {len(labels)} in all")
+    return tuple(_part(dataset, np.flatnonzero(chosen), classes) for chosen in (~is_held_out, is_held_out))
+
+
+def _part(dataset: Dataset, indices: np.ndarray, classes: Sequence[str] | None) -> Dataset:
+    """Return the images of these numbers as a data set."""
     reader = getattr(dataset, "reader", None)
-    samples = getattr(reader, "samples", None)
-    labels = next((list(got) for got in map(_labels, (reader, dataset)) if got is not None), [0] * len(dataset))
-    indices = np.sort(balanced_order(np.asarray(labels), seed)[:count])
-    if samples is None:
+    if getattr(reader, "samples", None) is None:
         return Part(dataset, indices, classes)
     part = copy.copy(dataset)  # a reader names the files of damaged images, and finds images shared by two splits
     part.reader = copy.copy(reader)
@@ -83,13 +108,15 @@ def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] 
     return part
 
 
-def _labels(source: Any) -> Any:
-    """Return the classes that a data set or its reader tells of its images, None where it tells none."""
-    for name in ("targets", "labels"):
-        if getattr(source, name, None) is not None:
-            return getattr(source, name)
-    samples = getattr(source, "samples", None)
-    return None if samples is None else [target for _, target in samples]
+def _labels(dataset: Dataset) -> np.ndarray:
+    """Return the classes of the images, (N,); all 0 where only reading the images would tell them."""
+    for source in (getattr(dataset, "reader", None), dataset):
+        for name in ("targets", "labels"):
+            if getattr(source, name, None) is not None:
+                return np.asarray(getattr(source, name))
+        if getattr(source, "samples", None) is not None:
+            return np.asarray([target for _, target in source.samples])
+    return np.zeros(len(dataset), int)
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:

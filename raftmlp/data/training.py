@@ -47,8 +47,13 @@ def seed_everything(*key: int) -> None:
         torch.manual_seed(seed)
 
 
-def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
+def check_splits(train_data: Dataset, val_data: Dataset, share_root: bool = False) -> list[int] | None:
     """Refuse images that are the same for training and evaluation, or that are to be evaluated on other classes.
+
+    Args:
+        train_data: The images to train on.
+        val_data: Those to evaluate on.
+        share_root: Whether they are parts of the same images, which have none in common.
 
     Returns:
         The number in training of each class to evaluate on, where these are fewer; None where they are the same.
@@ -72,7 +77,7 @@ def check_splits(train_data: Dataset, val_data: Dataset) -> list[int] | None:
             f"{'and others ' if len(odd) > 5 else ''}belong to one of them only"
         )
     readers = [getattr(data, "reader", None) for data in (train_data, val_data)]
-    if all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
+    if not share_root and all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
         train_root, val_root = (Path(reader.root).resolve() for reader in readers)
         if train_root == val_root or train_root in val_root.parents or val_root in train_root.parents:
             raise UserError(
@@ -239,7 +244,7 @@ class TrainingLoader:
                 next(batches)
             for _ in range(count):
                 yield next(batches)
-                self.pixels.say_transparency()
+                self.pixels.say_what_was_seen()
                 self.check_bad_images()
         except TooManyUnreadable as error:
             last = self.bad_images.read_text(errors="backslashreplace").splitlines()[-1]

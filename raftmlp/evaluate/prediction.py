@@ -33,7 +33,7 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, files: Sequence[Path], config: dict):
-        preparation = {key: value for key, value in config.items() if key != "background"}
+        preparation = {key: value for key, value in config.items() if key not in ("background", "exif")}
         self.pixels = PixelReader.from_config(config)
         self.files, self.shape, self.transform = files, config["input_size"], create_transform(**preparation)
 
@@ -76,7 +76,7 @@ def predict(
     """
     hide_bar = None if len(loader) > 1 else True  # None: a bar where there is a terminal
     for images, files, errors in tqdm(loader, desc="predicting", unit="batch", leave=False, disable=hide_bar):
-        loader.dataset.pixels.say_transparency()
+        loader.dataset.pixels.say_what_was_seen()
         top = classify(images).topk(topk)
         for image, file, error, *best in zip(images, files, errors, top.indices.tolist(), top.values.tolist()):
             if error:

@@ -10,14 +10,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
-from ..description import check_fields, mapping, number, parse_json, text
+from ..description import EXIF_NOTES, check_fields, mapping, number, parse_json, text
 from ..errors import UserError, first_words
 from ..files import new_folder
 from ..raftmlp import RaftMLP
 from ..sizes import size_name
 from ..weights import load_checkpoint
 
-__all__ = ["data_name", "model_card", "own_tag", "training_record", "write_folder"]
+__all__ = ["data_name", "model_card", "own_tag", "training_options", "training_record", "write_folder"]
 
 CITATION = """
 
@@ -71,6 +71,11 @@ def training_record(path: Path) -> dict:
     if options := record.get("options"):
         record["data"] = data_name(options.get("dataset"), options.get("data_dir")) or "a folder of images"
     return record
+
+
+def training_options(checkpoint: str | None) -> dict:
+    """Return the options that a checkpoint file was trained with, as far as ``training_record`` knows them."""
+    return training_record(Path(checkpoint)).get("options", {}) if checkpoint else {}
 
 
 def data_name(dataset: object, folder: object) -> str:
@@ -223,7 +228,7 @@ def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, 
     with new_folder(folder) as temporary:
         try:
             save_for_hf(model, str(temporary), safe_serialization=True, data_config=config)
-            _rewrite_config(temporary / "config.json", tag)
+            _rewrite_config(temporary / "config.json", tag, EXIF_NOTES[config["exif"]])
             loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
         except OSError:
             raise
@@ -238,8 +243,8 @@ def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, 
             file.chmod(0o644)
 
 
-def _rewrite_config(file: Path, tag: str) -> None:
-    """Make timm's config.json one that transformers reads too, of weights with this tag."""
+def _rewrite_config(file: Path, tag: str, note: str) -> None:
+    """Make timm's config.json one that transformers reads too, of weights with this tag and note."""
     content = json.loads(file.read_text())
     cfg = content["pretrained_cfg"]
     content.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice, it stands at the root
@@ -250,4 +255,5 @@ def _rewrite_config(file: Path, tag: str) -> None:
         cfg.pop(key, None)
     if tag:
         cfg["tag"] = tag
+    cfg["notes"] = [*(other for other in cfg.get("notes", ()) if other not in EXIF_NOTES.values()), note]
     file.write_text(json.dumps(content, indent=2) + "\n")

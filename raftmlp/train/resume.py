@@ -37,6 +37,8 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
                 f"is of a run with --{_name(key)} {before[key]}, not {recipe[key]}: it cannot be resumed so "
                 f"(--checkpoint starts a new run from its weights)"
             )
+    if (then := _held_out(before)) != (now := _held_out(recipe)):  # images to evaluate on would have been trained on
+        return f"is of a run with {then}, not {now}: it cannot be resumed so, for other images were held out"
     if before.get("kd_sha256", recipe.get("kd_sha256")) != recipe.get("kd_sha256"):
         return "is of a run whose teacher has other weights than this --kd-checkpoint, or these pretrained ones"
     epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)
@@ -64,6 +66,12 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
 def changed_options(before: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
     """Return the options that a recipe has in another value than before, each as "name before -> now"."""
     return [f"{key} {before[key]} -> {recipe[key]}" for key in recipe if key in before and before[key] != recipe[key]]
+
+
+def _held_out(options: Mapping[str, Any]) -> str:
+    """Return the options that decide which images are held out."""
+    share = options.get("val_share")
+    return f"--val-share {share} --seed {options['seed']}" if share else "no --val-share"
 
 
 def _name(key: str) -> str:

@@ -182,6 +182,7 @@ NEEDS = {
     "mixup_switch_prob": (lambda s: s.mixup and s.cutmix and not s.mixup_then_cutmix, "--mixup and --cutmix in turn"),
     "mixup_then_cutmix": (lambda s: s.makes_soft_targets, "--mixup and --cutmix"),
     "train_batch_sizes": (lambda s: s.train_img_sizes, "--train-img-sizes"),
+    "val_split": (lambda s: not s.val_share, "no --val-share"),
     "variable_batch_loss_scale": (
         lambda s: s.train_img_sizes and s.train_batch_sizes and not s.global_batch_size,
         "--train-img-sizes and --train-batch-sizes, without --global-batch-size",

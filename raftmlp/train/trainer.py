@@ -24,6 +24,7 @@ from ..data.datasets import class_names
 from ..data.images import check_classes, data_config, evaluation_loader, image_count
 from ..data.training import TrainingLoader, check_splits, seed_everything
 from ..data.updates import Updates, share_batches
+from ..description import EXIF_NOTES
 from ..device import find_device
 from ..errors import UserError, first_words
 from ..evaluate.evaluation import check_sizes, evaluate
@@ -77,8 +78,9 @@ class Trainer:
         self.processes = processes = processes or Processes(find_device(settings.device))
         self.device, self.command = processes.device, command
         ranks = dict(rank=processes.rank, world_size=processes.world_size)
-        val_classes = check_splits(train_data, val_data)
+        val_classes = check_splits(train_data, val_data, share_root=bool(settings.val_share))
         check_classes(train_data, model)
+        settings = replace(settings, exif=settings.exif is not False)  # whatever the weights were trained with before
         config, count = data_config(settings, model, settings.size), image_count(train_data)
         self.updates = updates = plan_updates(settings, config["input_size"][-2:], count, **ranks)
         if settings.lr_base_size and not updates.fixed_images:
@@ -147,8 +149,8 @@ class Trainer:
         if ignored := without_effect(settings):
             _logger.warning(f"note: without effect here: {', '.join(ignored)}")
         random_seed(settings.seed)
-        train_data = settings.create_training(settings.seed)
-        val_data = settings.create(settings.val_split, seed=settings.seed)
+        settings = replace(settings, val_share=settings.choose_share())
+        train_data, val_data = settings.create_splits(settings.seed)
         if settings.size:  # before the model, whose grid has that size
             batch_size = min(settings.batch_size, settings.global_batch_size or math.inf, image_count(train_data))
             check_memory((settings.in_chans or 3, *settings.size), batch_size)
@@ -281,6 +283,8 @@ class Trainer:
         except Exception as error:  # whatever a foreign file brings about
             raise UserError(f"cannot resume from {path}: {first_words(error)}") from error
         self.saved = self.state.position if self.folder.contains(path) else None
+        if "exif" not in checkpoint.get("options", {}):  # of version 0.2, which applied no orientation: so it goes on
+            self._leave_exif()
         if changed := changed_options(checkpoint.get("options", {}), self.recipe):
             _logger.info(f"note: not the options of before: {', '.join(changed)}")
         where = f"epoch {self.state.epoch + 1}, update {self.state.update + 1}"
@@ -289,6 +293,12 @@ class Trainer:
         elif self.state.update == self.updates_per_epoch:
             where = f"epoch {self.state.epoch + 1}, which is to be evaluated"
         _logger.info(f"resuming from {path}, {where}")
+
+    def _leave_exif(self) -> None:
+        """Read images from now on as they are stored, whatever their EXIF orientation."""
+        self.settings = replace(self.settings, exif=False)
+        self.recipe["exif"] = self.loader.pixels.exif = self.val_loader.pixels.exif = False
+        self.description["pretrained_cfg"]["notes"] = (EXIF_NOTES[False],)
 
     # An epoch
 
@@ -466,6 +476,7 @@ def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dic
     cfg = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     size = model.img_size if isinstance(model, RaftMLP) else config["input_size"][-2:]
     cfg |= dict(num_classes=model.num_classes, input_size=(config["input_size"][0], *size))
+    cfg["notes"] = (EXIF_NOTES[config["exif"]],)
     return cfg | dict(label_names=names) if names and len(names) == model.num_classes else cfg
 
 
