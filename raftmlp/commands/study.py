@@ -107,7 +107,7 @@ def check_cells(plan: Plan, path: Path) -> tuple[dict[str, tuple[int, int]], dic
 
 def default_jobs() -> int:
     """Return how many runs go at a time: one a processor, or a single one where there is a GPU."""
-    return 1 if find_device(None).type == "cuda" else processor_count()
+    return processor_count() if find_device(None).type == "cpu" else 1
 
 
 def main() -> int:
