@@ -39,7 +39,7 @@ def build_parser() -> Parser:
 def main() -> int:
     args = build_parser().parse_args()
     settings = TrainSettings.select(vars(args))
-    trainer = Trainer.from_settings(settings, start_processes(settings.device), command_line())
+    trainer = Trainer.from_settings(settings, start_processes(settings.device), command_line(), args.resume)
     summary = trainer.fit(args.resume, args.overwrite)
     with StopSignals():  # a launcher may send its signal once more
         end_processes()
