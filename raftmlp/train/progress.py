@@ -12,7 +12,8 @@ from ..device import most_memory
 __all__ = ["Progress"]
 
 _logger = logging.getLogger(__name__)
-BAR = "{desc}: {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+SHORT = {"learning rate": "lr", "waiting for data": "waiting", "memory": ""}  # on a bar
 
 
 class Progress:
@@ -65,17 +66,17 @@ class Progress:
             "waiting for data": f"{self.waited / (self.seconds - self.seconds_before):.0%}",
             **({} if memory is None else {"memory": f"{memory / 2**30:.1f} GiB"}),
         }
-        texts = [f"{key} {value}" for key, value in figures.items()]
         self.bar.update()
         if not self.bar.disable:
-            self._show_what_fits(texts)
+            self._show_what_fits([f"{SHORT.get(key, key)} {value}".strip() for key, value in figures.items()])
         if self.show and self.bar.disable and update % self.interval == 0:
             left = timedelta(seconds=round((self.updates - update) * self.images / rate))
-            _logger.info(f"{self.title}, update {update}/{self.updates}: {', '.join(texts)}, {left} left of the epoch")
+            text = ", ".join(f"{key} {value}" for key, value in figures.items())
+            _logger.info(f"{self.title}, update {update}/{self.updates}: {text}, {left} left of the epoch")
 
     def _show_what_fits(self, texts: list[str]) -> None:
         """Let the bar show those of some figures, the first ones, that leave a bar on the terminal's line."""
-        texts, state = list(texts), {**self.bar.format_dict, "ncols": None}  # None: a bar of ten characters
-        while texts and self.bar.ncols and len(tqdm.format_meter(**state, postfix=", ".join(texts))) > self.bar.ncols:
-            texts.pop()
+        width, state = self.bar.ncols, {**self.bar.format_dict, "ncols": None}  # None: a bar of ten characters
+        while width and texts and len(tqdm.format_meter(**{**state, "postfix": ", ".join(texts)})) > width:
+            texts = texts[:-1]
         self.bar.set_postfix_str(", ".join(texts), refresh=False)

@@ -122,7 +122,7 @@ class OptimisationSettings(Settings):
         """
         warmup, min_lr, peak = self.warmup_epochs, self.min_lr, self.peak_lr
         if warmup is None:
-            warmup = WARMUP_EPOCHS if WARMUP_EPOCHS < self.epochs else self.epochs // 3
+            warmup = WARMUP_EPOCHS if self.epochs > WARMUP_EPOCHS else self.epochs // 3
         if warmup >= self.epochs:
             hint = f"give --warmup-epochs {self.epochs // 3}"
             raise UserError(
