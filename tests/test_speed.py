@@ -190,4 +190,4 @@ def test_the_bar_ends_with_all_that_was_to_be_done(monkeypatch):
     measure([*NAMES, "no_such_model"], ["eager"], "inference", (32, 32), QUICK, CPU)
     assert bars[0].n == bars[0].total == 3 + 2 * QUICK.rounds
     shown = terminal.getvalue().split("\r")
-    assert "left" in shown[1] and "raftmlp_digits" in shown[-3] and not any("?" in line for line in shown[2:])
+    assert "raftmlp_digits" in shown[-3] and not any("?" in line.replace("? left", "") for line in shown)
