@@ -131,7 +131,9 @@ class DeviceSettings(Settings):
     """Where a model runs, and in which precision."""
 
     title = "run"
-    device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", metavar="NAME")
+    device: str | None = option(
+        None, "cpu, cuda, cuda:1, mps, ... (default: the accelerator that torch finds, else cpu)", metavar="NAME"
+    )
     amp: bool = option(False, "mixed precision (autocast)")
     amp_dtype: str = option("bfloat16", "lower precision of --amp", choices=AMP_DTYPES)
     channels_last: bool = option(False, "channels-last memory layout")

@@ -70,33 +70,34 @@ def create_model(
 
 
 def create_recorded_model(
-    settings: ModelSettings, to_train: bool = False, classes: int | None = None, **kwargs: Any
+    settings: ModelSettings, to_train: bool = False, classes: int | None = None, load: bool = True, **kwargs: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of ``create_model``, and the ``model_kwargs`` that make it again without its checkpoint.
 
-    Arguments and errors are those of ``create_model``.
+    Without ``load``, its weights are random. Other arguments and errors are those of ``create_model``.
     """
     plan = _plan(settings, to_train, classes, kwargs)
     recorded = {**plan.described.get("model_kwargs", {}), **settings.model_kwargs}
-    state = load_state_dict(settings.checkpoint) if settings.checkpoint else {}
+    pretrained = settings.pretrained and load
+    state = load_state_dict(settings.checkpoint) if settings.checkpoint and load else {}
     name, cfg = plan.name, plan.described.get("pretrained_cfg")
     arguments = {**plan.described.get("model_kwargs", {}), **plan.arguments, **settings.model_kwargs}
     try:
         if state and _is_ours(name):
             _check_size(plan, state, settings.checkpoint)
-        model = timm.create_model(name, pretrained=settings.pretrained, pretrained_cfg_overlay=cfg or None, **arguments)
+        model = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=cfg or None, **arguments)
     except Exception as error:  # constructors raise anything on arguments that they cannot take
         if isinstance(error, UserError) and str(settings.checkpoint or "") in str(error):
             raise
         source = f"{settings.checkpoint}: " if settings.checkpoint else ""
         reason, shaping = first_words(error), _shaping(settings.model_kwargs)
-        if settings.pretrained and shaping and "loading state_dict" in str(error):
+        if pretrained and shaping and "loading state_dict" in str(error):
             reason = f"its pretrained weights do not fit --model-kwargs {shaping}"
         raise UserError(f"{source}cannot make {name}: {reason}") from error
     if state:
         _load(model, state, settings, to_train, plan.described.get("model"))
     known = model.pretrained_cfg.get("num_classes")
-    if settings.pretrained and known and model.num_classes != known:
+    if pretrained and known and model.num_classes != known:
         if not to_train:
             raise UserError(
                 f"the pretrained weights of {name} are for {known} classes, not {model.num_classes}: the classifier "

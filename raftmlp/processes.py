@@ -72,7 +72,8 @@ def start_processes(device: str | None) -> Processes:
     """Join the processes that torchrun or SLURM started, if any: NCCL between GPUs, gloo between CPUs.
 
     Args:
-        device: Name of the device; of "cuda", each process takes one of its own. None is for a GPU where there is one.
+        device: Name of the device; of an accelerator, each process takes one of its own. None is for the default one,
+            or a CPU where that is MPS, which several processes cannot share.
 
     Raises:
         UserError: If there is no such device, or the processes do not connect.
@@ -80,14 +81,12 @@ def start_processes(device: str | None) -> Processes:
     import torch
     from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 
-    from .device import find_device
+    from .device import default_device, find_device
 
     if not is_distributed_env():
         return Processes(find_device(device))
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda"):
-        name = f"cuda:{process_numbers()[0]}"
-    device = find_device(name)
+    name = (device or default_device().replace("mps", "cpu")).split(":")[0]
+    device = find_device(name if name == "cpu" else f"{name}:{process_numbers()[0]}")
     try:
         joined = init_distributed_device_so(device.type)
     except (AssertionError, RuntimeError, ValueError) as error:

@@ -89,7 +89,7 @@ class Settings:
                 continue
             try:
                 _check(entry.type, entry.metadata, value)
-                if value == "" != entry.default:
+                if value == "" and "" not in (entry.default, *entry.metadata.get("choices", ())):
                     raise UserError("must not be empty")
             except UserError as error:
                 raise UserError(f"{entry.name} {error}") from error

@@ -64,6 +64,49 @@ def test_the_learning_rate_changes_with_the_root_of_the_images_of_an_update(imag
     assert all(group["lr"] == pytest.approx(lr) for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "wsd", "constant"])
+@pytest.mark.parametrize(
+    "given", [dict(lr=1e-6), dict(lr=4e-6, lr_base_size=64, global_batch_size=4), dict(lr=1e-6, layer_decay=0.5)]
+)
+def test_no_learning_rate_is_above_the_peak(sched, given):
+    settings = TrainSettings(epochs=4, sched=sched, **given)
+    model = timm.create_model("raftmlp_digits", embed_dims=(8,) * 4, depths=(1,) * 4)
+    optimizer, scheduler = create_optimisation(settings, model, 5)
+    rates = []
+    for update in range(21):
+        scheduler.step_update(update)
+        rates.append(max(group["lr"] for group in optimizer.param_groups))
+    assert max(rates) == pytest.approx(settings.peak_lr) and max(rates) < 1.001e-6
+    assert rates[0] == 0 and rates[10] > 0  # the default warm-up is shorter than four epochs
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(min_lr=1e-5), "--min-lr 1e-05"),
+        (dict(warmup_lr=2e-6), "--warmup-lr 2e-06"),
+        (dict(lr=1e-5, lr_base_size=64, global_batch_size=4, min_lr=1e-5), "--min-lr 1e-05"),
+        (dict(min_lr=1e-5, sched="constant"), ""),  # there they have no effect
+        (dict(warmup_lr=1, warmup_epochs=0), ""),
+        (dict(min_lr=1e-6, warmup_lr=1e-6), ""),
+        (dict(epochs=5, warmup_epochs=5), "--warmup-epochs 5"),
+    ],
+)
+def test_a_schedule_that_is_given_and_does_not_fit_is_refused(given, words):
+    settings = TrainSettings(**{"lr": 1e-6, **given})
+    if words:
+        with pytest.raises(UserError, match=words):
+            settings.with_schedule()
+    else:
+        settings.with_schedule()
+
+
+@pytest.mark.parametrize("epochs, warmup", [(300, 5), (6, 5), (5, 1), (3, 1), (1, 0)])
+def test_the_default_warm_up_fits(epochs, warmup):
+    settings = TrainSettings(epochs=epochs).with_schedule()
+    assert (settings.warmup_epochs, settings.min_lr) == (warmup, 1e-5) and settings.with_schedule() == settings
+
+
 def test_the_scale_of_the_loss_scales_the_step_and_not_the_figure():
     settings = dict(opt="momentum", momentum=0.0, lr=0.1, sched="constant", warmup_epochs=0, epochs=1, weight_decay=0.0)
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)

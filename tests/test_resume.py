@@ -56,6 +56,23 @@ def test_batch_sizes_count_where_they_say_how_many_images_an_update_has():
         assert reason in given and bool(reason) == bool(given)
 
 
+@pytest.mark.parametrize(
+    "before, now, reason",
+    [
+        (["cat", "dog"], ["cat", "dog"], ""),
+        (("cat", "dog"), ["cat", "dog"], ""),
+        (None, ["cat", "dog"], ""),  # of a version, or of data, without names
+        (["cat", "dog"], None, ""),
+        (["cat", "dog"], ["dog", "zebra"], "class 0 is 'cat'; it is 'dog'"),
+        (["cat", "dog"], ["cat", "hound"], "class 1 is 'dog'; it is 'hound'"),
+    ],
+)
+def test_the_names_of_the_classes(before, now, reason):
+    checkpoint = {**CHECKPOINT, "pretrained_cfg": dict(label_names=before)}
+    given = reason_not_to_resume(checkpoint, RECIPE, 5, now)
+    assert reason in given and bool(reason) == bool(given)
+
+
 def test_weights_alone_cannot_be_resumed_from():
     assert "holds weights only: --checkpoint" in reason_not_to_resume(dict(state_dict={}), RECIPE, 5)
 

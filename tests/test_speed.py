@@ -1,10 +1,12 @@
 """The measuring of speed: work, memory, turns and what is made of the times."""
 
+import io
 from itertools import cycle
 
 import pytest
 import timm
 import torch
+from tqdm import tqdm
 
 from raftmlp.evaluate import speed
 from raftmlp.evaluate.speed import Meter, SpeedSettings, clock, iterations_in, measure
@@ -174,3 +176,18 @@ def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch):
     monkeypatch.setattr(Meter, "__call__", lambda meter: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     (result,) = measure(["raftmlp_digits"], ["eager"], "inference", (32, 32), settings, CPU)
     assert result.failure == "no memory"
+
+
+def test_the_bar_ends_with_all_that_was_to_be_done(monkeypatch):
+    terminal, bars = io.StringIO(), []
+    terminal.isatty = lambda: True
+
+    def make_bar(**options):
+        bars.append(tqdm(file=terminal, ncols=80, mininterval=0, **options))
+        return bars[-1]
+
+    monkeypatch.setattr(speed, "tqdm", make_bar)
+    measure([*NAMES, "no_such_model"], ["eager"], "inference", (32, 32), QUICK, CPU)
+    assert bars[0].n == bars[0].total == 3 + 2 * QUICK.rounds
+    shown = terminal.getvalue().split("\r")
+    assert "raftmlp_digits" in shown[-3] and not any("?" in line.replace("? left", "") for line in shown)

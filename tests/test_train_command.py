@@ -126,6 +126,57 @@ def test_resume_refuses_another_run(run_command):
     assert status == 2 and "weights.pth holds weights only: --checkpoint starts a new run" in err
 
 
+def test_resume_refuses_renamed_classes(run_command, tmp_path):
+    images = make_image_folder(tmp_path / "images", train=4, val=2)
+    options = [*TINY, "--data-dir", images, "--batch-size", 4, "--output", "run"]
+    status, _, err = run_command(train, *options, "--epochs", 1)
+    assert status == 0, err
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    for split in ("train", "val"):
+        (images / split / "bright").rename(images / split / "light")
+    status, _, err = run_command(train, *options, "--epochs", 2, "--resume")
+    assert status == 2 and "'bright'" in err and "'dark'" in err and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_resumed_run_loads_no_other_weights(run_command, image_folder):
+    model = ["--model", "raftmlp_digits", "--data-dir", image_folder, "--workers", 0, "--batch-size", 12]
+    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    for name, start in (("a", ["--pretrained"]), ("b", ["--checkpoint", shipped])):
+        options = [*model, *start, "--output", name]
+        status, out, err = run_command(train, *options, "--epochs", 1)
+        assert status == 0 and "random weights" in out, err
+        status, out, err = run_command(train, *options, "--epochs", 2, "--resume")
+        assert status == 0 and "resuming from" in out and "random weights" not in out, err
+        status, out, _ = run_command(train, *options, "--epochs", 1, "--resume", "--output", f"{name}2")
+        assert status == 0 and "random weights" in out  # there is no run in that folder
+
+
+def test_the_options_of_a_run_of_version_0_2(run_command):
+    """It recorded its default of --min-lr whatever the peak was, and no option that came later."""
+    options = [*DIGITS, "--epochs", 1, "--lr", "1e-6", "--output", "run"]
+    assert run_command(train, *options)[0] == 0
+    args = yaml.safe_load(Path("run/args.yaml").read_text())
+    assert args["min_lr"] == 1e-6
+    Path("run/args.yaml").write_text(yaml.safe_dump({**args, "min_lr": 1e-5, "epochs": 2}))
+    status, _, err = run_command(train, "-c", "run/args.yaml", "--output", "other")
+    assert status == 2 and "--min-lr" in err and not Path("other").exists()
+    status, out, err = run_command(train, "-c", "run/args.yaml", "--resume")
+    assert status == 0 and "epoch 2/2" in out, err
+    assert float(list(csv.DictReader(Path("run/log.csv").read_text().splitlines()))[-1]["lr"]) <= 1e-6
+
+
+def test_few_epochs_shorten_the_default_warm_up(run_command):
+    options = [*TINY, "--dataset", "digits", "--batch-size", 512, "--output", "run"]
+    status, out, err = run_command(train, *options, "--epochs", 3)
+    assert status == 0 and out.count("warm-up") == 1, err
+    assert yaml.safe_load(Path("run/args.yaml").read_text())["warmup_epochs"] == 1
+    status, _, err = run_command(train, *options, "--epochs", 3, "--warmup-epochs", 3, "--output", "other")
+    assert status == 2 and "--warmup-epochs" in err and not Path("other").exists()
+    status, out, err = run_command(train, *options, "--epochs", 4, "--warmup-epochs", 1, "--resume")
+    assert status == 0 and "warm-up" not in out, err
+
+
 def test_a_full_disk_leaves_the_checkpoint_of_before(run_command, monkeypatch):
     options = [*DIGITS, "--output", "run"]
     assert run_command(train, *options, "--epochs", 1)[0] == 0

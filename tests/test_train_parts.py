@@ -1,13 +1,17 @@
 """The small parts of a run: its state, its losses, requests to stop, lines of progress."""
 
+import io
 import logging
 import os
 import signal
 import threading
+from functools import partialmethod
 
 import pytest
 import torch
+from tqdm import tqdm
 
+from raftmlp.train import progress as progress_module
 from raftmlp.train.progress import Progress
 from raftmlp.train.signals import StopSignals
 from raftmlp.train.state import DivergedError, Losses, RunState
@@ -93,3 +97,24 @@ def test_lines_of_progress(show, caplog):
     )
     assert all("learning rate 0.00123" in line and "left of the epoch" in line for line in lines)
     assert all(("loss 0.250" in line) == ("8/8" in line) and "loss 0.000" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "width, fits", [(45, []), (80, ["6.907"]), (110, ["6.907", "images/s", "0.00123", "waiting", "GiB"])]
+)
+def test_a_bar_stays_a_bar_and_no_figure_is_cut(width, fits, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    given = dict(file=terminal, ncols=width, mininterval=0)
+    monkeypatch.setattr(
+        progress_module, "tqdm", type("Bar", (tqdm,), {"__init__": partialmethod(tqdm.__init__, **given)})
+    )
+    progress = Progress("epoch 10/300", 1200, 250.0, 5004, 2048, 50, torch.device("cpu"), show=True)
+    with progress:
+        for update in range(1201, 1204):
+            progress.advance(update, 6.907, 0.00123)
+        shown = terminal.getvalue().rpartition("\r")[2]
+    title, bar, figures = shown.split("|")
+    assert title == "epoch 10/300 " and len(bar) >= (10 if fits else 1) and len(shown) <= width
+    assert figures.split(",")[0] == " 1203/5004" and figures.split(",")[1].endswith("left")
+    assert all(text in figures for text in fits)

@@ -75,7 +75,8 @@ def build_wheel(folder: Path, jobs: int) -> Path:
             command, env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         interval = 0.1 if sys.stderr.isatty() else 30
-        with log.open("w") as file, tqdm(desc="compiling mmcv", unit="file", mininterval=interval) as bar:
+        shown = dict(bar_format="{desc}: {n_fmt} of {total_fmt} files, {elapsed}", mininterval=interval)
+        with log.open("w") as file, tqdm(desc="compiling mmcv", **shown) as bar:
             for line in build.stdout:
                 file.write(line)
                 if step := re.match(r"\s*\[(\d+)/(\d+)\]", line):

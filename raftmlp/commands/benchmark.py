@@ -67,7 +67,8 @@ def build_parser() -> Parser:
     )
     parser.add_settings(SpeedSettings)
     group = parser.group("how")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    default = "the accelerator that torch finds, else cpu"
+    group.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... (default: {default})")
     group.add_argument(
         "--threads", type=option_type(Number(int, 1)), metavar="N", help="threads on a CPU (default: PyTorch's)"
     )
@@ -114,7 +115,8 @@ def conditions(settings: SpeedSettings, device: torch.device) -> dict:
     import timm
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    describe = getattr(torch.get_device_module(device), "get_device_name", None)
+    name = describe(device) if describe else platform.processor() or platform.machine()
     return dict(
         device=f"{device.type}: {name}",
         threads=torch.get_num_threads(),

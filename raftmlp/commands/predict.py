@@ -122,7 +122,7 @@ def main() -> None:
     if shown:
         maps = []
         if args.saliency:
-            for result, image in tqdm(shown, desc="covering", unit="image", leave=False, disable=None):
+            for result, image in tqdm(shown, desc="drawing saliency", unit=" images", leave=False, disable=None):
                 maps.append(occlusion_map(image, result["predictions"][0]["class"], classify, args.batch_size))
         title = f"{prepared.name}, weights: {Path(prepared.weights).name}"
         draw_predictions(args.picture, title, shown, maps, prepared.config)

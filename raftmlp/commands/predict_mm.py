@@ -53,7 +53,7 @@ def main() -> None:
 
     entries = []
     hidden = None if len(files) > 1 else True
-    for number, file in enumerate(tqdm(files, desc="predicting", unit="image", disable=hidden)):
+    for number, file in enumerate(tqdm(files, desc="predicting", unit=" images", disable=hidden)):
         try:
             sample = predictor(file)
         except UserError as error:

@@ -112,7 +112,7 @@ def default_jobs() -> int:
     """Return how many runs go at a time: one a processor, or a single one where there is a GPU."""
     from ..device import find_device
 
-    return 1 if find_device(None).type == "cuda" else processor_count()
+    return processor_count() if find_device(None).type == "cpu" else 1
 
 
 def main() -> int:

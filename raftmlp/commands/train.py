@@ -42,7 +42,7 @@ def main() -> int:
     parser.load_and_check(args)
     from ..train.trainer import Trainer
 
-    trainer = Trainer.from_settings(settings, start_processes(settings.device), command_line())
+    trainer = Trainer.from_settings(settings, start_processes(settings.device), command_line(), args.resume)
     summary = trainer.fit(args.resume, args.overwrite)
     with StopSignals():  # a launcher may send its signal once more
         end_processes()

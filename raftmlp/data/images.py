@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose
 
 from ..description import EXIF_NOTES
+from ..device import pins_memory
 from ..errors import UserError
 from ..files import printable
 from ..sizes import check_memory
@@ -202,7 +203,7 @@ def evaluation_loader(
     """
     shape = config["input_size"]
     check_memory(shape, min(batch_size, image_count(dataset)))
-    common = dict(num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    common = dict(num_workers=workers, pin_memory=pins_memory(device), worker_init_fn=ignore_signals)
     preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
     pixels = PixelReader.from_config(config)
     transform = create_transform(shape, use_prefetcher=True, **preparation)

@@ -220,7 +220,7 @@ def _write_split(root: Path, split: str, maker: SceneMaker, count: int) -> None:
     (root / "images" / split).mkdir(parents=True)
     (root / "annotations" / split).mkdir(parents=True)
     images, annotations = [], []
-    for index in tqdm(range(count), desc=f"{split} scenes", unit="scene", disable=None):
+    for index in tqdm(range(count), desc=f"{split} scenes", unit=" scenes", disable=None):
         scene, name = maker.make(index), f"{index:05}"
         Image.fromarray(scene.image).save(root / "images" / split / f"{name}.jpg", quality=90)
         Image.fromarray(scene.label_map()).save(root / "annotations" / split / f"{name}.png")

@@ -20,6 +20,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from ..device import pins_memory
 from ..errors import UserError, first_words
 from ..sizes import check_memory
 from .datasets import class_names
@@ -204,7 +205,7 @@ class TrainingLoader:
         for size, share in zip(updates.sizes, updates.shares):
             check_memory((channels, *size), share.batch_size)
         self.pixels = PixelReader.from_config(config)
-        common = dict(collate_fn=fast_collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+        common = dict(collate_fn=fast_collate, pin_memory=pins_memory(device), worker_init_fn=ignore_signals)
         self.batches = None
         if isinstance(dataset, IterableDataset):
             # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch

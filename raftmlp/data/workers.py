@@ -25,10 +25,12 @@ def ignore_signals(_worker: int) -> None:
 
 def kill_workers() -> None:
     """Kill the workers that are left when a command ends: they ignore the SIGTERM that Python would send them."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for a failure
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = number and signal.signal(number, signal.SIG_DFL)  # torch takes a killed worker for a failure
     workers = multiprocessing.active_children()
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join()
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    if number:
+        signal.signal(number, handler or signal.SIG_DFL)

@@ -64,7 +64,7 @@ def evaluate(
     model.eval()
     totals = ClassificationEvaluator(device)
     start, unread = time.perf_counter(), 0
-    bar = tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if progress else True)
+    bar = tqdm(loader, desc="evaluating", unit=" batches", leave=False, disable=None if progress else True)
     for images, target in bar:
         with autocast or nullcontext():
             logits = model(images)

@@ -75,7 +75,7 @@ def predict(
     ``classify`` makes probabilities (B, num_classes) of images (B, C, H, W).
     """
     hide_bar = None if len(loader) > 1 else True  # None: a bar where there is a terminal
-    for images, files, errors in tqdm(loader, desc="predicting", unit="batch", leave=False, disable=hide_bar):
+    for images, files, errors in tqdm(loader, desc="predicting", unit=" batches", leave=False, disable=hide_bar):
         loader.dataset.pixels.say_what_was_seen()
         top = classify(images).topk(topk)
         for image, file, error, *best in zip(images, files, errors, top.indices.tolist(), top.values.tolist()):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..config import REFERENCE, ModelSettings, SpeedSettings
 from ..create import create_model
+from ..device import synchronize
 from ..errors import UserError, first_words
 from ..ops import plain_operators
 from ..reference import Reference
@@ -33,6 +34,8 @@ from ..sizes import size_name
 __all__ = [
     "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name",
 ]  # fmt: skip
+
+BAR = "{desc}: {percentage:.0f}%|{bar}| {remaining} left{postfix}"
 
 
 @dataclass
@@ -68,13 +71,11 @@ class Result:
 
 def clock(run: Callable[[], object], iterations: int, device: torch.device) -> float:
     """Return the seconds of a call, the mean of so many in a row."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(iterations):
         run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / iterations
 
 
@@ -92,7 +93,7 @@ class DevicePace:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.device, self.side = device, 8192 if device.type == "cuda" else 1536
+        self.device, self.side = device, 1536 if device.type == "cpu" else 8192
         self.a, self.b = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
         self.source = torch.zeros(2**26, dtype=torch.uint8, device=device)
         self.target = torch.empty_like(self.source)
@@ -198,14 +199,17 @@ class Meter:
         passes = 3 if self.training else 1
         return passes * counter.get_total_flops() // 2, passes * traffic.bytes
 
-    def memory(self) -> int:
-        """Return the bytes that an iteration takes at its peak, beside what was there before."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
+    def memory(self) -> float:
+        """Return the bytes that an iteration takes at its peak, beside what was there before; NaN if not known."""
+        if self.device.type != "cpu":
+            module = torch.get_device_module(self.device)
+            if not hasattr(module, "reset_peak_memory_stats"):  # MPS keeps no record
+                return float("nan")
+            synchronize(self.device)
+            module.reset_peak_memory_stats(self.device)
+            before = module.memory_allocated(self.device)
             self()
-            return torch.cuda.max_memory_allocated(self.device) - before
+            return module.max_memory_allocated(self.device) - before
         with tempfile.TemporaryDirectory() as folder:
             activities = [torch.profiler.ProfilerActivity.CPU]
             with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
@@ -254,12 +258,13 @@ def measure(
 ) -> list[Result]:
     """Return the results of all models in all modes at a task and a size, see ``Meter``; ratios are to the first."""
     torch.compiler.reset()  # here, not for every row: it discards what the rows before compiled
-    bar = tqdm(desc=f"{task} at {size_name(size)}", unit="turn", disable=None, leave=False)
+    steps, title = len(models) * len(modes) * (1 + settings.rounds), f"{task} at {size_name(size)}"
+    bar = tqdm(total=steps, desc=title, bar_format=BAR, smoothing=0.05, disable=None, leave=False)
     meters, results = [], []
     for name, mode in product(models, modes):
         result = Result(name, mode, task, size_name(size), settings.batch_size)
         results.append(result)
-        bar.set_postfix_str(f"prepares {name} {mode}")
+        bar.set_postfix_str(f"preparing {name} {mode}")
         try:
             meter, result.batch_size = _fitting_meter(name, mode, task, size, settings, device)
             work = meter.work()
@@ -268,13 +273,15 @@ def measure(
             meters.append((meter, result, work, iterations_in(settings.min_time, meter, device)))
         except Exception as error:  # a model of timm's list may refuse a size, a compiler raises anything
             result.failure = first_words(error)
+            bar.total -= settings.rounds
+        bar.update()
 
     seconds, paces = [[] for _ in meters], []
     pace = DevicePace(settings.dtype, device)
     for _ in range(settings.rounds):
         paces.append(pace.measure())
         for (meter, result, _, iterations), times in zip(meters, seconds):
-            bar.set_postfix_str(f"{result.model} {result.mode}")
+            bar.set_postfix_str(f"timing {result.model} {result.mode}")
             times.append(clock(meter, iterations, device))
             bar.update()
     bar.close()
@@ -301,7 +308,8 @@ def _fitting_meter(
             if settings.batch_size == 1:
                 raise
         meter = None
-        torch.cuda.empty_cache()
+        if device.type != "cpu":
+            torch.get_device_module(device).empty_cache()
         settings = replace(settings, batch_size=settings.batch_size // 2)
 
 

@@ -1,7 +1,6 @@
 """The runs of a study as processes of `raftmlp train`, several at a time, and the folder that they are in."""
 
 import csv
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,11 @@ from typing import Any
 import yaml
 from filelock import FileLock
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from ..errors import UserError
 from ..files import write_text
@@ -117,12 +121,14 @@ class StudyFolder:
 def _claim(path: Path) -> int | None:
     """Return a lock on a run's folder, an open file; None where another process has it.
 
-    A child that it is handed to has it as long as it lives, from its start on and also when the study is killed.
+    A child that it is handed to has it as long as it lives, from its start on and also when the study is killed. On
+    Windows it locks nothing: there a run that a killed study left behind is found by the lock of its own.
     """
     path.mkdir(parents=True, exist_ok=True)
     handle = os.open(path / ".process", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         return None
@@ -142,7 +148,7 @@ class _Process:
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 stdin=subprocess.DEVNULL,
-                pass_fds=[lock],
+                pass_fds=[lock] if fcntl else [],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},

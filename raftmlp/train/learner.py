@@ -4,18 +4,20 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import timm.optim
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import UserError, first_words
+from ..muon import Muon
 from ..processes import Processes
 from .distillation import DistillationTask
 from .settings import OptimisationSettings, TrainSettings, known_optimizer
@@ -31,8 +33,7 @@ def create_optimisation(
     Raises:
         UserError: If the settings do not fit each other, or timm does not take them or the optimiser cannot be used.
     """
-    if settings.warmup_epochs >= settings.epochs:
-        raise UserError(f"--warmup-epochs {settings.warmup_epochs} must be less than --epochs {settings.epochs}")
+    settings = settings.with_schedule()
     known_optimizer(settings.opt)
     schedule = scheduler_kwargs(settings) | dict(
         num_epochs=settings.epochs - settings.warmup_epochs,
@@ -47,6 +48,8 @@ def create_optimisation(
             **optimizer_kwargs(settings) | dict(lr=settings.peak_lr),
             filter_bias_and_bn=settings.filter_bias_and_bn,
         )
+        if isinstance(optimizer, timm.optim.Muon):
+            optimizer.__class__ = Muon  # its subclass, which timm's names do not lead to
         scheduler, _ = create_scheduler_v2(optimizer, **schedule)
     except (ValueError, AssertionError, RuntimeError, TypeError, ImportError) as error:
         raise UserError(f"--opt {settings.opt}, --sched {settings.sched}: {first_words(error)}") from error
@@ -100,7 +103,7 @@ class Learner:
             self.task.compile()
             self.task.compile_ema()
         if self.world_size > 1:
-            self.task.prepare_distributed([device] if device.type == "cuda" else None)
+            self.task.prepare_distributed([device] if device.type != "cpu" else None)
         self.model = unwrap_model(self.task.get_trainable_module())
         self.scaler = NativeScaler(device.type) if settings.amp and settings.amp_dtype == "float16" else None
         self.lr = self.optimizer.param_groups[0]["lr"]
@@ -160,6 +163,17 @@ class Learner:
                 self.optimizer.step()
         if is_last:
             self.optimizer.zero_grad()
+
+    def distribute_statistics(self) -> None:
+        """Give all processes the same statistics of BatchNorm, as ``dist_bn`` says, at the end of an epoch.
+
+        Those of the averaged model are the first process's, which is the one that saves: the others' are lost when a
+        run is resumed in the middle of an epoch, so a mean would depend on that.
+        """
+        if self.world_size > 1 and self.settings.dist_bn:
+            distribute_bn(self.model, self.world_size, reduce=self.settings.dist_bn == "reduce")
+            if self.settings.model_ema:
+                distribute_bn(self.averaged_model, self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, averaged weights, and the state of optimiser and gradient scaler."""

@@ -1,7 +1,8 @@
 """Whether a run may be resumed from a checkpoint: decided by what the checkpoint says alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from typing import Any
 
 from .settings import TrainSettings
@@ -20,13 +21,19 @@ ORDER = (
 DEFAULTS = {entry.name: entry.default for entry in fields(TrainSettings)}  # older checkpoints do not name all options
 
 
-def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any], updates_per_epoch: int) -> str:
+def reason_not_to_resume(
+    checkpoint: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    updates_per_epoch: int,
+    names: Sequence[str] | None = None,
+) -> str:
     """Return why a run cannot be resumed from a checkpoint, in words that follow its name; "" where it can.
 
     Args:
         checkpoint: The content of the file.
         recipe: The run's own, see ``make_recipe``.
         updates_per_epoch: The run's own.
+        names: The run's own names of classes, None where its data tell none.
     """
     if "optimizer" not in checkpoint:
         return "holds weights only: --checkpoint starts a new run from them"
@@ -39,6 +46,14 @@ def reason_not_to_resume(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
             )
     if (then := _held_out(before)) != (now := _held_out(recipe)):  # images to evaluate on would have been trained on
         return f"is of a run with {then}, not {now}: it cannot be resumed so, for other images were held out"
+    before_names = checkpoint.get("pretrained_cfg", {}).get("label_names")
+    if names and before_names and list(before_names) != list(names):
+        pairs = enumerate(zip_longest(before_names, names))
+        number, (then, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        return (
+            f"is of a run whose class {number} is {then!r}; it is {now!r} in this data: give the classes their names "
+            f"of before (--checkpoint starts a new run from its weights)"
+        )
     if before.get("kd_sha256", recipe.get("kd_sha256")) != recipe.get("kd_sha256"):
         return "is of a run whose teacher has other weights than this --kd-checkpoint, or these pretrained ones"
     epoch, update = checkpoint.get("epoch", 0), checkpoint.get("update", 0)

@@ -97,6 +97,10 @@ class RunFolder:
         """Return whether there is a checkpoint to resume from."""
         return self.last.exists() or self.previous.exists()
 
+    def resumes(self, resume: str | Path | None) -> bool:
+        """Return whether a run is resumed: from a file, or as "auto" from a checkpoint that is in the folder."""
+        return bool(resume) and (resume != "auto" or self.holds_run())
+
     def clear(self) -> None:
         """Remove the files of a run, and no others."""
         self._remove(RUN_FILES)
@@ -172,8 +176,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Have the names in a folder written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have the names in a folder written to the disk, where the system can open a folder: not on Windows."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from ..config import DeviceSettings, ModelSettings, known_model, weights_file
 from ..data.settings import AugmentationSettings, ImageSettings, TrainingDataSettings
@@ -53,6 +53,7 @@ def has_momentum(name: str) -> bool:
 POSITIVE = dict(type=Number(float, 0), metavar="X")
 SHARE = dict(type=Number(float, 0, 1), metavar="X")
 COUNT = dict(type=Number(int, 1), metavar="N")
+WARMUP_EPOCHS, MIN_LR = 5, 1e-5  # where they fit
 
 
 @dataclass(kw_only=True)
@@ -92,17 +93,54 @@ class OptimisationSettings(Settings):
     sched: str = option(
         "cosine", "schedule after the warm-up, stepped every update", choices=("cosine", "tanh", "wsd", "constant")
     )
-    warmup_epochs: int = option(5, "epochs of warm-up", type=Number(int, 0), metavar="N")
+    warmup_epochs: int | None = option(
+        None,
+        f"epochs of warm-up (default: {WARMUP_EPOCHS}, or a third of --epochs if these are {WARMUP_EPOCHS} or fewer)",
+        type=Number(int, 0),
+        metavar="N",
+    )
     warmup_lr: float = option(0.0, "learning rate that the warm-up starts from", **POSITIVE)
-    min_lr: float = option(1e-5, "learning rate at the end", **POSITIVE)
+    min_lr: float | None = option(
+        None, f"learning rate at the end (default: {MIN_LR:g}, or the peak where that is lower)", **POSITIVE
+    )
     smoothing: float = option(0.1, "label smoothing", type=Number(float, 0, 0.99), metavar="X")
     model_ema: bool = option(False, "average the weights, and evaluate the average")
     model_ema_decay: float = option(0.9998, "decay of the average", **SHARE)
+    dist_bn: str = option(
+        "reduce",
+        "statistics of BatchNorm that several processes evaluate and save: their mean (reduce), the first one's "
+        "(broadcast), or each its own ('')",
+        choices=("broadcast", "reduce", ""),
+    )
 
     @property
     def peak_lr(self) -> float:
         """The peak learning rate at the images of an update, which are known here."""
         return self.lr * math.sqrt(self.global_batch_size / self.lr_base_size) if self.lr_base_size else self.lr
+
+    def with_schedule(self) -> "OptimisationSettings":
+        """Return the settings with the ``warmup_epochs`` and the ``min_lr`` that were left open.
+
+        Raises:
+            UserError: If a warm-up that is given does not fit into the epochs, or a learning rate is above the peak.
+        """
+        warmup, min_lr, peak = self.warmup_epochs, self.min_lr, self.peak_lr
+        if warmup is None:
+            warmup = WARMUP_EPOCHS if self.epochs > WARMUP_EPOCHS else self.epochs // 3
+        if warmup >= self.epochs:
+            hint = f"give --warmup-epochs {self.epochs // 3}"
+            raise UserError(
+                f"--warmup-epochs {warmup} must be less than --epochs {self.epochs}: {hint}, or more epochs"
+            )
+        rates = dict(warmup_lr=self.warmup_lr if warmup else 0.0, min_lr=min_lr if self.sched != "constant" else 0.0)
+        for name, rate in rates.items():
+            if rate is not None and rate > peak:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{option} {rate:g} is above the peak learning rate {peak:g}: give {option} {peak:g} or less, or a "
+                    f"larger --lr"
+                )
+        return replace(self, warmup_epochs=warmup, min_lr=min(MIN_LR, peak) if min_lr is None else min_lr)
 
 
 @dataclass(kw_only=True)
@@ -189,7 +227,7 @@ NEEDS = {
     ),
     "clip_mode": (lambda s: s.clip_grad, "--clip-grad"),
     "model_ema_decay": (lambda s: s.model_ema, "--model-ema"),
-    "warmup_lr": (lambda s: s.warmup_epochs, "--warmup-epochs"),
+    "warmup_lr": (lambda s: s.warmup_epochs != 0, "--warmup-epochs"),
     "min_lr": (lambda s: s.sched != "constant", "a --sched other than constant"),
     "kd_temperature": (lambda s: s.kd_loss_type == "kl", "--kd-loss-type kl"),
     "amp_dtype": (lambda s: s.amp, "--amp"),

@@ -39,7 +39,7 @@ from .learner import Learner
 from .progress import Progress
 from .resume import changed_options, reason_not_to_resume
 from .run_folder import RunFolder
-from .settings import TrainSettings, make_recipe, without_effect
+from .settings import MIN_LR, WARMUP_EPOCHS, TrainSettings, make_recipe, without_effect
 from .signals import StopSignals
 from .state import DivergedError, Losses, RunState
 
@@ -92,6 +92,8 @@ class Trainer:
             in_chans=config["input_size"][0],
             global_batch_size=updates.fixed_images,
         )
+        has_open_warmup = settings.warmup_epochs is None
+        self.settings = settings = settings.with_schedule()
         cfg = training_cfg(model, config, class_names(train_data))
         model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
         self.recipe = make_recipe(settings)
@@ -134,18 +136,35 @@ class Trainer:
         )
         if settings.train_img_sizes:
             self.headline += f"\nimage sizes of the updates: {sizes_in_words(updates)}"
+        if has_open_warmup and settings.warmup_epochs < WARMUP_EPOCHS:
+            self.headline += (
+                f"\nwarm-up: {settings.warmup_epochs} of the {settings.epochs} epochs, since the default of "
+                f"{WARMUP_EPOCHS} does not fit; --warmup-epochs changes it"
+            )
         if settings.lr_base_size:
             self.headline += (
                 f"\nlearning rate {settings.peak_lr:.3g}: {settings.lr:.3g} at {settings.lr_base_size} images an update"
             )
 
     @classmethod
-    def from_settings(cls, settings: TrainSettings, processes: Processes | None = None, command: str = "") -> "Trainer":
+    def from_settings(
+        cls,
+        settings: TrainSettings,
+        processes: Processes | None = None,
+        command: str = "",
+        resume: str | Path | None = None,
+    ) -> "Trainer":
         """Return a trainer of the model and the data sets that the settings name; random numbers are seeded.
+
+        ``resume`` is what ``fit`` will get: a model whose run is resumed does not load the weights that the run began
+        with.
 
         Raises:
             UserError: If a setting cannot be used.
         """
+        resumes = RunFolder(settings.output).resumes(resume)
+        if resumes and settings.min_lr == MIN_LR:  # args.yaml of version 0.2 has it whatever the peak was
+            settings = replace(settings, min_lr=None)
         if ignored := without_effect(settings):
             _logger.warning(f"note: without effect here: {', '.join(ignored)}")
         random_seed(settings.seed)
@@ -158,7 +177,7 @@ class Trainer:
         if settings.num_classes is None and names:
             settings = replace(settings, num_classes=len(names))
         rates = dict(drop_rate=settings.drop, drop_path_rate=settings.drop_path)
-        model, model_kwargs = create_recorded_model(settings, to_train=True, **rates)
+        model, model_kwargs = create_recorded_model(settings, to_train=True, load=not resumes, **rates)
         settings = replace(settings, model_kwargs=model_kwargs)
         return cls(settings, model, train_data, val_data, processes, command)
 
@@ -275,7 +294,8 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         try:
-            if reason := reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch):
+            names = self.description["pretrained_cfg"].get("label_names")
+            if reason := reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch, names):
                 raise UserError(f"{path} {reason}")
             self.load_state_dict(checkpoint)
         except UserError:
@@ -352,6 +372,8 @@ class Trainer:
             self._update(batches, progress)
             state.update += 1
             stop = self.losses.read(keep=1)
+            if state.update == total:
+                self.learner.distribute_statistics()
             # also before the evaluation, which may take long
             save = state.update == total or (every and state.update % every == 0)
             if save or stop:

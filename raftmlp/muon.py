@@ -1,8 +1,10 @@
-"""timm's Muon, for the configs whose training is short enough for a CPU."""
+"""timm's Muon, fast on CPUs too."""
 
 import timm.optim
 import torch
 from torch.overrides import TorchFunctionMode
+
+__all__ = ["Muon"]
 
 
 class _Float32OnCPU(TorchFunctionMode):

@@ -1,10 +1,14 @@
-"""raftmlp.mm.Muon: timm's, which on a CPU calculates in float32 instead of bfloat16."""
+"""Muon: timm's, which on a CPU calculates in float32 instead of bfloat16."""
 
+import pytest
 import timm.optim
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raftmlp.mm import Muon
+from raftmlp.muon import Muon
+from raftmlp.processes import Processes
+from raftmlp.train import TrainSettings
+from raftmlp.train.learner import Learner
 
 SHAPES = [(12, 20), (20, 12), (8, 6, 3, 3), (7,)]
 
@@ -58,3 +62,15 @@ def test_a_step_is_what_its_source_says():
     singular = torch.diagonal(u.T @ moved @ v.T)
     assert ((singular > 0.6) & (singular < 1.3)).all()  # five iterations bring all singular values near 1
     assert torch.allclose(u @ torch.diag(singular) @ v, moved, atol=1e-4)  # and leave the vectors
+
+
+@pytest.mark.parametrize("name", timm.optim.list_optimizers("*muon"))
+def test_every_muon_of_the_train_command_calculates_in_float32(name):
+    model = timm.create_model("raftmlp_digits", embed_dims=(8,) * 4, depths=(1,) * 4)
+    learner = Learner(TrainSettings(opt=name, epochs=1, lr=0.01), model, 1, Processes(torch.device("cpu")))
+    before = model.head.weight.detach().clone()
+    learner.start_at(0)
+    with Dtypes() as dtypes:
+        learner.update(iter([(torch.randn(4, 3, 32, 32), torch.arange(4))]), 1, 1)
+    assert torch.float32 in dtypes.seen and torch.bfloat16 not in dtypes.seen
+    assert not torch.equal(model.head.weight, before)
