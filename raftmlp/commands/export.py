@@ -25,6 +25,7 @@ from ..create import ModelSettings, is_folder_name
 from ..data.images import DataSettings, ImageSettings
 from ..errors import UserError
 from ..evaluate.evaluation import PreparedModel, prepare_model, warn_of_random_weights
+from ..evaluate.speed import MachineLoad
 from ..export.comparison import (
     CALIBRATION_IMAGES,
     RuntimeModule,
@@ -153,7 +154,7 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
         calibration = DataSettings.select(vars(args)).create(args.calibration_split)
         batches = calibration_batches(calibration, prepared.config, settings.batch or 32, args.workers)
     say(f"{prepared.name}, {prepared.weights} weights: exporting for {file_format.runtime} ...")
-    start = time.perf_counter()
+    start, load = time.perf_counter(), MachineLoad(torch.get_num_threads())
     content = file_format.write(graph)
     if settings.quantize:
         content = quantize_onnx(content, settings.quantize, batches)
@@ -161,13 +162,15 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
     reference = (FeatureMaps if settings.features else Logits)(model, torch.float32).eval()
     make_images = image_source(prepared.config, dataset, args.workers)
     run_file, rows = write_verified(out, content, file_format, graph, reference, make_images)
+    other_load = load.read()
     figures = {}
     if dataset and settings.features:
         say("feature maps have no accuracy: the data's images were compared only")
     elif dataset:
         for name, module in (("PyTorch", model), (file_format.runtime, RuntimeModule(run_file, settings.batch))):
             figures[name] = measure(args, name, module, prepared, dataset)
-    write_results(args.results_file, prepared, settings, bytes=len(content), rows=rows, **figures)
+    measured = dict(bytes=len(content), other_load=other_load, rows=rows)
+    write_results(args.results_file, prepared, settings, **measured, **figures)
     free = ["batch"] * (not settings.batch) + ["height and width"] * settings.dynamic_size
     least = f" from {size_name(graph.least_size)}" if settings.dynamic_size and max(graph.least_size) > 1 else ""
     say(f"written: {out}, {' and '.join(free) or 'no axis'} free{least}")

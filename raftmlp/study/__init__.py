@@ -1,7 +1,10 @@
 """Studies: the same training for several networks or settings and several seeds, and what came out of it."""
 
-from .plan import Cell, Plan, Run
-from .report import make_rows, make_table, write_results
+from .plan import PREPARATION, Cell, Plan, Run
+from .report import difference, make_notes, make_rows, make_table, write_results
 from .runner import StudyFolder, run_study
 
-__all__ = ["Cell", "Plan", "Run", "StudyFolder", "make_rows", "make_table", "run_study", "write_results"]
+__all__ = [
+    "PREPARATION", "Cell", "Plan", "Run", "StudyFolder", "difference", "make_notes", "make_rows", "make_table",
+    "run_study", "write_results",
+]  # fmt: skip
