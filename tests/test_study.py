@@ -355,6 +355,15 @@ def test_how_far_a_run_is_comes_from_its_log():
     assert progress.epochs_in_log("starting\n") == 0
 
 
+def test_the_pace_of_a_run_leaves_out_the_start_of_its_process(monkeypatch):
+    """Ten seconds of start, then a tenth of the run every two seconds: 30 seconds, from the second mark on."""
+    clock = iter([0.0, 5.0, 12.0, 14.0, 22.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    pace = progress._Pace(0.0)
+    assert [pace.seconds(share) for share in (0.0, 0.1)] == [None, None]
+    assert [pace.seconds(share) for share in (0.2, 0.6)] == [pytest.approx(30), pytest.approx(30)]
+
+
 def test_progress_says_the_epoch_and_the_percent(monkeypatch, caplog):
     monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     monkeypatch.setattr(logging.getLogger("raftmlp"), "propagate", True)

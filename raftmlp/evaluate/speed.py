@@ -141,8 +141,8 @@ class MachineLoad:
         if not self.warned and other + self.threads > cores + 0.5:  # half a core is what an idle machine does
             self.warned = True
             _logger.warning(
-                f"note: other work loads this machine by {other:.1f} of {cores} cores, and this takes "
-                f"{self.threads}: times, spreads and ratios may be wrong; repeat it on idle cores"
+                f"note: the load by other work is {other:.1f} on {cores} cores, and this takes {self.threads} more: "
+                f"times, spreads and ratios may be wrong; repeat it on idle cores"
             )
         return other
 

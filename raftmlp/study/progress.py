@@ -32,17 +32,20 @@ def epochs_in_log(text: str) -> float:
 class _Pace:
     """How fast a run goes that is under way: the seconds that it will have taken."""
 
-    def __init__(self):
-        self.start = time.monotonic()
+    def __init__(self, share: float):
+        self.start, self.start_share = time.monotonic(), share
         self.first: tuple[float, float] | None = None
 
     def seconds(self, share: float) -> float | None:
         """Return the seconds of the whole run, of which a share is done; None while that cannot be told."""
         elapsed = time.monotonic() - self.start
-        if self.first is None or share < self.first[1]:  # the start of the process is not part of the pace
-            self.first = (elapsed, share)
-        before, first_share = self.first
-        return before + (elapsed - before) / (share - first_share) if share > first_share else None
+        if self.first is None and share > self.start_share:
+            self.first = (elapsed, share)  # until then the process started, which is not part of the pace
+        if self.first is None or share <= self.first[1]:
+            return None
+        before, first = self.first
+        pace = (elapsed - before) / (share - first)
+        return before + (1 - first + self.start_share) * pace
 
 
 class StudyProgress:
@@ -66,7 +69,7 @@ class StudyProgress:
         for run in runs:
             if run.name in finished:
                 self.took.setdefault(run.cell.name, []).append(finished[run.name]["seconds"])
-        form = "{percentage:3.0f} %|{bar:10}| {desc}"
+        form = "{percentage:3.0f}%|{bar:10}| {desc}"
         self.bar = tqdm(total=len(runs), bar_format=form, leave=False, disable=None, dynamic_ncols=True)
 
     def show(self, epochs_done: Sequence[tuple[Run, float]]) -> None:
@@ -78,7 +81,7 @@ class StudyProgress:
         known = {cell: mean(seconds) for cell, seconds in self.took.items()}
         for run, done in epochs_done:
             self.shares[run.name] = share = done / self.epochs[run.cell.name]
-            seconds = self.paces.setdefault(run.name, _Pace()).seconds(share)
+            seconds = self.paces.setdefault(run.name, _Pace(share)).seconds(share)
             if seconds is not None:
                 known.setdefault(run.cell.name, seconds)
         if known:

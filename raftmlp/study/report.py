@@ -11,7 +11,7 @@ from ..train.journal import versions
 from .plan import PREPARATION, Plan, Run
 from .runner import StudyFolder
 
-__all__ = ["difference", "draw_study", "make_notes", "make_rows", "make_table", "write_results"]
+__all__ = ["difference", "draw_study", "make_notes", "make_rows", "make_table", "shown_difference", "write_results"]
 
 
 def make_rows(
