@@ -5,8 +5,8 @@
     raftmlp study studies/distillation
     python docs/evidence.py
 
-Copies the JSON and the picture of every study that is in runs/ beside the page, and writes the tables into the page,
-each between a pair of comments. A difference has the 95 % interval of Welch's t-test over the seeds.
+Copies the JSON and the picture of every study that is in runs/studies/ beside the page, and writes the tables into the
+page, each between a pair of comments. A difference has the 95 % interval of Welch's t-test over the seeds.
 """
 
 import json
@@ -15,23 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import ttest_ind
-
+from raftmlp.commands.study import default_folder
 from raftmlp.files import write_text
+from raftmlp.study import difference, shown_difference
 
-DOCS, RUNS = Path(__file__).parent, Path("runs")
+DOCS = Path(__file__).parent
 PAGE = DOCS / "evidence.md"
 STUDIES = ("paper", "data_efficiency", "distillation")
-
-
-def difference(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """Return how far a row is from another, with the half width of the 95 % interval; "" where it cannot be told."""
-    values, others = ([*r["top1"].values()] for r in (row, first))
-    if row is first or min(len(values), len(others)) < 2:
-        return ""
-    low, high = ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
-    words = f"{(low + high) / 2:+.2f} ± {(high - low) / 2:.2f}"
-    return f"**{words}**" if low > 0 or high < 0 else words
 
 
 def table_of(study: dict[str, Any]) -> str:
@@ -46,7 +36,8 @@ def table_of(study: dict[str, Any]) -> str:
         point = row["point"].get(axis)
         cost = [f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}"]
         seeds = str(row["runs"]) + f", {len(row['failures'])} failed" * bool(row["failures"])
-        lines.append([row["arm"], *([str(point)] if axis else []), top1, difference(row, first[point]), seeds, *cost])
+        apart = shown_difference(difference(row, first[point]))
+        lines.append([row["arm"], *([str(point)] if axis else []), top1, apart, seeds, *cost])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -60,7 +51,7 @@ def replace_table(page: str, name: str, text: str) -> str:
 def main() -> None:
     page = PAGE.read_text()
     for name in STUDIES:
-        source = RUNS / name / "study.json"
+        source = default_folder(name) / "study.json"
         if not source.exists():
             print(f"{source}: not there, its table stays as it is")
             continue

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from PIL import Image
 
 from helpers import ROOT
 from raftmlp.commands import benchmark
+from raftmlp.create import ModelSettings, create_model
+from raftmlp.evaluate.speed import split_name
 
 QUICK = ("-b", "2", "--rounds", "2", "--min-time", "0")
 
@@ -45,6 +49,44 @@ def test_rows_and_files(run_command, tmp_path):
         assert Image.open(f"made/{name}").width > 500
 
 
+@pytest.mark.parametrize("load", [99.0, 0.0, None])
+def test_a_busy_machine_is_noted(run_command, monkeypatch, load):
+    if load is None:  # as on Windows
+        monkeypatch.delattr(os, "getloadavg")
+    else:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    options = ("raftmlp_digits", "--sizes", "32", "40", *QUICK, "--threads", "1", "--output", "made")
+    status, _, err = run_command(benchmark, *options)
+    assert status == 0, err
+    content = json.loads(Path("made/results.json").read_text())
+    with open("made/results.csv") as file:
+        written = [row["other_load"] for row in csv.DictReader(file)]
+    loads = [content["other_load"], *(row["other_load"] for row in content["rows"])]
+    assert err.count("load") == (load == 99)
+    if load == 99:
+        assert all(value > 50 for value in loads) and written == list(map(str, loads[1:]))
+    else:
+        assert loads == [load] * 3
+
+
+def test_a_file_is_no_model_and_its_model_is_named(run_command, tmp_path):
+    arguments = dict(embed_dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], patch_kernels=[[4], [2], [2], [2]])
+    model = create_model(ModelSettings(model="raftmlp_digits", model_kwargs=arguments))
+    Path("run").mkdir()
+    content = dict(arch="raftmlp_digits", model_kwargs=arguments, state_dict=model.state_dict())
+    torch.save({**content, "pretrained_cfg": dict(input_size=(3, 32, 32))}, "run/model_best.pth.tar")
+    for path in ("run/model_best.pth.tar", "run"):
+        status, _, err = run_command(benchmark, path)
+        assert status == 2 and err.count("\n") == 1 and f"{path} holds weights" in err
+        name, *options = shlex.split(err.split("name its model: ")[1].split(" (--help")[0])
+        assert split_name(name) == ("raftmlp_digits", arguments) and options == ["--sizes", "32"]
+    status, _, err = run_command(benchmark, name, *options, *QUICK)
+    assert status == 0, err
+    Path("photo.jpg").touch()
+    status, _, err = run_command(benchmark, "photo.jpg")
+    assert status == 2 and "photo.jpg holds weights" in err and "resnet18" in err
+
+
 def test_what_cannot_run_is_named_and_the_others_go_on(run_command):
     status, out, _ = run_command(benchmark, "raftmlp_digits", "vit_tiny_patch16_224", "--sizes", "8", *QUICK)
     assert status == 0
@@ -64,7 +106,8 @@ def test_the_script_needs_no_tests_and_no_einops(tmp_path):
         f"runpy.run_path({str(ROOT / 'tools' / 'benchmark.py')!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in done.stderr.splitlines() if "load" not in line]  # the machine may be busy
+    assert (done.returncode, lines) == (0, [])
     assert "reference:raftmlp_digits" in done.stdout
 
 

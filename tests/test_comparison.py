@@ -12,6 +12,7 @@ from raftmlp.errors import UserError
 from raftmlp.export import comparison
 from raftmlp.export.comparison import (
     RuntimeModule,
+    accepted,
     calibration_batches,
     compare,
     image_source,
@@ -101,6 +102,16 @@ def test_wrong_answers_without_an_error_are_refused(wrong, message):
     assert try_inputs(model, strict, "runtime", noise, wanted) == ["float64", *(f"1 x {size}" for size in sizes)]
     with pytest.raises(UserError, match=f"gives a wrong answer, and no error, {message}: the file is not written"):
         try_inputs(model, lambda x: [model(wrong(x).float())], "runtime", noise, wanted)
+
+
+def test_what_a_file_takes_and_what_it_refuses_contradict_each_other_nowhere():
+    words = accepted(graph(), ["float64", "1 x 36x52", "channels-last"])
+    takes, refuses = words.split("refuses")
+    assert "32x40" in takes and "any number" in takes and "a permuted view" in takes
+    assert not {"float64", "channels-last", "36x52"} & {word.strip(",;") for word in takes.split()}
+    assert refuses.strip() == "float64, 1 x 36x52, channels-last"
+    words = accepted(graph(dynamic_size=True, batch=3), [])
+    assert "any height and width from 17" in words and "3 at a time" in words and "float64" in words
 
 
 def test_any_finite_difference_without_a_limit(monkeypatch):

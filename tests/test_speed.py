@@ -1,6 +1,7 @@
 """The measuring of speed: work, memory, turns and what is made of the times."""
 
 import io
+import math
 from itertools import cycle
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from raftmlp.evaluate import speed
-from raftmlp.evaluate.speed import Meter, SpeedSettings, clock, iterations_in, measure
+from raftmlp.evaluate.speed import MachineLoad, Meter, SpeedSettings, clock, iterations_in, measure
 
 CPU = torch.device("cpu")
 NAMES = ["reference:raftmlp_digits", "raftmlp_digits"]
@@ -102,6 +103,35 @@ def test_models_of_a_fixed_size_are_built_for_theirs():
     made = meter("test_vit", size=(96, 64), batch_size=1)
     made()
     assert made.plain.patch_embed.img_size == (96, 64)
+
+
+# Load
+
+
+def test_the_load_of_others_is_without_our_own(monkeypatch):
+    """An average that two threads of this process bring about in a minute is nobody else's."""
+    clock, used = iter([0.0, 60.0, 120.0]), iter([0.0, 120.0, 240.0])
+    monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(speed, "_processor_seconds", lambda: next(used))
+    monkeypatch.setattr(speed.os, "getloadavg", lambda: (2 * (1 - math.exp(-minutes)) + others, 0, 0))
+    load, others, minutes = MachineLoad(2), 0.0, 1
+    assert load.read() == 0
+    others, minutes = 1.5, 2
+    assert load.read() == 1.5
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "cores", "warns"), [(0.3, 2, 2, 0), (1, 2, 2, 1), (1, 1, 2, 0), (3, 1, 2, 1)]
+)
+def test_a_warning_counts_our_own_threads(monkeypatch, others, threads, cores, warns):
+    warnings = []
+    monkeypatch.setattr(speed._logger, "warning", warnings.append)
+    monkeypatch.setattr(speed, "_processor_seconds", lambda: 0.0)
+    monkeypatch.setattr(speed, "processor_count", lambda: cores)
+    monkeypatch.setattr(speed.os, "getloadavg", lambda: (others, 0, 0))
+    load = MachineLoad(threads)
+    assert load.read() == load.read() == others
+    assert len(warnings) == warns
 
 
 # Times

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,19 +15,34 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from scipy.stats import ttest_ind
 
 from helpers import ROOT
 from raftmlp.commands import study as command
-from raftmlp.commands import train
+from raftmlp.commands import train, validate
 from raftmlp.commands.config_files import find_config
 from raftmlp.errors import UserError
-from raftmlp.study import Plan, StudyFolder, make_rows, make_table, run_study, write_results
+from raftmlp.study import (
+    PREPARATION,
+    Plan,
+    StudyFolder,
+    difference,
+    make_notes,
+    make_rows,
+    make_table,
+    progress,
+    run_study,
+    write_results,
+)
+from raftmlp.train.run_folder import RunFolder
+from raftmlp.weights import load_checkpoint
 
 RECIPE = dict(
     model="raftmlp_digits", model_kwargs=dict(embed_dims=[8] * 4, depths=[1] * 4), dataset="digits", device="cpu",
     train_num_samples=64, batch_size=32, epochs=2, warmup_epochs=0,
 )  # fmt: skip
 STUDY = dict(recipe=RECIPE, seeds=[0, 3], arms={"raft-2": {}, "mean": dict(global_batch_size=64, lr=0.01)})
+PREPARED = dict(zip(PREPARATION, ([32, 32], "bilinear", 1.0, "center", [0.5] * 3, [0.5] * 3)))
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
 
 
@@ -135,13 +151,13 @@ def fake_training(monkeypatch, tmp_path):
 def run(plan, jobs=2, folder="out"):
     """Run a plan; returns the failures, the rows and how many times results were reported."""
     folder, reports = StudyFolder(folder), []
-    sizes = {cell.name: (1000, 2_000_000) for cell in plan.cells()}
+    facts = {cell.name: dict(parameters=1000, macs=2_000_000, preparation=PREPARED) for cell in plan.cells()}
     folder.open(plan)
     try:
-        failures = run_study(folder, plan, dict.fromkeys(sizes, 1), jobs, reports.append)
+        failures = run_study(folder, plan, dict.fromkeys(facts, (1, 1)), jobs, reports.append)
     finally:
         folder.close()
-    return failures, make_rows(folder, plan, sizes, failures or {}), len(reports)
+    return failures, make_rows(folder, plan, facts, failures or {}), len(reports)
 
 
 def plan_of(*arms, seeds=(0, 1), **changes):
@@ -162,12 +178,18 @@ def test_runs_that_fail_are_marked_and_the_others_go_on(fake_training):
     assert (bad["runs"], bad["top1_mean"], len(bad["failures"])) == (0, None, 2)
     table = make_table(rows).splitlines()
     assert len({len(line) for line in table}) == 1
-    assert "| good   |       9.00 |      7.07 |                2 |      1,000 |  2.00 |       2 |" in table
+    good = ["good", "9.00", "7.07", "", "2", "1,000", "2.00", "2"]
+    assert [cell.strip() for cell in table[2].split("|")[1:-1]] == good
     assert any("0 of 2, 2 failed" in line for line in table)
     write_results(StudyFolder("out"), "mine", plan, rows)
     assert json.loads(Path("out/study.json").read_text())["rows"][1]["failures"]["0"].startswith("it broke")
     records = list(csv.DictReader(Path("out/study.csv").read_text().splitlines()))
-    assert [row["failed"] for row in records] == ["0", "2", "2"] and records[1]["top1_mean"] == ""
+    assert [(row["arm"], row["seed"], row["top1"]) for row in records] == [
+        ("good", "0", "4.0"), ("good", "1", "14.0"), *((arm, seed, "") for arm in ("bad", "killed") for seed in "01")
+    ]  # fmt: skip
+    assert [row["failure"] for row in records][1:3] == ["", "it broke, and here is why"]
+    assert (records[0]["images_img_size"], records[0]["images_interpolation"]) == ("32 32", "bilinear")
+    assert records[0]["seconds"] == "2.0"
     assert Image.open("out/study.png").width > 500
 
     # what is done is not run again, what failed is
@@ -184,7 +206,7 @@ def test_points_are_lines_of_a_picture(fake_training):
     assert not failures and [row["point"]["train_num_samples"] for row in rows] == [10, 100, 10, 100]
     assert "| arm | train_num_samples |" in make_table(rows)
     write_results(StudyFolder("out"), "mine", plan, rows)
-    assert Path("out/study.csv").read_text().startswith("arm,train_num_samples,runs,")
+    assert Path("out/study.csv").read_text().startswith("arm,train_num_samples,seed,top1,")
     assert Image.open("out/study.png").height > 400
 
 
@@ -212,6 +234,10 @@ def test_a_run_that_another_process_still_writes_is_waited_for(fake_training):
     with pytest.raises(UserError, match="in it, epochs of a is None, not 1"):
         run(plan)
     Path("out/study.yaml").unlink()
+    Path("out/last.pth.tar").touch()
+    with pytest.raises(UserError, match="out holds a training run"):
+        run(plan)
+    Path("out/last.pth.tar").unlink()
     with pytest.raises(UserError, match="out holds something else than a study"):
         run(plan)
     folder = Path("new/runs/a/seed-0")
@@ -232,7 +258,147 @@ def test_a_run_that_another_process_still_writes_is_waited_for(fake_training):
 SUMMARY = dict(last=dict(eval_top1=7), best_top1=8, seconds=1)
 
 
+# Images
+
+
+MODELS = dict(ours=dict(model="raftmlp_digits"), other=dict(model="test_resnet"))
+
+
+def facts_of(content, name="study.yaml"):
+    """Return the plan of a study's file as the command runs it, and how the images of its arms are prepared."""
+    plan = command.pin_preparation(command.read_plan(Path(write_study(name, **content))), Path(name))
+    facts, _ = command.check_cells(plan, Path(name))
+    return plan, {cell: known["preparation"] for cell, known in facts.items()}
+
+
+def test_all_arms_get_the_images_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = {key: value for key, value in RECIPE.items() if not key.startswith("model")}
+    plan, prepared = facts_of(dict(recipe=recipe, arms=MODELS))
+    assert prepared["ours"] == prepared["other"] == PREPARED
+    assert all(cell.options["crop_pct"] == 1.0 for cell in plan.cells())
+    _, prepared = facts_of(dict(recipe=recipe, arms=dict(reversed(MODELS.items()))))
+    assert prepared["ours"] == prepared["other"] != PREPARED
+
+    # what the recipe or an arm says counts
+    arms = {**MODELS, "cropped": dict(model="test_resnet", crop_pct=0.5, mean=[0.1])}
+    plan, prepared = facts_of(dict(recipe={**recipe, "interpolation": "nearest"}, arms=arms))
+    assert prepared["ours"] == prepared["other"] == {**PREPARED, "interpolation": "nearest"}
+    changed = dict(interpolation="nearest", crop_pct=0.5, mean=[0.1] * 3)
+    assert prepared["cropped"] == {**PREPARED, **changed}
+    arms = dict(colour=dict(model="test_resnet"), gray=dict(model="raftmlp_digits", model_kwargs=dict(in_chans=1)))
+    _, prepared = facts_of(dict(recipe=recipe, arms=arms))
+    assert prepared["gray"]["mean"] == [pytest.approx(sum(prepared["colour"]["mean"]) / 3)]
+
+
+def test_a_study_of_version_0_2_is_continued_only_with_the_same_images(run_command):
+    recipe = {key: value for key, value in RECIPE.items() if not key.startswith("model")}
+    folder = Path("runs/study")
+    StudyFolder(folder).open(Plan.from_content(dict(recipe=recipe, arms=MODELS, seeds=[0])))
+    before = {path: path.read_bytes() for path in folder.rglob("*.yaml")}
+    status, _, err = run_command(command, write_study(recipe=recipe, arms=MODELS), "--dry-run")
+    assert status == 2 and err.count("\n") == 1
+    assert "runs/study holds another study: in it, img_size of other is [160, 160], not [32, 32]" in err
+    assert {path: path.read_bytes() for path in folder.rglob("*.yaml")} == before
+    own = command.own_preparation(Plan.from_content(dict(recipe=recipe, arms=MODELS, seeds=[0])).cells()[1], "")
+    arms = dict(ours=MODELS["ours"], other={**MODELS["other"], **own})
+    for same in (dict(recipe=recipe, arms=arms), dict(recipe=recipe, arms=dict(ours=MODELS["ours"]))):
+        status, _, err = run_command(command, write_study(**same), "--dry-run")
+        assert status == 0, err
+
+
+# Differences
+
+
+def row_of(arm, *top1, **point):
+    return dict(arm=arm, point=point, top1=dict(enumerate(top1)), runs=len(top1), planned=len(top1), macs=1e6,
+                top1_mean=sum(top1) / max(1, len(top1)), top1_deviation=1.0, parameters=1000, seconds=1.0, failures={},
+                preparation=PREPARED)  # fmt: skip
+
+
+def test_a_difference_is_that_of_welchs_test():
+    first, second = row_of("a", 50, 51, 53), row_of("b", 60, 61.5, 61, 64)
+    low, high = ttest_ind([*second["top1"].values()], [*first["top1"].values()], equal_var=False).confidence_interval()
+    told = difference(second, first)
+    assert told["mean"] - told["half_width"] == pytest.approx(low)
+    assert told["mean"] + told["half_width"] == pytest.approx(high)
+    assert difference(first, first) is None
+    assert difference(row_of("b", 60), first) is None
+    assert difference(row_of("b", 60, 60), row_of("a", 50, 50)) is None
+
+
+def test_the_notes_name_what_differs():
+    rows = [row_of("a", 50, 51, 52), row_of("better", 60, 61, 62), row_of("same", 50, 51, 53), row_of("short", 50)]
+    for row in rows:
+        row["difference"] = difference(row, rows[0])
+    images, sure, unsure, untold = make_notes(rows)
+    assert "all arms" in images and "32 pixels" in images
+    assert "better (+10.00 ± 2.27)" in sure and "same" not in sure
+    assert "same" in unsure and "better" not in unsure and "short" in untold
+    assert "**+10.00 ± 2.27** |" in make_table(rows) and " +0.33 ± " in make_table(rows)
+    rows[1]["preparation"] = {**PREPARED, "crop_pct": 0.5}
+    others, own = make_notes(rows)[:2]
+    assert "a, same, short" in others and "better" in own and "crop 0.5" in own
+    points = [row_of(arm, base + n, base + n + 1, n=n) for arm, base in (("a", 10), ("b", 50)) for n in (1, 2)]
+    for row in points:
+        row["difference"] = difference(row, points[0 if row["point"]["n"] == 1 else 1])
+    _, first, second = make_notes(points)
+    assert first.startswith("At n 1") and second.startswith("At n 2") and "b (+40.00" in first
+
+
+# Progress
+
+
+def test_how_far_a_run_is_comes_from_its_log():
+    log = "epoch 1/3, update 10/20: loss 2\nepoch 1/3: training loss 1\nepoch 2/3, update 5/20: loss 1, 0:00:01 left\n"
+    assert progress.epochs_in_log(log) == 1.25
+    assert progress.epochs_in_log("starting\n") == 0
+
+
+def test_the_pace_of_a_run_leaves_out_the_start_of_its_process(monkeypatch):
+    """Ten seconds of start, then a tenth of the run every two seconds: 30 seconds, from the second mark on."""
+    clock = iter([0.0, 5.0, 12.0, 14.0, 22.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    pace = progress._Pace(0.0)
+    assert [pace.seconds(share) for share in (0.0, 0.1)] == [None, None]
+    assert [pace.seconds(share) for share in (0.2, 0.6)] == [pytest.approx(30), pytest.approx(30)]
+
+
+def test_progress_says_the_epoch_and_the_percent(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1)
+    monkeypatch.setattr(logging.getLogger("raftmlp"), "propagate", True)
+    caplog.set_level(logging.INFO, "raftmlp")
+    runs = plan_of("a", "b").runs()
+    shown = progress.StudyProgress(runs, dict(a=4, b=4), {"a/seed-0": SUMMARY}, 1)
+    shown.show([(runs[1], 1.5)])
+    assert "1 of 4 runs" in caplog.messages[-1] and "b/seed-0 epoch 2/4, 38%" in caplog.messages[-1]
+    shown.ended(runs[1], SUMMARY, "")
+    assert "run 2/4, b/seed-0: top-1 7.00 %, 1 s; " in caplog.messages[-1] and "left" in caplog.messages[-1]
+
+
 # The folder
+
+
+def test_the_default_folder_is_not_that_of_a_training_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.default_folder("train") == Path("runs/studies/train")
+    folder = StudyFolder("runs/paper")  # as version 0.2 named it
+    folder.open(plan_of("a"))
+    assert command.default_folder("paper") == folder.path
+    with pytest.raises(UserError, match="study"):
+        RunFolder("runs/paper").prepare(None, True)
+
+
+def test_the_best_weights_are_kept_on_demand_only(tmp_path, fake_training):
+    """Runs that ended before keep their checkpoints where nobody asks for less."""
+    plan = plan_of("a")
+    run(plan)
+    saved = Path("out/runs/a/seed-0/last.pth.tar")
+    saved.touch()
+    run(plan)
+    assert saved.exists()
+    StudyFolder("out").keep_best(plan.runs())  # nothing to read there: all stays
+    assert saved.exists()
 
 
 def test_the_order_of_options_makes_no_other_study(tmp_path):
@@ -309,8 +475,9 @@ def test_the_shipped_studies(path):
     """Every arm can be built; the arms of a study cost the same, where it says so."""
     plan = command.read_plan(find_config(f"studies/{path.stem}"))
     assert len(plan.seeds) >= 5
-    costs, _ = command.check_cells(plan, path)
-    macs = [macs for _, macs in costs.values()]
+    facts, _ = command.check_cells(plan, path)
+    macs = [known["macs"] for known in facts.values()]
+    assert len({json.dumps(known["preparation"]) for known in facts.values()}) == 1
     assert max(macs) / min(macs) < 1.1
     text = path.read_text()
     assert f"#   raftmlp study studies/{path.stem}" in text
@@ -326,29 +493,31 @@ def wait_for(condition, seconds=120):
 
 def figures(file):
     """Return the rows of a study without what the clock says."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in json.loads(Path(file).read_text())["rows"]]
+    rows = json.loads(Path(file).read_text())["rows"]
+    return [{key: row[key] for key in row if "seconds" not in key} for row in rows]
 
 
 def test_killed_and_resumed_it_ends_the_same(run_command, tmp_path):
     write_study()
+    folder = Path("runs/studies/study")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "raftmlp", "study", "study.yaml", "--jobs", "1"]
     killed = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
-    wait_for(lambda: Path("runs/study/study.csv").exists())  # the first run has ended, the second has begun or will
-    wait_for(lambda: Path("runs/study/runs/mean/seed-0/train.log").exists())
+    wait_for(lambda: (folder / "study.csv").exists())  # the first run has ended, the second has begun or will
+    wait_for(lambda: (folder / "runs/mean/seed-0/train.log").exists())
     killed.kill()
     killed.wait()
-    assert len(list(Path("runs/study/runs").rglob("summary.json"))) < 4
+    assert len(list((folder / "runs").rglob("summary.json"))) < 4
     status, out, err = run_command(command, "study.yaml")
     assert status == 0, err
     assert "1 of 4 runs are done already" in out or "2 of 4 runs are done already" in out
-    rows = figures("runs/study/study.json")
+    rows = figures(folder / "study.json")
     assert [row["runs"] for row in rows] == [2, 2]
     for row in rows:  # as ordinary runs of raftmlp train, which no one has interrupted, do
         for seed, top1 in row["top1"].items():
             options = [
                 "-c",
-                f"runs/study/options/{row['arm']}.yaml",
+                folder / f"options/{row['arm']}.yaml",
                 "--seed",
                 seed,
                 "--output",
@@ -357,7 +526,21 @@ def test_killed_and_resumed_it_ends_the_same(run_command, tmp_path):
             ]
             assert run_command(train, *options)[0] == 0
             assert json.loads(Path("alone/summary.json").read_text())["last"]["eval_top1"] == top1
-    assert {path.name for path in Path("runs/study").iterdir()} >= {"study.csv", "study.json", "study.md", "study.png"}
-    status, out, err = run_command(command, "study.yaml")
+    assert {path.name for path in folder.iterdir()} >= {"study.csv", "study.json", "study.md", "study.png"}
+    status, out, err = run_command(command, "study.yaml", "--keep", "best")
     assert status == 0 and "4 of 4 runs are done already" in out
-    assert figures("runs/study/study.json") == rows
+    assert figures(folder / "study.json") == rows
+
+    # of every finished run the best weights are left, which are protected
+    size = Path("alone/model_best.pth.tar").stat().st_size
+    for run in folder.glob("runs/*/seed-*"):
+        assert {path.name for path in run.glob("*.tar")} == {"model_best.pth.tar"}
+        assert (run / "model_best.pth.tar").stat().st_size < size / 2
+        assert "optimizer" not in load_checkpoint(run / "model_best.pth.tar")
+    options = ["-c", folder / "options/mean.yaml", "--output", run]
+    before = (run / "model_best.pth.tar").read_bytes()
+    for more in ([], ["--resume"]):
+        status, _, err = run_command(train, *options, *more)
+        assert status == 2 and "--overwrite" in err and (run / "model_best.pth.tar").read_bytes() == before
+    status, out, err = run_command(validate, "--checkpoint", run / "model_best.pth.tar", "--dataset", "digits")
+    assert status == 0, err

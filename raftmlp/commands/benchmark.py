@@ -8,13 +8,15 @@ Ratios are to the first model in the first mode. reference:NAME is one of ours c
 of the authors' release. Times are medians over the rounds; ratios are medians of the ratios within a round. Every round
 also times a large matrix product and a large copy: "arithmetic" and "traffic" are the shares of a model's time that its
 arithmetic, and the operands and results of its matrix products and convolutions, would take at that pace. A batch that
-is too large for the memory of a GPU is halved until it fits.
+is too large for the memory of a GPU is halved until it fits. A note says if other work leaves too few idle cores;
+other_load in the results is the cores' load by others in the minute before, and in that up to the end of each row.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -85,12 +87,35 @@ def model_name(text: str) -> str:
     """Return the name of a model that timm makes, or reference:NAME for one of ours; either may have arguments.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or it is a file or folder.
     """
+    import timm
+
     from ..evaluate.speed import split_name
 
+    if Path(text).exists() and text not in timm.list_models():
+        raise UserError(f"{text} holds weights, which do not change speed: name its model{instead_of(Path(text))}")
     known_model(split_name(text)[0], "raftmlp*" if text.startswith(REFERENCE) else "")
     return text
+
+
+def instead_of(path: Path) -> str:
+    """Return how to name the model of a checkpoint, or of a run's folder, in words that follow "name its model"."""
+    from ..weights import read_description
+
+    file = path / "model_best.pth.tar" if (path / "model_best.pth.tar").exists() else path
+    try:
+        described = read_description(file)
+    except UserError:  # it is no checkpoint
+        described = {}
+    if not described.get("model"):
+        return ", as in raftmlp_s or resnet18"
+    words = [described["model"]]
+    for key, value in described.get("model_kwargs", {}).items():
+        value = list(value) if isinstance(value, tuple) else value
+        words.append(f"{key}={value}".replace(" ", ""))
+    size = described.get("pretrained_cfg", {}).get("input_size")
+    return f": {shlex.quote(','.join(words))}" + (f" --sizes {size_name(size[-2:])}" if size else "")
 
 
 def table(results: list[Result]) -> str:
@@ -151,13 +176,14 @@ def main() -> None:
     import torch
 
     from ..device import find_device
-    from ..evaluate.speed import measure
+    from ..evaluate.speed import MachineLoad, measure
 
     torch.backends.cudnn.benchmark = True
     device, settings = find_device(args.device), SpeedSettings.select(vars(args))
     if args.threads:
         torch.set_num_threads(args.threads)
-    about, results = conditions(settings, device), []
+    load = MachineLoad(torch.get_num_threads() if device.type == "cpu" else 1)
+    about, results = {**conditions(settings, device), "other_load": load.read()}, []
     say(
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {settings.precision}, batches of "
         f"{settings.batch_size}"
@@ -165,6 +191,9 @@ def main() -> None:
     for task, size in product(args.tasks, args.sizes):
         say(f"\n{task} at {size_name(size)}: ratios to {args.models[0]} {args.modes[0]}")
         measured = measure(args.models, args.modes, task, size, settings, device)
+        other_load = load.read()
+        for result in measured:
+            result.other_load = other_load
         results += measured
         say(table(measured))
         if args.output:

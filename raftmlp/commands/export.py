@@ -149,6 +149,7 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
     """Write a file for another runtime."""
     import torch
 
+    from ..evaluate.speed import MachineLoad
     from ..export.comparison import RuntimeModule, calibration_batches, image_source, write_verified
     from ..export.formats import FORMATS, FeatureMaps, Logits, build_graph, quantize_onnx
 
@@ -159,7 +160,7 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
         calibration = DataSettings.select(vars(args)).create(args.calibration_split)
         batches = calibration_batches(calibration, prepared.config, settings.batch or 32, args.workers)
     say(f"{prepared.name}, {prepared.weights} weights: exporting for {file_format.runtime} ...")
-    start = time.perf_counter()
+    start, load = time.perf_counter(), MachineLoad(torch.get_num_threads())
     content = file_format.write(graph)
     if settings.quantize:
         content = quantize_onnx(content, settings.quantize, batches)
@@ -167,13 +168,15 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
     reference = (FeatureMaps if settings.features else Logits)(model, torch.float32).eval()
     make_images = image_source(prepared.config, dataset, args.workers)
     run_file, rows = write_verified(out, content, file_format, graph, reference, make_images)
+    other_load = load.read()
     figures = {}
     if dataset and settings.features:
         say("feature maps have no accuracy: the data's images were compared only")
     elif dataset:
         for name, module in (("PyTorch", model), (file_format.runtime, RuntimeModule(run_file, settings.batch))):
             figures[name] = measure(args, name, module, prepared, dataset)
-    write_results(args.results_file, prepared, settings, bytes=len(content), rows=rows, **figures)
+    measured = dict(bytes=len(content), other_load=other_load, rows=rows)
+    write_results(args.results_file, prepared, settings, **measured, **figures)
     free = ["batch"] * (not settings.batch) + ["height and width"] * settings.dynamic_size
     least = f" from {size_name(graph.least_size)}" if settings.dynamic_size and max(graph.least_size) > 1 else ""
     say(f"written: {out}, {' and '.join(free) or 'no axis'} free{least}")

@@ -55,7 +55,8 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
     Raises:
         UserError: If the model takes other than 1 or 3 channels, or the settings do not fit them.
     """
-    config = resolve_data_config(dict(interpolation=settings.interpolation, crop_pct=settings.crop_pct), model=model)
+    resizing = {name: getattr(settings, name) for name in ("interpolation", "crop_pct", "crop_mode")}
+    config = resolve_data_config(resizing, model=model)
     channels = getattr(model, "in_chans", config["input_size"][0])
     config["input_size"] = (channels, *(size or config["input_size"][-2:]))
     if channels not in (1, 3):
@@ -63,8 +64,8 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
     for name in ("mean", "std"):
         given = getattr(settings, name)
         values = tuple(given or config[name])
-        if given and len(values) not in (1, channels):
-            raise UserError(f"--{name} takes 1 or {channels} numbers, not {len(values)}")
+        if given and len(values) not in (1, 3):
+            raise UserError(f"--{name} takes 1 or 3 numbers, not {len(values)}")
         config[name] = values * channels if len(values) == 1 else values
         if len(values) == 3 and channels == 1:
             config[name] = (sum(values) / 3,)

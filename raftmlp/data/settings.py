@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ImageColor
 
-from ..description import INTERPOLATIONS
+from ..description import CROP_MODES, INTERPOLATIONS
 from ..errors import UserError
 from ..settings import Number, Settings, option
 from .workers import default_workers
@@ -56,6 +56,9 @@ class ImageSettings(Settings):
     )
     crop_pct: float | None = option(
         None, "share of the resized image in the crop (default: the model's)", type=Number(float, 0.01, 1), metavar="X"
+    )
+    crop_mode: str | None = option(
+        None, "what is done with images that are no square (default: the model's)", choices=CROP_MODES, metavar="NAME"
     )
     mean: Sequence[float] | None = option(
         None, "mean of the pixels (default: the model's)", type=Number(float, 0), nargs="+", metavar="X"

@@ -7,6 +7,9 @@ results of its matrix products and convolutions, would take a share of its time.
 
 import ast
 import json
+import logging
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 from ..config import REFERENCE, ModelSettings, SpeedSettings
 from ..create import create_model
+from ..data.workers import processor_count
 from ..device import synchronize
 from ..errors import UserError, first_words
 from ..ops import plain_operators
@@ -32,8 +36,10 @@ from ..reference import Reference
 from ..sizes import size_name
 
 __all__ = [
-    "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name",
+    "MachineLoad", "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name",
 ]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 
 BAR = "{desc}: {percentage:.0f}%|{bar}| {remaining} left{postfix}"
 
@@ -44,7 +50,8 @@ class Result:
 
     Times are milliseconds an iteration, of one batch; spread is the interquartile range over the median. A ratio is
     this row's speed over that of the first. Memory is the peak of an iteration beside weights and images. The shares
-    are what the arithmetic, and the traffic of the products, would take of the time at the device's pace.
+    are what the arithmetic, and the traffic of the products, would take of the time at the device's pace. The other
+    load is that of ``MachineLoad``.
     """
 
     model: str
@@ -63,6 +70,7 @@ class Result:
     memory_mib: float = float("nan")
     arithmetic_share: float = float("nan")
     traffic_share: float = float("nan")
+    other_load: float | None = None
     failure: str = ""
 
 
@@ -82,6 +90,42 @@ def clock(run: Callable[[], object], iterations: int, device: torch.device) -> f
 def iterations_in(seconds: float, run: Callable[[], object], device: torch.device) -> int:
     """Return how many calls last so long, at least one."""
     return max(1, round(seconds / max(clock(run, 1, device), 1e-9)))
+
+
+class MachineLoad:
+    """How many cores other processes keep busy: the load average of a minute, without what this process added to it.
+
+    Args:
+        threads: How many threads this process computes with.
+    """
+
+    def __init__(self, threads: int):
+        self.threads, self.warned = threads, False
+        self.time, self.used = time.monotonic(), _processor_seconds()
+        self.own = self.used / 60  # in the load average; little is older than that
+
+    def read(self) -> float | None:
+        """Return the load of others now, and warn once if it leaves too few idle cores; None where it is not known."""
+        if not hasattr(os, "getloadavg"):  # on Windows
+            return None
+        now, used = time.monotonic(), _processor_seconds()
+        if (seconds := now - self.time) > 0:  # the kernel's average is of this form
+            kept = math.exp(-seconds / 60)
+            self.own = kept * self.own + (1 - kept) * (used - self.used) / seconds
+            self.time, self.used = now, used
+        other, cores = round(max(0.0, os.getloadavg()[0] - self.own), 2), processor_count()
+        if not self.warned and other + self.threads > cores + 0.5:  # half a core is what an idle machine does
+            self.warned = True
+            _logger.warning(
+                f"note: the load by other work is {other:.1f} on {cores} cores, and this takes {self.threads} more: "
+                f"times, spreads and ratios may be wrong; repeat it on idle cores"
+            )
+        return other
+
+
+def _processor_seconds() -> float:
+    """Return the seconds that this process, and children that have ended, computed on a core."""
+    return sum(os.times()[:4])
 
 
 class DevicePace:
@@ -114,8 +158,11 @@ def split_name(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: If an argument is no KEY=VALUE.
     """
-    name, *pairs = text.removeprefix(REFERENCE).split(",")
-    arguments = {}
+    name, *parts = text.removeprefix(REFERENCE).split(",")
+    arguments, pairs = {}, []
+    for part in parts:  # a comma between brackets is part of a value
+        is_open = pairs and sum(map(pairs[-1].count, "([{")) > sum(map(pairs[-1].count, ")]}"))
+        pairs[-1:] = [f"{pairs[-1]},{part}"] if is_open else [*pairs[-1:], part]
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not (separator and key.isidentifier() and value):

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -260,8 +260,19 @@ def write_verified(
         limit = LIMIT if graph.settings.precision == "float32" else None
         rows = compare(reference, run, runtime, make_images, sample_sizes(graph), limit)
         refused = try_inputs(reference, run, runtime, make_images, graph)
-        _logger.info(f"right with other strides, types, sizes and batches; refused: {', '.join(refused) or 'none'}")
+        _logger.info(accepted(graph, refused))
         return run, rows
+
+
+def accepted(graph: Graph, refused: Sequence[str]) -> str:
+    """Return which images a file takes and which it refuses, of those that ``try_inputs`` gave it."""
+    size = size_name(graph.size)
+    if graph.settings.dynamic_size:
+        size = f"any height and width from {size_name(graph.least_size)}"
+    number = f"{graph.settings.batch} at a time" if graph.settings.batch else "any number at a time"
+    also = ", ".join(name for name in SAME_VALUES if name not in refused)
+    words = f"the file takes float32 images of {size}, {number}{also and f', also as {also}'}"
+    return f"{words}; it refuses {', '.join(refused)}" if refused else f"{words}; it refused none of those tried"
 
 
 # Accuracy

@@ -1,10 +1,13 @@
 """Studies: the same training for several networks or settings and several seeds, and what came out of it."""
 
 from .. import is_parsing
-from .plan import Cell, Plan, Run
+from .plan import PREPARATION, Cell, Plan, Run
 
 if not is_parsing:
-    from .report import make_rows, make_table, write_results
+    from .report import difference, make_notes, make_rows, make_table, shown_difference, write_results
     from .runner import StudyFolder, run_study
 
-__all__ = ["Cell", "Plan", "Run", "StudyFolder", "make_rows", "make_table", "run_study", "write_results"]
+__all__ = [
+    "PREPARATION", "Cell", "Plan", "Run", "StudyFolder", "difference", "make_notes", "make_rows", "make_table",
+    "run_study", "shown_difference", "write_results",
+]  # fmt: skip

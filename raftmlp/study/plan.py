@@ -3,15 +3,16 @@
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..description import shorten
 from ..errors import UserError
 
-__all__ = ["Cell", "Plan", "Run"]
+__all__ = ["PREPARATION", "Cell", "Plan", "Run"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,59}")  # of an arm, which is a folder's too
+PREPARATION = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # which models set differently
 OURS = ("base", "export", "output", "overwrite", "resume", "seed")  # options that the study itself gives
 
 
@@ -115,6 +116,11 @@ class Plan:
                 raise UserError(f"{key} must be a list, not {shorten(values[key])}")
             values[key] = tuple(values[key])
         return cls(**values)
+
+    def with_preparation(self, preparation: Mapping[str, Any]) -> "Plan":
+        """Return the plan with values for PREPARATION, which count where neither recipe, point nor arm sets one."""
+        unset = {key: value for key, value in preparation.items() if self.recipe.get(key) is None}
+        return replace(self, recipe={**self.recipe, **unset})
 
     def cells(self) -> list[Cell]:
         """Return every arm at every point."""

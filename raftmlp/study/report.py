@@ -1,5 +1,6 @@
-"""What came out of a study: rows of figures, a table, a picture."""
+"""What came out of a study: rows of figures, differences between them, a table, a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -7,14 +8,14 @@ from typing import Any
 
 from ..files import save_figure, write_csv, write_json, write_text
 from ..train.journal import versions
-from .plan import Plan, Run
+from .plan import PREPARATION, Plan, Run
 from .runner import StudyFolder
 
-__all__ = ["draw_study", "make_rows", "make_table", "write_results"]
+__all__ = ["difference", "draw_study", "make_notes", "make_rows", "make_table", "shown_difference", "write_results"]
 
 
 def make_rows(
-    folder: StudyFolder, plan: Plan, sizes: Mapping[str, tuple[int, int]], failures: Mapping[str, str]
+    folder: StudyFolder, plan: Plan, facts: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Return the figures of every arm at every point.
 
@@ -24,7 +25,8 @@ def make_rows(
     Args:
         folder: The study's folder.
         plan: The study.
-        sizes: Parameters and multiply-accumulates an image, by the names of the cells.
+        facts: ``parameters``, ``macs`` (multiply-accumulates an image) and ``preparation`` (how images are prepared),
+            by the names of the cells.
         failures: The reasons of runs that failed, by their names.
     """
     rows = []
@@ -44,24 +46,65 @@ def make_rows(
                 top1_deviation=stdev(values) if len(values) > 1 else None,
                 top1=top1,
                 best_top1={seed: summary["best_top1"] for seed, summary in done.items()},
-                parameters=sizes[cell.name][0],
-                macs=sizes[cell.name][1],
+                **facts[cell.name],
                 seconds=round(mean(summary["seconds"] for summary in done.values()), 1) if done else None,
+                seconds_of={seed: summary["seconds"] for seed, summary in done.items()},
                 failures={run.seed: failures[run.name] for run in runs if run.name in failures},
             )
         )
+    for row in rows:
+        row["difference"] = difference(row, _first(rows, row))
     return rows
+
+
+def _first(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the row of the first arm at a row's point."""
+    return next(other for other in rows if other["point"] == row["point"])
+
+
+def difference(row: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return how far the top-1 of a row is from another's, and the 95 % interval of that by Welch's t-test.
+
+    Returns:
+        The difference of the means, ``mean``, and the interval's half width, ``half_width``, both in points. None for
+        a row and itself, and where the seeds cannot tell: fewer than two of them, or all with the same figure.
+    """
+    from scipy.stats import t  # takes a second
+
+    samples = [list(r["top1"].values()) for r in (row, first)]
+    if row is first or min(map(len, samples)) < 2:
+        return None
+    errors = [stdev(values) ** 2 / len(values) for values in samples]
+    if not sum(errors):
+        return None
+    degrees = sum(errors) ** 2 / sum(error**2 / (len(values) - 1) for error, values in zip(errors, samples))
+    half_width = float(t.ppf(0.975, degrees)) * math.sqrt(sum(errors))
+    return dict(mean=mean(samples[0]) - mean(samples[1]), half_width=half_width)
+
+
+def _is_sure(difference: Mapping[str, float]) -> bool:
+    return abs(difference["mean"]) > difference["half_width"]
+
+
+def shown_difference(difference: Mapping[str, float] | None) -> str:
+    """Return a difference in words, bold where its interval leaves out 0: "**+10.00 ± 2.27**"."""
+    if not difference:
+        return ""
+    words = f"{difference['mean']:+.2f} ± {difference['half_width']:.2f}"
+    return f"**{words}**" if _is_sure(difference) else words
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as a table of Markdown, aligned; arms that failed or are not finished are marked."""
     axis = next(iter(rows[0]["point"]), None)
-    lines = [["arm", *([axis] if axis else []), "top-1 in %", "deviation", "runs", "parameters", "MMACs", "s a run"]]
+    titles = ["top-1 in %", "deviation", "from the first arm", "runs", "parameters", "MMACs", "s a run"]
+    lines = [["arm", *([axis] if axis else []), *titles]]
     for row in rows:
         marks = f"{row['runs']} of {row['planned']}" if row["runs"] < row["planned"] else str(row["runs"])
         if row["failures"]:
             marks += f", {len(row['failures'])} failed"
         figures = [_shown(row[key], 2) for key in ("top1_mean", "top1_deviation")]
+        figures.append(shown_difference(row["difference"]))
         cost = [f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}", _shown(row["seconds"], 0)]
         lines.append([row["arm"], *([str(row["point"][axis])] if axis else []), *figures, marks, *cost])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -74,8 +117,55 @@ def _shown(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def make_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what a table of rows does not say: how images are prepared, and which arms differ from the first."""
+    prepared: dict[str, list[str]] = {}
+    for row in rows:
+        axis = "".join(f" at {key} {value}" for key, value in list(row["point"].items())[:1])
+        prepared.setdefault(_preparation_in_words(row["preparation"]), []).append(row["arm"] + axis)
+    notes = [
+        f"Images of {'all arms' if len(prepared) == 1 else ', '.join(names)}: {words}."
+        for words, names in prepared.items()
+    ]
+    for first in rows:
+        if first is _first(rows, first) and any(row["runs"] for row in rows):
+            notes += _differences_in_words(first, [row for row in rows if row["point"] == first["point"]][1:])
+    return notes
+
+
+def _preparation_in_words(preparation: Mapping[str, Any]) -> str:
+    def numbers(name: str, separator: str = " ") -> str:
+        values = preparation[name]
+        return separator.join(f"{value:g}" for value in (values[:1] if len({*values}) == 1 else values))
+
+    crop = f"crop {preparation['crop_pct']:g} ({preparation['crop_mode']})"
+    norm = f"mean {numbers('mean')}, std {numbers('std')}"
+    return f"{numbers('img_size', 'x')} pixels, {preparation['interpolation']}, {crop}, {norm}"
+
+
+def _differences_in_words(first: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return sentences on which of the other arms at a point differ from the first one."""
+    told = [row for row in others if row["difference"]]
+    start = "".join(f"At {key} {value}: " for key, value in list(first["point"].items())[:1])
+    sentences = []
+    if sure := [row for row in told if _is_sure(row["difference"])]:
+        words = ", ".join(f"{row['arm']} ({shown_difference(row['difference']).strip('*')})" for row in sure)
+        sentences.append(f"{start}top-1 differs from that of {first['arm']}: {words}.")
+    if unsure := [row["arm"] for row in told if row not in sure]:
+        sentences.append(f"{start}no difference from {first['arm']} is seen with these seeds: {', '.join(unsure)}.")
+    if told:
+        tests = f"{len(told)} differences" if len(told) > 1 else "1 difference"
+        sentences[-1] += f" (95 % intervals of Welch's t-test, not corrected for {tests}.)"
+    if untold := [row["arm"] for row in others if not row["difference"]]:
+        sentences.append(
+            f"{start}no difference from {first['arm']} can be told of {', '.join(untold)}: that takes two or more "
+            f"finished seeds of both, with different figures."
+        )
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
 def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write study.json, study.csv, study.md and study.png into a study's folder."""
+    """Write study.json, study.csv (a row for every run), study.md and study.png into a study's folder."""
     content = dict(
         study=name,
         figure="top-1 in % after the last epoch",
@@ -83,6 +173,7 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         seeds=plan.seeds,
         arms=plan.arms,
         rows=rows,
+        notes=make_notes(rows),
         versions=versions(),
     )
     write_json(folder.path / "study.json", content, indent=1)
@@ -90,14 +181,27 @@ def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Map
         {
             "arm": row["arm"],
             **row["point"],
-            **{key: row[key] for key in ("runs", "top1_mean", "top1_deviation", "parameters", "macs", "seconds")},
-            "failed": len(row["failures"]),
+            "seed": seed,
+            "top1": row["top1"].get(seed),
+            "best_top1": row["best_top1"].get(seed),
+            "seconds": row["seconds_of"].get(seed),
+            "parameters": row["parameters"],
+            "macs": row["macs"],
+            "failure": row["failures"].get(seed),
+            # names of their own: an option of the points may have the same
+            **{f"images_{key}": _flat(row["preparation"][key]) for key in PREPARATION},
         }
         for row in rows
+        for seed in plan.seeds
     ]
     write_csv(folder.path / "study.csv", plain)
-    write_text(folder.path / "study.md", make_table(rows) + "\n")
+    write_text(folder.path / "study.md", "\n\n".join([make_table(rows), *make_notes(rows)]) + "\n")
     draw_study(folder.path / "study.png", name, rows)
+
+
+def _flat(value: Any) -> Any:
+    """Return a value for a cell of a CSV file."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def draw_study(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:

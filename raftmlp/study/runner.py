@@ -8,13 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock
-from tqdm import tqdm
 
 try:
     import fcntl
@@ -23,14 +21,17 @@ except ImportError:  # Windows
 
 from ..errors import UserError
 from ..files import write_text
-from ..train.run_folder import opening
+from ..train.run_folder import RunFolder, opening
 from ..train.signals import StopSignals
-from .plan import Plan, Run
+from .plan import PREPARATION, Cell, Plan, Run
+from .progress import StudyProgress, epochs_in_log
 
 __all__ = ["StudyFolder", "run_study"]
 
 _logger = logging.getLogger(__name__)
 PACKAGE_PARENT = Path(__file__).parents[2]
+LOG_LINES = 20  # of progress in an epoch of a run
+HINT = "name another folder with --output"
 
 
 class StudyFolder:
@@ -38,10 +39,12 @@ class StudyFolder:
 
     Args:
         path: The folder.
+        own_preparation: Returns how the model of a cell prepares images where no option sets it. A study of version
+            0.2 left that to the models; without this function such a study is one of other options.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, own_preparation: Callable[[Cell], Mapping[str, Any]] | None = None):
+        self.path, self.own_preparation = Path(path), own_preparation
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
     def open(self, plan: Plan) -> None:
@@ -71,7 +74,6 @@ class StudyFolder:
         Raises:
             UserError: If it is so; the message names the difference.
         """
-        hint = "name another folder with --output"
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -81,20 +83,32 @@ class StudyFolder:
         try:
             before = Plan.from_content(yaml.safe_load((self.path / "study.yaml").read_text()))
         except FileNotFoundError as error:
-            raise UserError(f"{self.path} holds something else than a study: {hint}") from error
+            what = "a training run" if RunFolder(self.path).holds_run() else "something else than a study"
+            raise UserError(f"{self.path} holds {what}: {HINT}") from error
         except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise UserError(f"{self.path / 'study.yaml'} is damaged: {hint}") from error
-        then, now = ({cell.name: cell.options for cell in p.cells()} for p in (before, plan))
-        common = then.keys() & now.keys()
+            raise UserError(f"{self.path / 'study.yaml'} is damaged: {HINT}") from error
+        then, now = ({cell.name: cell for cell in p.cells()} for p in (before, plan))
+        common = sorted(then.keys() & now.keys())
         if not common:
-            raise UserError(f"{self.path} holds another study, with the arms {', '.join(before.arms)}: {hint}")
-        for name in sorted(common):
-            for key in sorted({*then[name], *now[name]}):
-                old, new = then[name].get(key), now[name].get(key)
-                if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):  # a tuple is a list there
-                    raise UserError(
-                        f"{self.path} holds another study: in it, {key} of {name} is {old}, not {new}; {hint}"
-                    )
+            raise UserError(f"{self.path} holds another study, with the arms {', '.join(before.arms)}: {HINT}")
+        for name in common:
+            self._check_cell(then[name], now[name])
+
+    def _check_cell(self, then: Cell, now: Cell) -> None:
+        """Refuse an arm that is in the folder with other options, or whose images were prepared in another way."""
+        unset = [key for key in PREPARATION if then.options.get(key) is None and self.own_preparation]
+        for key in sorted({*then.options, *now.options} - {*unset}):
+            self._compare(now, key, then.options.get(key), now.options.get(key))
+        if any(now.options.get(key) is not None for key in unset):
+            own = self.own_preparation(then)
+            for key in unset:
+                hint = f"set {key} in the arm to continue it, or {HINT}"
+                new = now.options.get(key)
+                self._compare(now, key, own[key], own[key] if new is None else new, hint)
+
+    def _compare(self, cell: Cell, key: str, old: Any, new: Any, hint: str = HINT) -> None:
+        if _comparable(key, old) != _comparable(key, new):
+            raise UserError(f"{self.path} holds another study: in it, {key} of {cell.name} is {old}, not {new}; {hint}")
 
     def options_file(self, cell: str) -> Path:
         """Return the file with the options of an arm at a point."""
@@ -109,6 +123,16 @@ class StudyFolder:
         file = self.run_folder(run) / "summary.json"
         return json.loads(file.read_text()) if file.exists() else None
 
+    def keep_best(self, runs: Sequence[Run]) -> None:
+        """Remove what finished runs need no more: all checkpoints but the best weights."""
+        for run in runs:
+            folder = RunFolder(self.run_folder(run))
+            if self.summary(run) and (folder.last.exists() or folder.previous.exists()):
+                try:
+                    folder.keep_best()
+                except (OSError, UserError) as error:
+                    _logger.warning(f"{run.name}: all checkpoints are kept: {error}")
+
     def epochs_done(self, run: Run) -> int:
         """Return how many epochs of a run are done."""
         try:
@@ -116,6 +140,13 @@ class StudyFolder:
                 return sum(1 for _ in csv.DictReader(file))
         except FileNotFoundError:
             return 0
+
+
+def _comparable(key: str, value: Any) -> str:
+    """Return a value of an option as a text: the same for 64 and [64, 64], and for a tuple and a list."""
+    if key in PREPARATION and isinstance(value, list | tuple) and len({*value}) == 1:
+        value = value[0]
+    return json.dumps(value, sort_keys=True)
 
 
 def _claim(path: Path) -> int | None:
@@ -138,13 +169,17 @@ def _claim(path: Path) -> int | None:
 class _Process:
     """A run that is under way; it has the lock on its folder."""
 
-    def __init__(self, folder: StudyFolder, run: Run, lock: int):
-        self.run, self.path = run, folder.run_folder(run)
+    def __init__(self, folder: StudyFolder, run: Run, updates: int, lock: int):
+        self.run, self.folder, self.path = run, folder, folder.run_folder(run)
         command = [sys.executable, "-m", "raftmlp", "train", "-c", folder.options_file(run.cell.name)]
-        command += ["--seed", run.seed, "--output", self.path, "--resume"]
+        command += ["--seed", run.seed, "--output", self.path]
+        if "log_interval" not in run.cell.options:
+            command += ["--log-interval", max(1, updates // LOG_LINES)]
+        command += ["--resume"]
         paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # also: the same sums at every run
         with (self.path / "train.log").open("ab") as log:
+            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 stdin=subprocess.DEVNULL,
@@ -153,6 +188,14 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
             )
+
+    def epochs_done(self) -> float:
+        """Return how many epochs are done, with the part of the one that is under way."""
+        with (self.path / "train.log").open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self.log_start, end - 4096))
+            text = log.read().decode(errors="replace")
+        return max(self.folder.epochs_done(self.run), epochs_in_log(text))
 
     def failure(self) -> str:
         """Return why the run ended without a summary: what it said last."""
@@ -166,9 +209,10 @@ class _Process:
 def run_study(
     folder: StudyFolder,
     plan: Plan,
-    epochs: Mapping[str, int],
+    lengths: Mapping[str, tuple[int, int]],
     jobs: int,
     report: Callable[[dict[str, str]], None],
+    keep: str = "all",
 ) -> dict[str, str] | None:
     """Run what is not done of a study, ``jobs`` runs at a time in one thread each.
 
@@ -177,20 +221,22 @@ def run_study(
     Args:
         folder: The study's folder, opened.
         plan: The study.
-        epochs: How many a run has, by the names of the cells.
+        lengths: The epochs of a run and the updates of an epoch, by the names of the cells.
         jobs: Processes at a time.
         report: Called with the failures so far whenever a run has ended.
+        keep: "all" the checkpoints of the runs that end now, or the "best" weights of each.
 
     Returns:
         The reasons of the runs that failed, by the names of the runs; None if it was asked to stop.
     """
     runs = plan.runs()
-    waiting = [run for run in runs if folder.summary(run) is None]
-    if len(waiting) < len(runs):
-        _logger.info(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
+    finished = {run.name: summary for run in runs if (summary := folder.summary(run)) is not None}
+    waiting = [run for run in runs if run.name not in finished]
+    if finished:
+        _logger.info(f"{len(finished)} of {len(runs)} runs are done already")
     failures: dict[str, str] = {}
     active: list[_Process] = []
-    progress = _Progress(folder, runs, epochs)
+    progress = StudyProgress(runs, {name: epochs for name, (epochs, _) in lengths.items()}, finished, jobs)
     stop = StopSignals()
     with stop, progress.bar:
         try:
@@ -200,19 +246,24 @@ def run_study(
                     if lock is None:  # a process that a killed study left behind may still be writing
                         continue
                     waiting.remove(run)
-                    if folder.summary(run) is None:  # such a process may have finished it
-                        active.append(_Process(folder, run, lock))
+                    if summary := folder.summary(run):  # such a process has finished it
+                        progress.ended(run, summary, "")
+                    else:
+                        active.append(_Process(folder, run, lengths[run.cell.name][1], lock))
                     os.close(lock)
                 time.sleep(0.2)
                 for process in [process for process in active if process.process.poll() is not None]:
                     active.remove(process)
                     if stop.number is not None:
                         continue
-                    if folder.summary(process.run) is None:
+                    summary = folder.summary(process.run)
+                    if summary is None:
                         failures[process.run.name] = process.failure()
-                    progress.ended(process.run, failures)
+                    elif keep == "best":
+                        folder.keep_best([process.run])
+                    progress.ended(process.run, summary, failures.get(process.run.name, ""))
                     report(failures)
-                progress.show(failures)
+                progress.show([(process.run, process.epochs_done()) for process in active])
         finally:
             _end(active)
     return failures if stop.number is None else None
@@ -224,37 +275,3 @@ def _end(active: Sequence[_Process]) -> None:
         process.process.terminate()
     for process in active:
         process.process.wait()
-
-
-class _Progress:
-    """A bar over the epochs of all runs, with the time left; a line for every run that ends."""
-
-    def __init__(self, folder: StudyFolder, runs: Sequence[Run], epochs: Mapping[str, int]):
-        self.folder, self.runs, self.epochs = folder, runs, epochs
-        self.total, self.first = sum(epochs[run.cell.name] for run in runs), self._done({})
-        self.start = time.monotonic()
-        self.ended_runs = sum(folder.summary(run) is not None for run in runs)
-        self.bar = tqdm(total=self.total, initial=self.first, desc="study", unit="epoch", leave=False, disable=None)
-
-    def _done(self, failures: dict[str, str]) -> int:
-        """Return the epochs that need no more work: also those of runs that failed."""
-        return sum(
-            self.epochs[run.cell.name] if run.name in failures else self.folder.epochs_done(run) for run in self.runs
-        )
-
-    def show(self, failures: dict[str, str]) -> None:
-        """Move the bar."""
-        if not self.bar.disable:
-            self.bar.n = self._done(failures)
-            self.bar.set_postfix_str(f"{self.ended_runs} of {len(self.runs)} runs ended")
-
-    def ended(self, run: Run, failures: dict[str, str]) -> None:
-        """Print a line."""
-        self.ended_runs += 1
-        done = self._done(failures)
-        seconds = (time.monotonic() - self.start) / max(1, done - self.first) * (self.total - done)
-        summary = self.folder.summary(run)
-        words, left = f"failed: {failures.get(run.name)}", timedelta(seconds=round(seconds))
-        if summary:
-            words = f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
-        _logger.info(f"run {self.ended_runs}/{len(self.runs)}, {run.name}: {words}; {left} left")

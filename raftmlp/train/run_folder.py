@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import MissingFileError, UserError, first_words
 from ..files import new_file
-from ..weights import first_readable
+from ..weights import first_readable, load_checkpoint
 
 __all__ = ["RunFolder", "opening"]
 
@@ -59,6 +59,8 @@ class RunFolder:
                 checkpoints are damaged.
             MissingFileError: If there is no file ``resume``.
         """
+        if (self.path / "study.yaml").exists():
+            raise UserError(f"{self.path} holds a study: name another folder with --output")
         is_file = resume not in (None, "auto")
         if self.holds_run() and not overwrite and not (resume == "auto" or (is_file and self.contains(Path(resume)))):
             raise UserError(
@@ -94,8 +96,12 @@ class RunFolder:
         return path.parent.resolve() == self.path.resolve()
 
     def holds_run(self) -> bool:
-        """Return whether there is a checkpoint to resume from."""
-        return self.last.exists() or self.previous.exists()
+        """Return whether there is a checkpoint to resume from, or a finished run of which the best weights are kept."""
+        return self.last.exists() or self.previous.exists() or self._keeps_best()
+
+    def _keeps_best(self) -> bool:
+        files = (self.last, self.previous, self.best, self.path / "summary.json")
+        return [file.exists() for file in files] == [False, False, True, True]
 
     def resumes(self, resume: str | Path | None) -> bool:
         """Return whether a run is resumed: from a file, or as "auto" from a checkpoint that is in the folder."""
@@ -134,6 +140,19 @@ class RunFolder:
                 f"free some space, then the same command with --resume continues"
             ) from error
 
+    def keep_best(self) -> None:
+        """Keep the best weights of a finished run, and no other checkpoint, optimizer or weights before averaging.
+
+        Raises:
+            UserError: If the best checkpoint cannot be read.
+        """
+        checkpoint = load_checkpoint(self.best)
+        dropped = {"optimizer", "amp_scaler"} | ({"state_dict"} if "state_dict_ema" in checkpoint else set())
+        with new_file(self.best) as temporary:
+            torch.save({key: value for key, value in checkpoint.items() if key not in dropped}, temporary)
+        for path in (self.last, self.previous):
+            path.unlink(missing_ok=True)
+
     def roll_back(self, past_last: bool) -> Path | None:
         """Return the checkpoint to resume from, if any; ``past_last`` renames the last one, which does not count."""
         paths = [path for path in (self.last, self.previous) if path.exists()]
@@ -152,6 +171,11 @@ class RunFolder:
         Raises:
             UserError: If there are checkpoints, and all are damaged.
         """
+        if self._keeps_best():
+            raise UserError(
+                f"{self.path} holds a finished run of which only the best weights are kept, {self.best.name}: it "
+                f"cannot be resumed; name another folder with --output, or --overwrite it without --resume"
+            )
         path, damaged = first_readable(path for path in (self.last, self.previous) if path.exists())
         if damaged and path is None:
             hint = f"; --resume {self.best} starts from the best one" if self.best.exists() else ""
