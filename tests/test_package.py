@@ -1,5 +1,7 @@
 """The package as pip installs it: built from a copy of the checkout, used in an empty folder without one."""
 
+import contextlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -8,8 +10,10 @@ import tarfile
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from helpers import ROOT, TINY_MODEL
+from helpers import ROOT, TINY_MODEL, load_script
 from raftmlp_cli import NAMES
 
 FOLDERS, FILES = ("checkpoints", "configs", "raftmlp"), ("LICENSE", "README.md", "pyproject.toml")
@@ -79,3 +83,54 @@ def test_commands_without_a_checkout(installed):
     assert "top-1 100.00 %" in shown and "360 images" in shown
     weights = folder / "raftmlp/checkpoints/raftmlp_digits.sklearn.safetensors"
     assert "written: mine.safetensors" in python("-m", "raftmlp", "convert", weights, "mine.safetensors")
+
+
+# The versions
+
+
+def pins():
+    """Return what constraints.txt and install_mm.py fix for this Python and platform: "==VERSION" by canonical name."""
+    toolboxes = load_script("install_mm")
+    lines = [*(ROOT / "constraints.txt").read_text().splitlines(), toolboxes.MMCV, *toolboxes.WITHOUT_DEPENDENCIES]
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(str(requirement.specifier).startswith("==") for requirement in requirements)
+    here = [requirement for requirement in requirements if not requirement.marker or requirement.marker.evaluate()]
+    return {canonicalize_name(requirement.name): requirement.specifier for requirement in here}
+
+
+def needed(requirements, extras=("",)):
+    """Yield the names of packages that requirements lead to, through all that are installed."""
+    pending, seen = [(Requirement(line), extras) for line in requirements], set()
+    while pending:
+        requirement, extras = pending.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        if (name, frozenset(requirement.extras)) in seen:
+            continue
+        seen.add((name, frozenset(requirement.extras)))
+        yield name
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines = importlib.metadata.requires(name) or ()
+            pending += [(Requirement(line), ("", *requirement.extras)) for line in lines]
+
+
+def test_all_that_the_tests_install_is_pinned():
+    """No package is open: a new release of one that nobody named must not change what is tested."""
+    pinned = pins()
+    toolboxes = {"onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "imaug"}  # without their dependencies
+    names = toolboxes | set(needed(["raftmlp[all,mm]"])) - {"raftmlp"}
+    assert len(names) > 100 and names >= {
+        "pillow",
+        "torch",
+        "numpy",
+        "setuptools",
+        "ninja",
+        "pytest",
+        "opencv-python-headless",
+    }
+    assert sorted(names - pinned.keys()) == []
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # without "make test", mmdet's are missing
+            found = importlib.metadata.version(name)
+            assert pinned[name].contains(found, prereleases=True), f"{name} {found} is installed, not {pinned[name]}"
