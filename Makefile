@@ -19,7 +19,7 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED) ## train the small RaftMLP on real digits, evaluate it, draw its predictions (into runs/digits)
-	$(RAFTMLP) train --config digits/raftmlp_digits --overwrite
+	$(RAFTMLP) train --config digits/raftmlp_digits --epochs 15 --overwrite
 	$(RAFTMLP) validate --model raftmlp_digits --checkpoint runs/digits/model_best.pth.tar --dataset digits \
 		--picture runs/digits/predictions.png --results-file runs/digits/validation.json
 
