@@ -3,19 +3,23 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP_INSTALL := $(RUN) -m pip install --constraint constraints.txt
 RAFTMLP := $(VENV)/bin/raftmlp
 INSTALLED := $(VENV)/installed
+TESTS := $(VENV)/installed-tests
 TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
 SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo demo-detection demo-segmentation bench gpu scenes test test-core docs lint release-check clean
+.PHONY: help demo demo-detection demo-segmentation bench gpu scenes test test-core docs lint constraints release-check \
+	clean
+.NOTPARALLEL: # pip must not install twice at once into one environment
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /:/' | awk -F ':' '{printf "make %-17s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED) ## train the small RaftMLP on real digits, evaluate it, draw its predictions (into runs/digits)
-	$(RAFTMLP) train --config digits/raftmlp_digits --overwrite
+	$(RAFTMLP) train --config digits/raftmlp_digits --epochs 15 --overwrite
 	$(RAFTMLP) validate --model raftmlp_digits --checkpoint runs/digits/model_best.pth.tar --dataset digits \
 		--picture runs/digits/predictions.png --results-file runs/digits/validation.json
 
@@ -41,20 +45,25 @@ gpu: ## test and measure on a GPU with the packages of $(PYTHON) (into runs/gpu)
 scenes: $(INSTALLED)
 	$(RAFTMLP) scenes runs/scenes --train 4000 --val 200
 
-test: $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
+test: $(TESTS) $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-test-core: $(INSTALLED) ## run the tests that need neither mmdet nor mmseg
+test-core: $(TESTS) ## run the tests that need neither mmdet nor mmseg
 	$(RUN) -m pytest -n 2 --dist loadfile --ignore-glob='tests/test_mm_*'
 
-docs: $(INSTALLED) ## build the site of the documentation (into build/site); a broken link or reference fails
+docs: $(TESTS) ## build the site of the documentation (into build/site); a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-lint: $(INSTALLED) ## check style
+lint: $(TESTS) ## check style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-release-check: $(INSTALLED) ## build sdist and wheel, try both in new environments of the Pythons at hand (into dist)
+constraints: $(INSTALLED) ## pin what is not pinned yet; UPGRADE=--upgrade renews every pin, see CONTRIBUTING.md
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile --universal --python-version 3.10 --extra all --extra mm --output-file constraints.txt \
+		--no-annotate --custom-compile-command 'make constraints' --quiet --no-python-downloads $(UPGRADE) pyproject.toml
+
+release-check: $(TESTS) ## build sdist and wheel, try both in new environments of the Pythons at hand (into dist)
 	$(RUN) tools/release_check.py
 
 clean: ## remove what the other commands made, the environment too
@@ -67,7 +76,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "this Python cannot make environments: install its venv package (python3-venv on Debian)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --constraint constraints.txt --editable '.[test]'
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(TESTS): $(INSTALLED)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 $(TOOLBOXES): $(INSTALLED) tools/install_mm.py

@@ -25,6 +25,7 @@ COMMANDS = {
     "files": {
         "export": "write a model as ONNX, torch.export, AOTInductor, TorchScript, or for the Hugging Face Hub",
         "convert": "turn a checkpoint, the authors' 2021 release's or ours, into a safetensors file",
+        "predict-onnx": "classify images with an exported ONNX file, without PyTorch",
     },
     "detection and segmentation (needs mmdet and mmseg)": {
         "train-mm": "train a detector or a segmentor",
@@ -46,7 +47,7 @@ def help_text() -> str:
     """Return the list of commands."""
     lines = ["usage: raftmlp COMMAND [OPTION ...]", "", "RaftMLP, an MLP vision backbone (arXiv 2108.04384)."]
     for title, commands in COMMANDS.items():
-        lines += ["", f"{title}:", *(f"  {name:<11} {text}" for name, text in commands.items())]
+        lines += ["", f"{title}:", *(f"  {name:<12} {text}" for name, text in commands.items())]
     lines += [
         "",
         "raftmlp COMMAND --help lists a command's options. Recipes by name: raftmlp train -c imagenet/raftmlp_s",
@@ -64,17 +65,27 @@ def main(name: str | None = None) -> None:
         if name is None:
             name = choose()
             sys.argv = [f"raftmlp {name}", *sys.argv[2:]]
+        if name == "predict-onnx":  # also runs where torch is not installed
+            import raftmlp_onnx
+
+            sys.exit(raftmlp_onnx.run())
         sys.modules["raftmlp_cli"] = sys.modules[__name__]  # where Python runs this file itself
         is_parsing = True
         module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
         from raftmlp.commands.console import run
+
+        run(module.main)
+    except ModuleNotFoundError as error:
+        from raftmlp.errors import install_command
+
+        print(f"{sys.argv[0]}: error: needs the package {error.name}: {install_command('demo')}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:  # later, the command handles it
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # "| head"
         discard_output()
         sys.exit(1)
-    run(module.main)
 
 
 @contextmanager

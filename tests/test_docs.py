@@ -132,7 +132,7 @@ def run_line(run_command, things, tmp_path, monkeypatch):
             assert words[0] == "raftmlp", f"{line}: is it run, or one of FOREIGN?"
             name, args = words[1], words[2:]
         assert name in NAMES, line
-        module = importlib.import_module(f"raftmlp.commands.{name.replace('-', '_')}")
+        module = command_module(name)
         if is_parsed:
             parse(name, module, args)
             return
@@ -140,6 +140,13 @@ def run_line(run_command, things, tmp_path, monkeypatch):
         assert status == 0, f"{line}\n{out}{error}"
 
     return run
+
+
+def command_module(name):
+    """Return the module of a command."""
+    return importlib.import_module(
+        "raftmlp_onnx" if name == "predict-onnx" else f"raftmlp.commands.{name.replace('-', '_')}"
+    )
 
 
 def parse(name, module, args):
@@ -164,7 +171,6 @@ def parse(name, module, args):
 def test_the_blocks_run(page, run_line, tmp_path, monkeypatch):
     load = torch.hub.load  # "." of the page is the checkout
     monkeypatch.setattr("torch.hub.load", lambda _, *args, **kwargs: load(str(ROOT), *args, **kwargs))
-    monkeypatch.syspath_prepend(ROOT / "tools")
     if page.stem == "export":  # what the page on fine-tuning leaves
         (tmp_path / "runs" / "mine").mkdir(parents=True)
         shutil.copy("FILE", "runs/mine/model_best.pth.tar")
@@ -199,7 +205,7 @@ def test_commands_in_sentences_have_such_options(page):
         assert words[1].rstrip(",") in NAMES, code
         if words[1].endswith("-mm") and not importlib.util.find_spec("mmdet"):
             continue
-        parser = importlib.import_module(f"raftmlp.commands.{words[1].replace('-', '_')}").build_parser()
+        parser = command_module(words[1].rstrip(",")).build_parser()
         known = {option for action in parser._actions for option in action.option_strings}
         assert {word for word in words[2:] if word.startswith("-")} <= known, code
 

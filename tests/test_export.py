@@ -415,11 +415,11 @@ def test_a_full_disk(run, monkeypatch, options):
     assert not list(Path().iterdir())
 
 
-def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
+def test_a_missing_package_is_named_with_the_way_to_it(run, monkeypatch):
     find = formats.importlib.util.find_spec
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     status, _, err = run(*DIGITS, "--out", "model.onnx")
-    assert status == 2 and "--format onnx needs the package onnxscript: pip install 'raftmlp[export]'" in err
+    assert status == 2 and "--format onnx needs the package onnxscript: pip install " in err and "raftmlp[" not in err
 
 
 def test_no_compiler(run, monkeypatch):

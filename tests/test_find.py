@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from helpers import load_script
+import raftmlp_onnx
 from raftmlp.data import class_names, create_dataset
 from raftmlp.data.find import find_images
 from raftmlp.data.images import check_classes
@@ -25,7 +25,7 @@ def photos(tmp_path, monkeypatch):
         path.write_text("")
 
 
-@pytest.mark.parametrize("find", [find_images, load_script("predict_onnx").find_images], ids=["package", "script"])
+@pytest.mark.parametrize("find", [find_images, raftmlp_onnx.find_images], ids=["package", "script"])
 def test_find_images(photos, find):
     top = [Path("photos/9.JPG"), Path("photos/10.png")]
     deep = [Path("photos/deep/[er]/2.png"), Path("photos/deep/[er]/10.png")]
@@ -39,12 +39,11 @@ def test_find_images(photos, find):
 
 def test_the_script_finds_the_same(photos):
     """The script has a copy of the function, which must not differ."""
-    script = load_script("predict_onnx")
     names = ["photos/notes.txt", "photos/x.png", "photos", "photos/*", "photos/deep/**", "missing", "*.gif", "", None]
     refused = 0
     for name in names:
         given, outcomes = [name] if name is not None else [], []
-        for find in (find_images, script.find_images):
+        for find in (find_images, raftmlp_onnx.find_images):
             try:
                 outcomes.append(find(given))
             except ValueError as error:

@@ -1,6 +1,10 @@
 """The package as pip installs it: built from a copy of the checkout, used in an empty folder without one."""
 
+import contextlib
+import importlib.metadata
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,11 +12,15 @@ import tarfile
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from helpers import ROOT, TINY_MODEL
+from helpers import ROOT, TINY_MODEL, load_script
+from raftmlp.errors import install_command
 from raftmlp_cli import NAMES
 
-FOLDERS, FILES = ("checkpoints", "configs", "raftmlp"), ("LICENSE", "README.md", "pyproject.toml")
+FOLDERS = ("checkpoints", "configs", "raftmlp")
+FILES = ("LICENSE", "README.md", "pyproject.toml", "raftmlp_cli.py", "raftmlp_onnx.py")
 
 
 def run(*command, **kwargs):
@@ -52,7 +60,7 @@ def test_the_archives_are_whole(built):
     shipped = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "configs").rglob("*.py")]
     shipped += (ROOT / "checkpoints").glob("raftmlp_*")
     inside |= {"raftmlp" / path.relative_to(ROOT) for path in shipped}
-    assert len(inside) > 60 and "raftmlp/py.typed" in files
+    assert len(inside) > 60 and {"raftmlp/py.typed", "raftmlp_cli.py", "raftmlp_onnx.py"} <= files
     assert {path.as_posix() for path in inside} <= files
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
@@ -79,3 +87,97 @@ def test_commands_without_a_checkout(installed):
     assert "top-1 100.00 %" in shown and "360 images" in shown
     weights = folder / "raftmlp/checkpoints/raftmlp_digits.sklearn.safetensors"
     assert "written: mine.safetensors" in python("-m", "raftmlp", "convert", weights, "mine.safetensors")
+
+
+# The versions
+
+
+def pins():
+    """Return what constraints.txt and install_mm.py fix for this Python and platform: "==VERSION" by canonical name."""
+    toolboxes = load_script("install_mm")
+    lines = [*(ROOT / "constraints.txt").read_text().splitlines(), toolboxes.MMCV, *toolboxes.WITHOUT_DEPENDENCIES]
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(str(requirement.specifier).startswith("==") for requirement in requirements)
+    here = [requirement for requirement in requirements if not requirement.marker or requirement.marker.evaluate()]
+    return {canonicalize_name(requirement.name): requirement.specifier for requirement in here}
+
+
+def needed(requirements, extras=("",)):
+    """Yield the names of packages that requirements lead to, through all that are installed."""
+    pending, seen = [(Requirement(line), extras) for line in requirements], set()
+    while pending:
+        requirement, extras = pending.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        if (name, frozenset(requirement.extras)) in seen:
+            continue
+        seen.add((name, frozenset(requirement.extras)))
+        yield name
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines = importlib.metadata.requires(name) or ()
+            pending += [(Requirement(line), ("", *requirement.extras)) for line in lines]
+
+
+def test_all_that_the_tests_install_is_pinned():
+    """No package is open: a new release of one that nobody named must not change what is tested."""
+    pinned = pins()
+    toolboxes = {"onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "imaug"}  # without their dependencies
+    names = toolboxes | set(needed(["raftmlp[all,mm]"])) - {"raftmlp"}
+    assert len(names) > 100 and {"pillow", "torch", "setuptools", "ninja", "opencv-python-headless"} <= names
+    assert sorted(names - pinned.keys()) == []
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # without "make test", mmdet's are missing
+            found = importlib.metadata.version(name)
+            assert pinned[name].contains(found, prereleases=True), f"{name} {found} is installed, not {pinned[name]}"
+
+
+def test_the_command_that_installs_what_is_missing(monkeypatch):
+    def version(name):
+        if name in ("pyyaml", "scikit-learn", "onnx"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0.20" if name == "timm" else real(name)
+
+    real = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert shlex.split(install_command("demo")) == ["pip", "install", "timm>=1.0.31", "pyyaml", "scikit-learn"]
+    assert "onnx" in shlex.split(install_command("demo", "export"))
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: version("onnx"))  # a checkout, not installed
+    assert shlex.split(install_command("demo")) == ["pip", "install", "-e", f"{ROOT}[demo]"]
+
+
+@pytest.mark.parametrize("missing, command", [("yaml", "train --help"), ("sklearn", "validate --dataset digits")])
+def test_a_command_names_what_it_lacks(missing, command):
+    code = f"import sys, raftmlp_cli; sys.modules[{missing!r}] = None; raftmlp_cli.main()"
+    line = [sys.executable, "-c", code, *command.split()]
+    if missing == "sklearn":
+        line += ["--model", "raftmlp_digits", "--pretrained"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install " in done.stderr and "raftmlp[" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_demo_installs_what_it_needs_and_nothing_else(tmp_path):
+    def commands(target):
+        return run("make", "--dry-run", target, f"VENV={tmp_path}/env", cwd=ROOT)
+
+    assert "'.[demo]'" in commands("demo") and "'.[test]'" not in commands("demo")
+    assert "install_mm" not in commands("demo")
+    assert "'.[test]'" in commands("test") and "install_mm" in commands("test")
+
+
+def test_a_cpu_build_of_torch_comes_with_its_torchvision(tmp_path):
+    """An index that has newer builds, too, of torch alone: that pair could not be imported."""
+    torch, torchvision = (str(pins()[name])[2:] for name in ("torch", "torchvision"))
+    wheels = [("torch", version) for version in (torch, f"{torch}+cpu", f"{torch}.1", f"{torch}.1+cpu")]
+    for name, version in [*wheels, ("torchvision", torchvision), ("torchvision", f"{torchvision}+cpu")]:
+        with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            folder = f"{name}-{version}.dist-info"
+            wheel.writestr(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{folder}/RECORD", "")
+    (install,) = re.findall(r"^PIP_INSTALL := \$\(RUN\) (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    index = dict(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    command = [sys.executable, *install.split(), "--dry-run", "--ignore-installed", "torch", "torchvision"]
+    shown = run(*command, cwd=ROOT, env={**os.environ, **index})
+    assert f"Would install torch-{torch}+cpu torchvision-{torchvision}+cpu" in shown

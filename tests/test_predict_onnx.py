@@ -1,4 +1,4 @@
-"""tools/predict_onnx.py: timm's preparation of images to the last digits, the answers of predict, all without torch."""
+"""raftmlp predict-onnx: timm's preparation of images to the last digits, the answers of predict, all without torch."""
 
 import importlib.metadata
 import json
@@ -14,12 +14,12 @@ import pytest
 from PIL import ExifTags, Image
 from timm.data import create_transform
 
-from helpers import DIGITS, load_script, time_little
+import raftmlp_cli
+import raftmlp_onnx as predict_onnx
+from helpers import DIGITS, time_little
 from raftmlp.commands import export, predict
 from raftmlp.data import Digits
 from raftmlp.evaluate.prediction import ImageFiles
-
-predict_onnx = load_script("predict_onnx")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run predict_onnx.py's main as the script does; returns its exit status and its two outputs."""
+    """Run the command as the launcher does; returns its exit status and its two outputs."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["tools/predict_onnx.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["raftmlp predict-onnx", *map(str, args)])
         status = predict_onnx.run()
         return status, *capsys.readouterr()
 
@@ -196,7 +196,7 @@ def test_answers_are_those_of_predict(run, run_command, files, name, options):
 
 
 def test_without_torch(files, tmp_path):
-    """The script alone, in an environment of onnxruntime, numpy and Pillow: site-packages are out of sight."""
+    """The command, and the file alone, with onnxruntime, numpy and Pillow: site-packages are out of sight."""
     alone = tmp_path / "alone"
     alone.mkdir()
     for package in ("numpy", "pillow", "onnxruntime"):
@@ -206,16 +206,20 @@ def test_without_torch(files, tmp_path):
                 (alone / top).symlink_to(
                     Path(file.locate()).parents[len(file.parts) - 2] if len(file.parts) > 1 else file.locate()
                 )
-    shutil.copy(predict_onnx.__file__, tmp_path / "script.py")
+    shutil.copy(predict_onnx.__file__, tmp_path)
+    shutil.copy(raftmlp_cli.__file__, alone)
     environment = {**os.environ, "PYTHONPATH": str(alone)}
     python = [sys.executable, "-S"]
     for package in ("torch", "timm", "yaml", "tqdm", "raftmlp"):
         seen = subprocess.run([*python, "-c", f"import {package}"], env=environment, capture_output=True, cwd=tmp_path)
         assert b"ModuleNotFoundError" in seen.stderr
-    command = [*python, "script.py", files / "digits.onnx", files / "images" / "3.png", "--topk", "1"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == str(Digits("validation")[3][1])
+    options = [files / "digits.onnx", files / "images" / "3.png", "--topk", "1"]
+    for command in (["raftmlp_onnx.py"], ["-m", "raftmlp_cli", "predict-onnx"]):
+        done = subprocess.run(
+            [*python, *command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == str(Digits("validation")[3][1])
 
 
 def test_deep_and_transparent_images_get_the_answer_of_the_plain_ones(run, files):

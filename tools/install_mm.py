@@ -14,10 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from raftmlp.commands.console import run, say
@@ -27,18 +29,21 @@ from raftmlp.errors import UserError
 from raftmlp.settings import Number
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / "constraints.txt"
-BUILD_TOOLS = ("setuptools>=80,<82", "wheel", "ninja", "psutil")
 # These require two builds of OpenCV at once, one of which needs libGL: they are installed without their dependencies,
 # which the extra "mm" lists, with one OpenCV.
-WITHOUT_DEPENDENCIES = ("onedl-mmdetection", "onedl-mmsegmentation", "imaug")
-PINNED = ("onedl-mmengine", "ftfy", "opencv-python-headless", "pycocotools")
+MMCV = "onedl-mmcv==2.3.6"
+WITHOUT_DEPENDENCIES = ("onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2", "imaug==0.4.3")
+KEPT = ("torch", "torchvision", "timm", "numpy")
 CHECK = "import mmcv.ops, mmdet.apis, mmseg.apis"
 
 
-def constrained(name: str) -> str:
-    """Return a requirement for exactly the version in constraints.txt."""
-    return re.search(rf"^{re.escape(name)}==\S+", CONSTRAINTS.read_text(), re.MULTILINE)[0]
+def constraints() -> list[str]:
+    """Return pip's constraints: the pins of what is missing, and the installed torch, for which mmcv is compiled."""
+    installed = {canonicalize_name(package.name) for package in distributions()}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    missing = [str(pin) for pin in pins if canonicalize_name(pin.name) not in installed]
+    return [*missing, *(f"{name}=={version(name)}" for name in KEPT)]
 
 
 def pip(*args: str) -> None:
@@ -53,7 +58,7 @@ def pip(*args: str) -> None:
 
 def find_wheel(folder: Path) -> Path | None:
     """Return the wheel of mmcv in a folder, None if there is none."""
-    name = constrained("onedl-mmcv").replace("-", "_").replace("==", "-")
+    name = MMCV.replace("-", "_").replace("==", "-")
     return next(folder.glob(f"{name}-*.whl"), None)
 
 
@@ -69,7 +74,7 @@ def build_wheel(folder: Path, jobs: int) -> Path:
     log = folder / "build.log"
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-cache-dir", "--no-deps"]
-        command += ["--no-build-isolation", "--wheel-dir", temporary, constrained("onedl-mmcv")]
+        command += ["--no-build-isolation", "--wheel-dir", temporary, MMCV]
         flags = dict(MMCV_WITH_OPS="1", MAX_JOBS=str(jobs), CFLAGS=os.environ.get("CFLAGS", "-O1 -g0 -w"))
         build = subprocess.Popen(
             command, env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -101,13 +106,12 @@ def main() -> None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"  # of mmcv's operators; with CUDA they take nvcc
     folder = args.cache / f"torch{torch.__version__}-{kind}-python{python}-{platform.machine()}"
     with tempfile.TemporaryDirectory() as temporary:
-        constraints = Path(temporary) / "constraints.txt"  # keeps what is installed: the wheel is for this torch
-        installed = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "timm", "numpy")]
-        constraints.write_text("\n".join([*map(constrained, PINNED), *installed]) + "\n")
-        pip("install", "--quiet", "--constraint", str(constraints), *BUILD_TOOLS)
-        wheel = find_wheel(folder) or build_wheel(folder, args.jobs)
-        pip("install", "--quiet", "--constraint", str(constraints), "--editable", f"{ROOT}[mm]")
-    pip("install", "--quiet", "--no-deps", str(wheel), *map(constrained, WITHOUT_DEPENDENCIES))
+        file = Path(temporary, "constraints.txt")
+        file.write_text("\n".join(constraints()) + "\n")
+        pip("install", "--quiet", "--constraint", str(file), "setuptools>=80,<82")
+        pip("install", "--quiet", "--constraint", str(file), "--no-build-isolation", "--editable", f"{ROOT}[mm]")
+    wheel = find_wheel(folder) or build_wheel(folder, args.jobs)
+    pip("install", "--quiet", "--no-deps", str(wheel), *WITHOUT_DEPENDENCIES)
     check = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
     if check.returncode:
         reason = (check.stderr.strip() or "no reason given").splitlines()[-1]

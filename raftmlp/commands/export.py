@@ -10,7 +10,7 @@ torchscript: TorchScript; hf: a folder that timm.create_model("local-dir:FOLDER"
 
 The file takes normalised images (B, C, H, W) in float32, and has metadata on how they are prepared. Before it gets its
 name it is loaded in its runtime and compared with PyTorch, in outputs and in speed. docs/export.md lists what works in
-which format. tools/predict_onnx.py classifies images with an ONNX file, without PyTorch.
+which format. raftmlp predict-onnx classifies images with an ONNX file, without PyTorch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import MissingPackageError
+from ..errors import MissingPackageError, install_command
 from .subset import is_training_split, split_images
 
 __all__ = ["Digits"]
@@ -39,7 +39,7 @@ class Digits(Dataset):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise MissingPackageError("the digits come with scikit-learn: pip install 'raftmlp[demo]'") from error
+            raise MissingPackageError(f"the digits come with scikit-learn: {install_command('demo')}") from error
         pixels, labels = load_digits(return_X_y=True)
         part = split_images(labels, is_training)
         self.images = np.uint8(pixels[part].reshape(-1, 8, 8) * (255 / 16))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import MissingPackageError, UserError
+from ..errors import MissingPackageError, UserError, install_command
 from ..files import new_folder
 from .digits import Digits
 
@@ -174,7 +174,7 @@ def _photographs(split: str) -> list[Image.Image]:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise MissingPackageError(
-            "the photographs come with scikit-image and scikit-learn: pip install 'raftmlp[demo]'"
+            f"the photographs come with scikit-image and scikit-learn: {install_command('demo')}"
         ) from error
     names = PHOTOGRAPHS[split]
     arrays = [getattr(skimage.data, name)() for name in names["skimage.data"]]

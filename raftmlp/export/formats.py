@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config import OPSET, ExportSettings
-from ..errors import MissingPackageError, UserError, first_words
+from ..errors import MissingPackageError, UserError, first_words, install_command
 from ..evaluate.evaluation import PreparedModel, run_once
 from ..evaluate.labels import model_class_names
 from ..sizes import size_name
@@ -204,7 +204,7 @@ def need(package: str, purpose: str) -> None:
         MissingPackageError: If it is not.
     """
     if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f"{purpose} needs the package {package}: pip install 'raftmlp[export]'")
+        raise MissingPackageError(f"{purpose} needs the package {package}: {install_command('demo', 'export')}")
 
 
 # ONNX

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Classify images with an ONNX file of tools/export.py, without PyTorch.
+"""Classify images with an ONNX file of raftmlp export, without PyTorch.
 
-    python tools/predict_onnx.py raftmlp_s.onnx photo.jpg photos/ --topk 3 --results-file predictions.json
+    raftmlp predict-onnx raftmlp_s.onnx photo.jpg photos/ --topk 3 --results-file predictions.json
 
 It needs onnxruntime, numpy and Pillow, nothing else, and no other file of this repository: it can be copied beside the
 ONNX file. Images are prepared as the file's metadata describe: 16 bits are scaled to 8, what is transparent lies over
@@ -251,7 +251,7 @@ class Classifier:
             raise ValueError(f"{path} is damaged or is no ONNX file: {_first_words(error)}") from error
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "maps" in metadata:
-            raise ValueError(f"{path} gives feature maps: tools/export.py makes a classifier without --features")
+            raise ValueError(f"{path} gives feature maps: raftmlp export makes a classifier without --features")
         try:
             self.model, self.names, self.settings, least = _described(metadata)
             self.settings |= {} if exif is None else dict(exif=exif)
@@ -261,7 +261,7 @@ class Classifier:
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the metadata of {path} do not describe how images are prepared and name the classes, as those of "
-                f"tools/export.py do: {_first_words(error)}"
+                f"raftmlp export do: {_first_words(error)}"
             ) from error
         if img_size:
             self.settings["input_size"] = [self.settings["input_size"][0], *img_size]
@@ -276,7 +276,7 @@ class Classifier:
             if isinstance(fixed, int) and side != fixed:
                 raise ValueError(
                     f"{path} is made for images of {made_for[0]}x{made_for[1]} pixels, not {size[0]}x{size[1]}; "
-                    f"tools/export.py makes one for any size with --dynamic-size"
+                    f"raftmlp export makes one for any size with --dynamic-size"
                 )
             if side < smallest:
                 raise ValueError(f"{path} takes images of {smallest} pixels or more, not {size[0]}x{size[1]}")
@@ -368,7 +368,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL.onnx", help="a file that tools/export.py --format onnx wrote")
+    parser.add_argument("model", metavar="MODEL.onnx", help="a file that raftmlp export --format onnx wrote")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="an image, a folder (all below it) or a pattern")
     parser.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument(
