@@ -51,7 +51,7 @@ class Predictor:
         self.model, self.classes = model.to(device).eval(), trained_classes(content)
         if not self.classes:
             raise UserError(f"{checkpoint} does not name its classes: it is no checkpoint of raftmlp train-mm")
-        check_heads(model, self.classes, str(checkpoint))
+        check_heads(model, self.classes, f"the checkpoint {checkpoint}")
         steps = config.test_dataloader.dataset.pipeline
         steps = [step for step in steps if not step.type.startswith("Load") or step.type == "LoadImageFromFile"]
         self.pipeline = Compose(steps)
