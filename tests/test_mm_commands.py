@@ -205,7 +205,11 @@ def test_resuming_needs_a_run_of_the_same_model(trained, scenes, run, tmp_path):
     other = "model.roi_head.bbox_head.fc_out_channels=128"
     gone = "model.backbone.init_cfg.checkpoint=gone.pth"
     adamw = [f"optim_wrapper.optimizer.{setting}" for setting in ("_delete_=True", "type=AdamW", "lr=1e-3")]
+    content = torch.load(trained / "epoch_6.pth", weights_only=False)
+    content["meta"]["dataset_meta"]["classes"] = ("zero", *"123456789")
+    torch.save(content, tmp_path / "renamed.pth")
     cases = [
+        ([], tmp_path / "renamed.pth", 2, "cannot be resumed: it was trained on the classes 'zero', '1'"),
         ([], zero, 2, f"{zero} cannot be resumed: it has no message_hub; to start from its weights give --cfg-options"),
         ([], strange, 2, "holds no weights of a model of mmdet or mmseg"),
         ([other], trained, 2, "does not fit the config's model: roi_head.bbox_head"),
@@ -249,15 +253,20 @@ def test_a_run_survives_an_overwrite_that_cannot_begin(trained, scenes, run, tmp
         (DETECTOR, "images/training/00003.jpg", b"", 2),
         (SEGMENTOR, "images/training/00003.jpg", b"", 0),
         (SEGMENTOR, "annotations/training/00005.png", b"no image", 2),
+        (SEGMENTOR, "annotations/training/00005.png", "images/training/00005.jpg", 2),  # in place of a label map
     ],
 )
-def test_a_damaged_file_is_named(scenes, run, tmp_path, config, file, content, workers):
+@pytest.mark.parametrize("sampled", [1, 8])
+def test_a_damaged_file_is_named(scenes, run, tmp_path, monkeypatch, config, file, content, workers, sampled):
+    """Before training if it is in the sample, else when it is loaded, by another process too."""
+    monkeypatch.setattr("raftmlp.mm.data.SAMPLED", sampled)
     copy = shutil.copytree(scenes, tmp_path / "scenes")
     path = copy / file
-    path.write_bytes(content)
+    path.write_bytes(content if isinstance(content, bytes) else (copy / content).read_bytes())
     change = f"train_dataloader.num_workers={workers}"
-    status, _, error = run(train_mm, config, *options(copy, tmp_path / "run", change))
-    assert status == 2 and f"error: cannot read {path}" in error and "Traceback" not in error
+    status, out, error = run(train_mm, config, *options(copy, tmp_path / "run", change))
+    assert status == 2 and re.search(f"error: (cannot read )?{path}", error) and "Traceback" not in error
+    assert sampled == 1 or "loss:" not in out + error
 
 
 def test_damaged_annotations_are_named(scenes, run, tmp_path):
@@ -418,11 +427,15 @@ def test_bad_input_of_evaluation_and_prediction(trained, scenes, run, tmp_path):
     common = ["--data-dir", scenes, "--work-dir", tmp_path / "test"]
     checkpoint = trained / "epoch_6.pth"
     torch.save({"state_dict": {}}, tmp_path / "nothing.pth")
+    content = torch.load(checkpoint, weights_only=False)
+    content["meta"]["dataset_meta"]["classes"] = tuple("012345678")
+    torch.save(content, tmp_path / "nine.pth")
     cases = [
         (eval_mm, [DETECTOR, "missing.pth", *common], "no checkpoint at missing.pth"),
         (eval_mm, [DETECTOR, tmp_path / "nothing.pth", *common], "does not fit the config's model"),
         (eval_mm, [SEGMENTOR, checkpoint, *common], "does not fit the config's model"),
         (eval_mm, [DETECTOR, checkpoint, *common, "--results-file", "x.txt"], "must be named .json"),
+        (predict_mm, [DETECTOR, tmp_path / "nine.pth", scenes / "images"], "10, but the checkpoint"),
         (predict_mm, [DETECTOR, checkpoint, "empty"], "no images at 'empty'"),
         (predict_mm, [DETECTOR, checkpoint, scenes / "images", "--device", "cuda:7"], "no device 'cuda:7'"),
         (predict_mm, [SEGMENTOR, checkpoint, scenes / "images"], "does not fit the config's model"),

@@ -6,6 +6,7 @@
 The results are those of the config's test_evaluator.
 """
 
+import logging
 import math
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from .mm_options import add_checkpoint_options, add_run_options, check_packages,
 from .options import PICTURES, Parser, load_package, option_type, output_file, output_folder
 
 IN_PICTURE = 16
+
+_logger = logging.getLogger(__name__)
 
 
 def build_parser() -> Parser:
@@ -46,9 +49,10 @@ def main() -> None:
     path = find_config(args.config, ".py")
     load_package()
     check_packages()
-    from ..mm.checkpoints import find_checkpoint, load_weights, patch_mmengine
+    from ..mm.checkpoints import find_checkpoint, load_weights, patch_mmengine, trained_classes
+    from ..mm.coco import listed
     from ..mm.configs import build_runner, drop_pretrained, read_config
-    from ..mm.data import damaged_files
+    from ..mm.data import data_errors
     from ..mm.predictions import DrawHook, ProgressHook, draw_overview
     from ..mm.runs import results_line
 
@@ -62,7 +66,10 @@ def main() -> None:
         config.work_dir = str(Path(args.checkpoint if Path(args.checkpoint).is_dir() else config.work_dir) / "test")
     with shared_errors():
         runner = build_runner(config, ("test",))
-        load_weights(runner.model, checkpoint)
+        trained = trained_classes(load_weights(runner.model, checkpoint))
+    classes = list(runner.test_dataloader.dataset.metainfo.get("classes") or ())
+    if trained and trained != classes:
+        _logger.warning(f"{checkpoint} was trained on the classes {listed(trained)}, the config has {listed(classes)}")
     runner.register_hook(ProgressHook())
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -70,7 +77,7 @@ def main() -> None:
         hook = DrawHook(args.show_dir or Path(temporary), limit, args.score_thr)
         if args.show_dir or (args.picture and is_first_process()):
             runner.register_hook(hook)
-        with damaged_files():
+        with data_errors():
             results = runner.test()
         if args.picture and is_first_process():
             draw_overview(args.picture, hook.drawn[:IN_PICTURE], f"truth and prediction; {results_line(results)}")

@@ -44,7 +44,7 @@ def main() -> None:
     from ..mm import runs
     from ..mm.checkpoints import list_checkpoints, patch_mmengine
     from ..mm.configs import build_runner, drop_pretrained, read_config
-    from ..mm.data import damaged_files
+    from ..mm.data import data_errors
 
     patch_mmengine()
     changes = config_changes(args.cfg_options)
@@ -67,12 +67,12 @@ def main() -> None:
     with shared_errors():
         runner = build_runner(config, ("train", "val"))
         if last:
-            runs.check_resume(runner.model, last, config)
+            runs.check_resume(runner.model, last, config, runner.train_dataloader.dataset.metainfo.get("classes") or ())
         elif config.get("load_from"):
             runs.check_start(runner.model, config.load_from)
     if is_first_process() and not last:
         runs.clear_run(folder, keep=Path(runner.log_dir))
-    with damaged_files():
+    with data_errors():
         runner.train()
 
     if is_first_process():

@@ -160,6 +160,13 @@ def check_weights(model: nn.Module, checkpoint: Mapping, path: Path) -> Mapping[
     return state
 
 
+def trained_classes(checkpoint: Mapping) -> list[str]:
+    """Return the names of the classes that a checkpoint of a training run holds, none if it holds none."""
+    meta = checkpoint.get("meta")
+    meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    return list(meta.get("classes") or ()) if isinstance(meta, dict) else []
+
+
 def load_weights(model: nn.Module, path: Path) -> dict:
     """Load a checkpoint's weights strictly into a detector or segmentor, and return the checkpoint.
 

@@ -15,7 +15,8 @@ from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from ..errors import MissingFileError, UserError, first_words
-from .data import check_files, name_damaged_files
+from .coco import DataError, check_coco_files
+from .data import check_data, check_files
 
 
 def read_config(
@@ -121,13 +122,19 @@ def build_runner(config: Config, loops: tuple[str, ...]) -> Runner:
                 torch.distributed.init_process_group("gloo")
             config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         _check_backbone(config, load_weights="train" in loops and not config.resume)
+        check_coco_files()
         runner = Runner.from_cfg(config)
         for loop in loops:
             part = f"the {loop} loop and its data ({config[f'{loop}_dataloader'].dataset.get('ann_file') or loop})"
-            name_damaged_files(getattr(runner, f"{loop}_loop").dataloader.dataset)  # mmengine builds it at this access
+            built = getattr(runner, f"{loop}_loop")  # mmengine builds it at this access
+            evaluator, settings = getattr(built, "evaluator", None), config.get(f"{loop}_evaluator") or []
+            settings = settings if isinstance(settings, list) else [settings]
+            check_data(built.dataloader.dataset, runner.model, evaluator, settings)
         if "train" in loops:
             part = "the optimizer or its schedules"
             _try_schedules(runner)
+    except DataError:
+        raise
     except Exception as error:  # mmdet and mmseg raise anything on what they cannot build
         reason = first_words(error)
         if "need at least one array to concatenate" in reason:

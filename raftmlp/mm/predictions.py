@@ -19,8 +19,9 @@ from tqdm import tqdm
 from ..errors import UserError, first_words
 from ..files import save_figure
 from ..processes import is_first_process
-from .checkpoints import load_weights
+from .checkpoints import load_weights, trained_classes
 from .configs import drop_pretrained
+from .data import check_heads
 
 
 class Predictor:
@@ -46,17 +47,17 @@ class Predictor:
             model = MODELS.build(config.model)
         except Exception as error:
             raise UserError(f"cannot build the config's model: {first_words(error)}") from error
-        meta = load_weights(model, checkpoint).get("meta")
-        meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
-        classes = meta.get("classes") if isinstance(meta, dict) else None
-        if not classes:
+        content = load_weights(model, checkpoint)
+        self.model, self.classes = model.to(device).eval(), trained_classes(content)
+        if not self.classes:
             raise UserError(f"{checkpoint} does not name its classes: it is no checkpoint of raftmlp train-mm")
-        self.model, self.classes = model.to(device).eval(), list(classes)
+        check_heads(model, self.classes, f"the checkpoint {checkpoint}")
         steps = config.test_dataloader.dataset.pipeline
         steps = [step for step in steps if not step.type.startswith("Load") or step.type == "LoadImageFromFile"]
         self.pipeline = Compose(steps)
         self.visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None, "name": "predictions"})
-        self.visualizer.dataset_meta = dict(classes=self.classes, palette=meta.get("palette") or "random")
+        palette = content["meta"]["dataset_meta"].get("palette") or "random"
+        self.visualizer.dataset_meta = dict(classes=self.classes, palette=palette)
 
     @torch.inference_mode()
     def __call__(self, file: Path) -> BaseDataElement:

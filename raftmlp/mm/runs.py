@@ -4,7 +4,7 @@ import ast
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,7 +16,8 @@ from torch import nn
 from ..errors import UserError
 from ..files import save_figure
 from ..weights import describe_differences, shapes, summary
-from .checkpoints import check_weights, find_checkpoint, load_from_local, newest_checkpoint
+from .checkpoints import check_weights, find_checkpoint, load_from_local, newest_checkpoint, trained_classes
+from .coco import listed
 
 CHECKPOINTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth")
 RUN_FILES = (".*.pth", "last_checkpoint", "curves.png", "[0-9]*_[0-9]*/vis_data")
@@ -52,11 +53,11 @@ def find_resume(folder: Path, resume: str = "", overwrite: bool = False) -> Path
     return newest
 
 
-def check_resume(model: nn.Module, path: Path, config: Config) -> None:
+def check_resume(model: nn.Module, path: Path, config: Config, classes: Sequence[str]) -> None:
     """Refuse a checkpoint that a run cannot be resumed from, as mmengine would not; log it if it is the run's end.
 
     Raises:
-        UserError: If it is another model's or another optimizer's, or not of a run.
+        UserError: If it is another model's or another optimizer's, of other classes, or not of a run.
     """
     checkpoint = load_from_local(path)
     check_weights(model, checkpoint, path)
@@ -71,6 +72,11 @@ def check_resume(model: nn.Module, path: Path, config: Config) -> None:
     if before and before != now:
         names = [" and ".join(types) for types in (before, now)]
         raise UserError(f"{path} cannot be resumed: it is of a run with {names[0]}, the config has {names[1]}; {hint}")
+    if (trained := trained_classes(checkpoint)) and trained != list(classes):
+        raise UserError(
+            f"{path} cannot be resumed: it was trained on the classes {listed(trained)}, the config has "
+            f"{listed(list(classes))}; {hint}"
+        )
     ends = dict(epoch=config.train_cfg.get("max_epochs"), iter=config.train_cfg.get("max_iters"))
     if any(end is not None and meta.get(unit, 0) >= end for unit, end in ends.items()):
         _logger.info(f"{path} is the end of its run: nothing is left to train")
