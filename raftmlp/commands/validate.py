@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from ..evaluate.evaluation import PreparedModel
+    from ..evaluate.plots import Gallery
 
 
 def build_parser() -> Parser:
@@ -240,6 +241,18 @@ def name_unreadable(unreadable: list[int], total: int, dataset: Dataset) -> None
         print(f"  {file_name(dataset, index)}", file=sys.stderr)
 
 
+def draw_pictures(args: argparse.Namespace, title: str, gallery: Gallery, rows: list[dict]) -> None:
+    """Draw images with their predictions, and the accuracy over the image sizes, if they are asked for."""
+    from ..evaluate.plots import draw_accuracy
+
+    if args.picture:
+        gallery.draw(args.picture, f"{title}, the wrong ones first")
+        say(f"picture: {args.picture}")
+    if args.size_plot:
+        draw_accuracy(args.size_plot, [{"top1": math.nan, **row} for row in rows], len(args.sizes))
+        say(f"accuracy over size: {args.size_plot}")
+
+
 def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
     import timm
@@ -263,7 +276,7 @@ def main() -> None:
     from ..data.datasets import class_names
     from ..device import find_device
     from ..evaluate.evaluation import SizeError, evaluate_prepared
-    from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
+    from ..evaluate.plots import Gallery, draw_confusion
     from ..evaluate.results import Predictions
     from ..export.hub import training_options
 
@@ -313,12 +326,7 @@ def main() -> None:
     if args.confusion:
         draw_confusion(args.confusion, title, confusion)
         say(f"confusion matrix: {args.confusion}")
-    if args.picture:
-        gallery.draw(args.picture, f"{title}, the wrong ones first")
-        say(f"picture: {args.picture}")
-    if args.size_plot:
-        draw_accuracy(args.size_plot, [{"top1": math.nan, **row} for row in rows], len(args.sizes))
-        say(f"accuracy over size: {args.size_plot}")
+    draw_pictures(args, title, gallery, rows)
 
 
 if __name__ == "__main__":
