@@ -59,9 +59,7 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         if not root:
             raise UserError("name the folder of images with --data-dir, or a data set with --dataset")
         if not Path(root).exists():
-            raise MissingFileError(
-                f"no data at {root}: --data-dir takes a folder with CLASS/ or train/CLASS/ in it"
-            )
+            raise MissingFileError(f"no data at {root}: --data-dir takes a folder with CLASS/ or train/CLASS/ in it")
         root = str(_find_split(Path(root), split))
     elif not root and not name.startswith("hfds/"):
         raise UserError(f"name the folder of {name} with --data-dir")
