@@ -64,7 +64,8 @@ def test_a_folder_names_the_data_and_no_folder_of_this_machine(tmp_path):
     card = model_card(model, f"raftmlp_digits.{tag}", config, record, None)
     write_folder(model, config, card, tmp_path / "folder", tag)
     card, config = (Path(tmp_path, "folder", name).read_text() for name in ("README.md", "config.json"))
-    assert json.loads(config)["pretrained_cfg"]["tag"] == "myrun"
+    cfg = json.loads(config)["pretrained_cfg"]
+    assert cfg["tag"] == "myrun" and cfg["notes"] == ["EXIF orientation applied"]
     assert "# raftmlp_digits.myrun\n" in card and "`flowers`, as" in card
     assert "python train.py --data-dir flowers --output=myrun --lr 0.5 --model-kwargs 'a=(1,2)'" in card
     assert "private" not in card + config and str(tmp_path) not in card + config

@@ -18,7 +18,7 @@ FIELDS = fields(TrainSettings)
 
 def is_allowed(entry, value) -> bool:
     """Return whether a field takes a value of ANY."""
-    if entry.type is bool:
+    if entry.type in (bool, bool | None):
         return value is True
     if isinstance(entry.default_factory, type(dict)) and entry.default_factory is dict:
         return isinstance(value, dict)

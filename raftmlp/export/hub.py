@@ -228,7 +228,7 @@ def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, 
     with new_folder(folder) as temporary:
         try:
             save_for_hf(model, str(temporary), safe_serialization=True, data_config=config)
-            _rewrite_config(temporary / "config.json", tag, EXIF_NOTES[config["exif"]])
+            _rewrite_config(temporary / "config.json", tag, EXIF_NOTES[config.get("exif", True)])
             loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
         except OSError:
             raise
