@@ -266,7 +266,7 @@ def write_verified(
 
 def accepted(graph: Graph, refused: Sequence[str]) -> str:
     """Return which images a file takes and which it refuses, of those that ``try_inputs`` gave it."""
-    size = size_name(graph.size)
+    size = "{}x{} pixels".format(*graph.size)
     if graph.settings.dynamic_size:
         size = f"any height and width from {size_name(graph.least_size)}"
     number = f"{graph.settings.batch} at a time" if graph.settings.batch else "any number at a time"

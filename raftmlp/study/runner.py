@@ -237,8 +237,7 @@ def run_study(
     failures: dict[str, str] = {}
     active: list[_Process] = []
     progress = StudyProgress(runs, {name: epochs for name, (epochs, _) in lengths.items()}, finished, jobs)
-    stop = StopSignals()
-    with stop, progress.bar:
+    with (stop := StopSignals()), progress.bar:
         try:
             while (waiting or active) and stop.number is None:
                 for run in list(waiting):
