@@ -34,7 +34,7 @@ from raftmlp.commands import train, validate
             "error: cannot make raftmlp_digits: its pretrained weights do not fit --model-kwargs raft_size=4",
         ),
         (["--dataset", "digits", "--checkpoint", "."], ". is a folder: name a checkpoint file in it"),
-        (["--data-dir", "splits"], "no split 'validation' in splits: it has train"),
+        (["--data-dir", "splits", "--val-split", "test"], "no split 'test' in splits: it has train"),
         (["--data-dir", "tars"], "no data set '' with split"),
         (["--dataset", "digits", "--pretrained"], "no pretrained weights raftmlp_s.TAG.safetensors"),
         (["--dataset", "digits", "--img-size", "0"], "must be a whole number of 1 or more, not '0'"),
