@@ -23,7 +23,7 @@ def is_allowed(entry, value) -> bool:
     if isinstance(entry.default_factory, type(dict)) and entry.default_factory is dict:
         return isinstance(value, dict)
     if isinstance(entry.metadata["type"], Number) or entry.metadata.get("choices"):
-        return False
+        return value in entry.metadata.get("choices", ())
     return isinstance(value, str) and (value != "" or entry.default == "")
 
 
