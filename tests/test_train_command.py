@@ -166,7 +166,7 @@ def test_the_options_of_a_run_of_version_0_2(run_command):
     assert float(list(csv.DictReader(Path("run/log.csv").read_text().splitlines()))[-1]["lr"]) <= 1e-6
 
 
-def test_few_epochs_shorten_the_default_warm_up(run_command):
+def test_few_epochs_shorten_a_warm_up_that_the_command_line_does_not_give(run_command):
     options = [*TINY, "--dataset", "digits", "--batch-size", 512, "--output", "run"]
     status, out, err = run_command(train, *options, "--epochs", 3)
     assert status == 0 and out.count("warm-up") == 1, err
@@ -175,6 +175,11 @@ def test_few_epochs_shorten_the_default_warm_up(run_command):
     assert status == 2 and "--warmup-epochs" in err and not Path("other").exists()
     status, out, err = run_command(train, *options, "--epochs", 4, "--warmup-epochs", 1, "--resume")
     assert status == 0 and "warm-up" not in out, err
+    Path("recipe.yaml").write_text("epochs: 40\nwarmup_epochs: 4\n")
+    recipe = ["-c", "recipe.yaml", *options, "--epochs", 3, "--overwrite"]
+    status, out, err = run_command(train, *recipe)
+    assert status == 0 and out.count("warm-up") == 1, err
+    assert run_command(train, *recipe, "--warmup-epochs", 3)[0] == 2
 
 
 def test_a_full_disk_leaves_the_checkpoint_of_before(run_command, monkeypatch):

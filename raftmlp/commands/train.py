@@ -38,6 +38,9 @@ def build_parser() -> Parser:
 def main() -> int:
     parser = build_parser()
     args = parser.parse_args()
+    if args.epochs != parser.get_default("epochs") and args.warmup_epochs == parser.get_default("warmup_epochs"):
+        if args.epochs <= (args.warmup_epochs or 0):  # a recipe's warm-up, for more epochs than are asked for
+            args.warmup_epochs = None
     settings = TrainSettings.select(vars(args))
     parser.load_and_check(args)
     from ..train.trainer import Trainer
