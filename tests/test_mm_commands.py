@@ -443,3 +443,5 @@ def test_bad_input_of_evaluation_and_prediction(trained, scenes, run, tmp_path):
     for command, args, message in cases:
         status, _, error = run(command, *args)
         assert status == 2 and message in error and "Traceback" not in error, (args, error)
+    status, _, error = run(eval_mm, DETECTOR, tmp_path / "nine.pth", *common)  # a file's names may be other words
+    assert status == 0 and "nine.pth was trained on the classes" in error

@@ -199,7 +199,8 @@ class _Pipeline:
         if labels.ndim != 2:
             raise DataError(f"{file} is no label map: it has {labels.shape[-1]} channels, not one that numbers classes")
         if size and labels.shape != size:
-            raise DataError(f"{file} has {labels.shape[::-1]} pixels (width, height), its image has {size[::-1]}")
+            width, height = labels.shape[::-1]
+            raise DataError(f"{file} has {width} x {height} pixels, its image has {size[1]} x {size[0]}")
         limit, first = max(len(self.classes), 2), int(bool(reduced))  # one class is learned as two, with a sigmoid
         values = np.flatnonzero(cv2.calcHist([labels], [0], None, [256], [0, 256]))
         wrong = [int(value) + first for value in values if value >= limit and value not in self.ignored]
