@@ -218,11 +218,13 @@ class _ResidualMLP(nn.Module):
             and _is_plain(self.drop_path, nn.Identity, DropPath)
         )
 
+    def _weights(self) -> list[Tensor | None]:
+        return [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
+
     @torch.jit.unused
     def _mix(self, x: Tensor) -> Tensor:
         vectors = x if self.order else x.flatten(0, 2)
-        weights = [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
-        return mixing(vectors, *weights, self.norm.eps, self.raft_size, self.order).view(x.shape)
+        return mixing(vectors, *self._weights(), self.norm.eps, self.raft_size, self.order).view(x.shape)
 
 
 class _TokenMixing(_ResidualMLP):

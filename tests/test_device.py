@@ -36,7 +36,7 @@ def test_several_processes_do_not_share_mps(monkeypatch):
     monkeypatch.setattr(torch, "accelerator", Accelerator("mps"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        "raftmlp.processes.init_distributed_device_so",
+        "timm.utils.distributed.init_distributed_device_so",
         lambda kind: joined.append(kind) or dict(device=kind, global_rank=0, world_size=2),
     )
     assert start_processes(None).device.type == "cpu" and joined == ["cpu"]

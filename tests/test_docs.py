@@ -28,7 +28,7 @@ from raftmlp.commands import train
 from raftmlp_cli import NAMES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = ("python", "sh", "bibtex")  # of blocks; the first two are run
+LANGUAGES = ("python", "sh", "bibtex", "yaml")  # of blocks; the first two are run
 NOT_RUN = Counter(
     {
         "AOTInductor compiles for a minute": 1,

@@ -355,7 +355,7 @@ def test_bad_input(run_command):
 
 def test_folders_that_would_spoil_the_figure(image_folder, run_command, tmp_path):
     options = [*TINY, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
-    status, _, err = run_command(train, *options, "--data-dir", image_folder / "train")
+    status, _, err = run_command(train, *options, "--data-dir", image_folder, "--val-split", "train")
     assert status == 2 and "overlap" in err
     for split, names in (("train", "bc"), ("val", "abc")):
         for name in names:

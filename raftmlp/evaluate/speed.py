@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -174,6 +175,14 @@ def split_name(text: str) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
+def _flop_counter() -> FlopCounterMode:
+    """Return torch's counter without its hooks on modules, which would make our layers call each convolution."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = nullcontext()
+    counter.mod_tracker.parents = {"Global"}
+    return counter
+
+
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Return the multiply-accumulates of matrix products and convolutions that a model on the CPU takes for an image.
 
@@ -184,7 +193,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     Raises:
         Exception: Of any kind, as models raise on images that they cannot take.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), plain_operators(), _flop_counter() as counter:
         model.eval()(torch.zeros(1, *shape))
     return counter.get_total_flops() // 2
 
@@ -240,7 +249,7 @@ class Meter:
         Those of the backward pass are counted as twice the forward pass's. Mixings are counted as plain operators,
         whatever kernel the device has.
         """
-        counter, traffic = FlopCounterMode(display=False), _ProductTraffic()
+        counter, traffic = _flop_counter(), _ProductTraffic()
         with torch.no_grad(), plain_operators(), self.autocast, counter, traffic:
             self.plain(self.images)
         passes = 3 if self.training else 1
