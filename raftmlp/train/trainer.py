@@ -138,7 +138,7 @@ class Trainer:
             self.headline += f"\nimage sizes of the updates: {sizes_in_words(updates)}"
         if has_open_warmup and settings.warmup_epochs < WARMUP_EPOCHS:
             self.headline += (
-                f"\nwarm-up: {settings.warmup_epochs} of the {settings.epochs} epochs, a third, since the recipe's or "
+                f"\nwarm-up: {settings.warmup_epochs} of the {settings.epochs} epochs, since the recipe's or "
                 f"the default does not fit; --warmup-epochs changes it"
             )
         if settings.lr_base_size:
