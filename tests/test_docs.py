@@ -60,6 +60,7 @@ PARSED = (
 # parts of lines, and the smaller ones that stand for them
 SMALLER = {
     "CONFIG": "detection/mask_rcnn_raftmlp_digits",
+    "--pretrained --data-dir FOLDER": "--data-dir FOLDER",
     "--pretrained --format": "--model-kwargs embed_dims=(8,8,8,8) depths=(1,1,1,1) --format",
     "reference:raftmlp_m raftmlp_m": "reference:raftmlp_digits raftmlp_digits",
     "reference:raftmlp_l raftmlp_l": "reference:raftmlp_digits raftmlp_digits",
