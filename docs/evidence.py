@@ -5,7 +5,7 @@
     raftmlp study studies/distillation
     python docs/evidence.py
 
-Copies the JSON and the picture of every study that is in runs/studies/ beside the page, and writes the tables into the
+Copies the JSON and the picture of every study that is in runs/studies/ next to the page, and writes the tables into the
 page, each between a pair of comments. A difference has the 95 % interval of Welch's t-test over the seeds.
 """
 

@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import MODES, REFERENCE, TASKS, SpeedSettings, known_model
+from ..config import MODES, REFERENCE, TASKS, SpeedSettings, known_model, weights_file
 from ..errors import UserError
 from ..files import write_csv, write_json
 from ..settings import Number
@@ -94,18 +94,17 @@ def model_name(text: str) -> str:
     from ..evaluate.speed import split_name
 
     if Path(text).exists() and text not in timm.list_models():
-        raise UserError(f"{text} holds weights, which do not change speed: name its model{instead_of(Path(text))}")
+        raise UserError(f"{text} holds weights, which do not change speed: name its model{instead_of(text)}")
     known_model(split_name(text)[0], "raftmlp*" if text.startswith(REFERENCE) else "")
     return text
 
 
-def instead_of(path: Path) -> str:
+def instead_of(name: str) -> str:
     """Return how to name the model of a checkpoint, or of a run's folder, in words that follow "name its model"."""
     from ..weights import read_description
 
-    file = path / "model_best.pth.tar" if (path / "model_best.pth.tar").exists() else path
     try:
-        described = read_description(file)
+        described = read_description(weights_file(name))
     except UserError:  # it is no checkpoint
         described = {}
     if not described.get("model"):

@@ -137,7 +137,8 @@ class DataSettings(Settings):
         from .datasets import lacks_split
         from .subset import hold_out
 
-        record = read_record() if lacks_split(self.dataset, self.data_dir, self.val_split) else {}
+        lacks_validation = lacks_split(self.dataset, self.data_dir, self.val_split)
+        record = read_record() if lacks_validation else {}
         share, split = record.get("val_share"), record.get("train_split", "train")
         if share and lacks_split(self.dataset, self.data_dir, self.val_split, split):
             dataset = hold_out(self.create(split), share, record["seed"])[1]
@@ -147,7 +148,7 @@ class DataSettings(Settings):
             )
             return dataset
         dataset = self.create(self.val_split)
-        if lacks_split(self.dataset, self.data_dir, self.val_split):
+        if lacks_validation:
             _logger.warning(
                 f"note: no splits in {self.data_dir}: evaluating on all {len(dataset)} images, on some of which the "
                 f"model may have been trained"
@@ -163,7 +164,7 @@ class TrainingDataSettings(DataSettings):
     train_split: str = option("train", "split to train on", metavar="NAME")
     train_num_samples: int | None = option(
         None,
-        "train on so many of the images alone, every class in its share, chosen by --seed (default: all)",
+        "train on a stratified subset of N images, chosen by --seed (default: all)",
         type=Number(int, 1),
         metavar="N",
     )
@@ -222,8 +223,8 @@ class AugmentationSettings(Settings):
     scale: Sequence[float] = option((0.08, 1.0), "area of random crops", **RANGE)
     ratio: Sequence[float] = option((3 / 4, 4 / 3), "their aspect ratio", **RANGE)
     hflip: float = option(0.5, "probability of a horizontal flip", **PROBABILITY)
-    color_jitter: float = option(0.4, "colour jitter, off beside --aa", **STRENGTH, metavar="X")
-    force_color_jitter: bool = option(False, "colour jitter before --aa too")
+    color_jitter: float = option(0.4, "color jitter, off with --aa", **STRENGTH, metavar="X")
+    force_color_jitter: bool = option(False, "color jitter before --aa too")
     aa: str | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
     affine: Sequence[float] | None = option(
         None, "random rotation, shift (share of the size) and scaling (1 +- SCALE)", **AFFINE

@@ -256,7 +256,7 @@ class Meter:
         return passes * counter.get_total_flops() // 2, passes * traffic.bytes
 
     def memory(self) -> float:
-        """Return the bytes that an iteration takes at its peak, beside what was there before; NaN if not known."""
+        """Return the bytes that an iteration adds at its peak to what was there before; NaN if not known."""
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
             if not hasattr(module, "reset_peak_memory_stats"):  # MPS keeps no record

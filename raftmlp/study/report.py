@@ -1,6 +1,5 @@
 """What came out of a study: rows of figures, differences between them, a table, a picture."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -69,17 +68,13 @@ def difference(row: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, fl
         The difference of the means, ``mean``, and the interval's half width, ``half_width``, both in points. None for
         a row and itself, and where the seeds cannot tell: fewer than two of them, or all with the same figure.
     """
-    from scipy.stats import t  # takes a second
+    from scipy.stats import ttest_ind  # takes a second
 
     samples = [list(r["top1"].values()) for r in (row, first)]
-    if row is first or min(map(len, samples)) < 2:
+    if row is first or min(map(len, samples)) < 2 or all(len({*values}) == 1 for values in samples):
         return None
-    errors = [stdev(values) ** 2 / len(values) for values in samples]
-    if not sum(errors):
-        return None
-    degrees = sum(errors) ** 2 / sum(error**2 / (len(values) - 1) for error, values in zip(errors, samples))
-    half_width = float(t.ppf(0.975, degrees)) * math.sqrt(sum(errors))
-    return dict(mean=mean(samples[0]) - mean(samples[1]), half_width=half_width)
+    low, high = map(float, ttest_ind(*samples, equal_var=False).confidence_interval(0.95))
+    return dict(mean=(low + high) / 2, half_width=(high - low) / 2)
 
 
 def _is_sure(difference: Mapping[str, float]) -> bool:
