@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from raftmlp.commands.study import default_folder
+from raftmlp.cli.study import default_folder
 from raftmlp.files import write_text
 from raftmlp.study import difference, shown_difference
 

@@ -1,33 +1,27 @@
 """RaftMLP, an MLP vision backbone, for timm: importing this package registers its models.
 
-Only a command imports it without them and without torch, to parse its options first: ``load_package`` of
-``raftmlp/commands/options.py`` then imports it again, whole.
+The console command alone imports it without them, and so without torch, to parse its options first.
 """
 
-import re
+import os
 import sys
 
 __version__ = "0.2.0"
 
 
-def _is_parsing() -> bool:
-    """Return whether a command imports this package for its options: `raftmlp COMMAND`, or Python's -m with our name.
-
-    While Python looks for the module that -m names, ``sys.argv`` begins with "-m".
-    """
-    if getattr(sys.modules.get("raftmlp_cli"), "is_parsing", False):
-        return True
-    words = iter(sys.orig_argv if sys.argv[:1] == ["-m"] else ())
-    return "-m" in words and re.fullmatch(r"raftmlp(\.commands\.\w+)?", next(words, "")) is not None
+def _is_command() -> bool:
+    """Return whether this process runs the console command: `raftmlp`, or `python -m raftmlp`."""
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+    return module == ["raftmlp"] or os.path.basename(sys.argv[0]) in ("raftmlp", "raftmlp.exe")
 
 
-is_parsing = _is_parsing()
+is_command = _is_command()
 
-if not is_parsing:
-    from .layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
-    from .pretrained import list_pretrained
-    from .raftmlp import RaftMLP
-    from .resize import resize_bicubic
+if not is_command:
+    from .checkpoints.pretrained import list_pretrained
+    from .model.layers import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
+    from .model.raftmlp import RaftMLP
+    from .model.resize import resize_bicubic
 
 __all__ = [
     "ChannelMixing",

@@ -1,5 +1,5 @@
 """``python -m raftmlp`` is the console command."""
 
-from raftmlp_cli import main
+from .cli.launcher import main
 
 main()

@@ -56,7 +56,7 @@ def known_model(name: str, among: str = "") -> str:
         return name
     import timm
 
-    from . import raftmlp  # noqa: F401  registers the models
+    from .model import raftmlp  # noqa: F401  registers the models
 
     known = timm.list_models(among)
     if timm.models.split_model_name_tag(name)[0] not in known:

@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run too, on the CPU; Triton reads this when it is imported
 
-from raftmlp.commands import console
+from raftmlp.cli import console
 
 
 @pytest.fixture

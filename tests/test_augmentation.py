@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from helpers import ROOT
-from raftmlp.commands import train
+from raftmlp.cli import train
 from raftmlp.data.augmentation import AugmentationSettings, BatchAugmentation, MixupThenCutmix, training_transform
 from raftmlp.data.training import seed_everything
 from raftmlp.errors import UserError

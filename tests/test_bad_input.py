@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from raftmlp.commands import train, validate
+from raftmlp.cli import train, validate
 
 
 @pytest.mark.parametrize(

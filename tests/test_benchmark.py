@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from helpers import ROOT
-from raftmlp.commands import benchmark
-from raftmlp.create import ModelSettings, create_model
+from raftmlp.cli import benchmark
 from raftmlp.evaluate.speed import split_name
+from raftmlp.model.create import ModelSettings, create_model
 
 QUICK = ("-b", "2", "--rounds", "2", "--min-time", "0")
 

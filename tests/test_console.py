@@ -14,13 +14,13 @@ import torch
 
 from helpers import ROOT
 from raftmlp import __version__
-from raftmlp.commands import console, train
+from raftmlp.cli import console, train
+from raftmlp.cli.launcher import COMMANDS, NAMES, main
 from raftmlp.errors import MissingFileError, UserError
-from raftmlp_cli import COMMANDS, NAMES, main
 
 
 def command(function):
-    return SimpleNamespace(__name__="raftmlp.commands.some", main=function)
+    return SimpleNamespace(__name__="raftmlp.cli.some", main=function)
 
 
 def raising(error):
@@ -124,20 +124,17 @@ def test_an_unknown_command(monkeypatch, capsys, name, hint):
     assert end.value.code == 2 and f"unknown command '{name}'" in error and hint in error
 
 
-@pytest.mark.parametrize("start", [["-m", "raftmlp"], ["-m", "raftmlp.commands.convert"]])
-def test_a_command_in_a_process_of_its_own(start):
-    command = ["convert"] if start[-1] == "raftmlp" else []
-    line = [sys.executable, *start, *command, "missing.pth", "x.safetensors"]
+def test_a_command_in_a_process_of_its_own():
+    line = [sys.executable, "-m", "raftmlp", "convert", "missing.pth", "x.safetensors"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.endswith(": error: no checkpoint at missing.pth\n") and done.stderr.count("\n") == 1
 
 
 def test_the_list_of_commands_does_not_load_torch():
-    code = (
-        "import sys, raftmlp_cli; raftmlp_cli.help_text(); assert not {'torch', 'timm', 'raftmlp'} & set(sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    line = [sys.executable, "-X", "importtime", "-m", "raftmlp", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and "torch" not in done.stderr and "timm" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +165,9 @@ def test_options_are_parsed_before_torch_is_loaded(without_torch, name):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["-m", "raftmlp_cli", "trian"], "train"),
-        (["-m", "raftmlp_cli", "train", "--lrr", "1"], "--lrr"),
-        (["-m", "raftmlp.commands.train", "--lr", "fast"], "fast"),
+        (["-m", "raftmlp", "trian"], "train"),
+        (["-m", "raftmlp", "train", "--lrr", "1"], "--lrr"),
+        (["-m", "raftmlp", "train", "--lr", "fast"], "fast"),
         ([ROOT / "tools" / "validate.py", "--sizes", "8x"], "8x"),
         (["-m", "raftmlp", "train", "-c", "imagenet/raftmlp_x"], "imagenet/raftmlp_s"),
         (["-m", "raftmlp", "train", "-c", "typo.yaml"], "lrr"),
@@ -208,13 +205,13 @@ def test_names_that_timm_does_not_know_are_refused_with_their_option(run_command
 
 def test_an_import_by_name_registers_the_models():
     code = "import {}, timm; assert timm.is_model('raftmlp_s'); import raftmlp; assert raftmlp.RaftMLP"
-    for name in ("raftmlp.commands.train", "raftmlp_cli, raftmlp"):
+    for name in ("raftmlp.cli.train", "raftmlp"):
         assert subprocess.run([sys.executable, "-c", code.format(name)]).returncode == 0
 
 
 def test_ctrl_c_while_torch_is_loaded():
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "raftmlp_cli", "validate"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-X", "importtime", "-m", "raftmlp", "validate"], stderr=subprocess.PIPE, text=True
     )
     for line in process.stderr:  # a name in the list has been imported
         if "torch._utils" in line:
@@ -227,14 +224,14 @@ def test_ctrl_c_while_torch_is_loaded():
 
 @pytest.mark.parametrize("closed", ["2>&-", "2>&1 >&-", "2>&1 | true"])
 def test_closed_streams(tmp_path, closed):
-    line = f"{sys.executable} -m raftmlp_cli convert missing.pth x.safetensors {closed}"
+    line = f"{sys.executable} -m raftmlp convert missing.pth x.safetensors {closed}"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == (0 if "|" in closed else 2)
 
 
 def test_names_that_a_terminal_cannot_show(tmp_path):
-    line = [sys.executable, "-m", "raftmlp_cli", "convert", "Größe-☃.pth", "x.safetensors"]
+    line = [sys.executable, "-m", "raftmlp", "convert", "Größe-☃.pth", "x.safetensors"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2

@@ -6,8 +6,8 @@ import timm
 import torch
 
 from helpers import release_weights
-from raftmlp.commands import convert
-from raftmlp.weights import load_state_dict, read_metadata
+from raftmlp.checkpoints.weights import load_state_dict, read_metadata
+from raftmlp.cli import convert
 
 
 def test_convert_finds_the_variant(run_command):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raftmlp.commands.study import default_jobs
+from raftmlp.cli.study import default_jobs
 from raftmlp.data.workers import processor_count
 from raftmlp.device import default_device, find_device, most_memory, pins_memory
 from raftmlp.processes import start_processes

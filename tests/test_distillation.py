@@ -7,9 +7,9 @@ import timm
 import torch
 
 from helpers import TINY, assert_same
-from raftmlp.commands import train
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import train
 from raftmlp.train.distillation import DistillationTask, create_teacher
-from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0, "--mixup", 0.5]
 TEACHER = ["--kd-model-name", "raftmlp_digits"]

@@ -24,8 +24,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from helpers import ROOT, TINY, load_script, make_image_folder
-from raftmlp.commands import train
-from raftmlp_cli import NAMES
+from raftmlp.cli import train
+from raftmlp.cli.launcher import NAMES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("python", "sh", "bibtex", "yaml")  # of blocks; the first two are run
@@ -54,7 +54,7 @@ PARSED = (
     "raftmlp export --model raftmlp_digits --pretrained --format aoti --out digits-aoti.pt2",
     "raftmlp eval-mm CONFIG CHECKPOINT --data-dir coco --show-dir shown --results-file results.json",
     "raftmlp predict-mm CONFIG CHECKPOINT photo.jpg photos/ --out predictions",
-    "torchrun --nproc-per-node 8 -m raftmlp.commands.train_mm configs/detection/mask_rcnn_raftmlp_s_fpn_1x_coco.py "
+    "torchrun --nproc-per-node 8 -m raftmlp train-mm configs/detection/mask_rcnn_raftmlp_s_fpn_1x_coco.py "
     "--data-dir coco --cfg-options model.backbone.init_cfg.checkpoint=FILE",
 )
 # parts of lines, and the smaller ones that stand for them
@@ -146,7 +146,7 @@ def run_line(run_command, things, tmp_path, monkeypatch):
 def command_module(name):
     """Return the module of a command."""
     return importlib.import_module(
-        "raftmlp_onnx" if name == "predict-onnx" else f"raftmlp.commands.{name.replace('-', '_')}"
+        "raftmlp_onnx" if name == "predict-onnx" else f"raftmlp.cli.{name.replace('-', '_')}"
     )
 
 
@@ -158,8 +158,8 @@ def parse(name, module, args):
     if name.endswith("-mm"):
         from mmengine.registry import MODELS, init_default_scope
 
-        from raftmlp.commands.config_files import find_config
-        from raftmlp.commands.mm_options import config_changes
+        from raftmlp.cli.config_files import find_config
+        from raftmlp.cli.mm_options import config_changes
         from raftmlp.mm.configs import read_config
 
         path = ROOT / options.config if (ROOT / options.config).exists() else find_config(options.config, ".py")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers import ROOT, TINY
-from raftmlp.commands import convert, export, predict, validate
+from raftmlp.cli import convert, export, predict, validate
 from raftmlp.data import Digits
 
 

@@ -5,11 +5,11 @@ import timm
 import torch
 from torch import nn
 
-from raftmlp.create import ModelSettings
 from raftmlp.data import Digits
 from raftmlp.data.images import UNREADABLE, ImageSettings
 from raftmlp.errors import UserError
 from raftmlp.evaluate.evaluation import ClassifierView, evaluate, prepare_model, run_once
+from raftmlp.model.create import ModelSettings
 
 CPU = torch.device("cpu")
 

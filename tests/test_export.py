@@ -16,10 +16,10 @@ from timm.models import load_checkpoint
 
 from helpers import DIGITS, ROOT, make_run_folder, time_little
 from raftmlp import RaftMLP
-from raftmlp.commands import export
+from raftmlp.checkpoints.weights import load_state_dict, save_state_dict
+from raftmlp.cli import export
 from raftmlp.data import Digits
 from raftmlp.export import formats
-from raftmlp.weights import load_state_dict, save_state_dict
 
 SUFFIXES = dict(onnx="onnx", pt2="pt2", aoti="pt2", torchscript="pt")
 METADATA = {"model", "weights", "settings", "class_names", "precision", "raftmlp", "torch"}

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from raftmlp.create import ModelSettings
 from raftmlp.data.images import ImageSettings
 from raftmlp.errors import UserError
 from raftmlp.evaluate.evaluation import prepare_model
 from raftmlp.export.formats import ExportSettings, build_graph, exported, exporter_errors, image_shape
+from raftmlp.model.create import ModelSettings
 
 
 @pytest.fixture(scope="module")

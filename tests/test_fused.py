@@ -8,11 +8,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from raftmlp import ops
-from raftmlp.layers import ChannelMixing, RaftTokenMixing, TokenMixing
+from raftmlp.model import ops
+from raftmlp.model.layers import ChannelMixing, RaftTokenMixing, TokenMixing
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux and Windows for GPUs of NVIDIA alone")
-from raftmlp import fused
+from raftmlp.model import triton as fused
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -16,9 +16,9 @@ from torch.utils.data import Subset
 import raftmlp
 from golden.arrays import images
 from helpers import CATALOGUE, GOLDEN, StoppingDigits, assert_same, relative_error, release_weights
-from raftmlp import ops
 from raftmlp.data import Digits
 from raftmlp.evaluate.speed import Meter, SpeedSettings
+from raftmlp.model import ops
 from raftmlp.train import Trainer, TrainSettings
 
 SMALL = dict(num_classes=10, img_size=64, embed_dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), raft_size=(2, 2, 4, 2))
@@ -85,7 +85,7 @@ def test_sixteen_bits_round_no_more_than_plain_operators_do(device, dtype, size,
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_mixings_in_sixteen_bits_are_one_kernel_each(device, autocast, monkeypatch):
     """All of S's but the channel mixings of its last stage, which are too wide."""
-    from raftmlp import fused
+    from raftmlp.model import triton as fused
 
     assert ops._has_triton(torch.zeros(1, device=device).device)  # which tries a kernel
     calls, mix = [], fused.mix

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from helpers import TINY
-from raftmlp.commands import convert, export, predict, train, validate
-from raftmlp.create import ModelSettings, create_model
-from raftmlp.description import check_description
+from raftmlp.checkpoints.description import check_description
+from raftmlp.checkpoints.weights import load_state_dict, read_description, save_state_dict
+from raftmlp.cli import convert, export, predict, train, validate
 from raftmlp.errors import UserError
 from raftmlp.export.hub import training_record
-from raftmlp.weights import load_state_dict, read_description, save_state_dict
+from raftmlp.model.create import ModelSettings, create_model
 
 
 def nested(depth, value=0):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from helpers import ROOT
-from raftmlp.commands import inspect as command
+from raftmlp.cli import inspect as command
 from raftmlp.evaluate.inspection import draw_weights, mixing_weights, receptive_fields, smallest_share, update_norms
 
-SHIPPED = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+SHIPPED = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
 
 
 def make(**kwargs):

@@ -11,10 +11,10 @@ import torch
 
 from helpers import TINY, assert_same
 from raftmlp import list_pretrained
-from raftmlp.commands import train
-from raftmlp.create import ModelSettings, create_model
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import train
+from raftmlp.model.create import ModelSettings, create_model
 from raftmlp.train import journal
-from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
 

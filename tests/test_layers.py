@@ -5,8 +5,9 @@ import timm
 import torch
 
 import raftmlp
-from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing, reference
-from raftmlp.resize import RESIZINGS
+from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
+from raftmlp.model import reference
+from raftmlp.model.resize import RESIZINGS
 
 
 def assert_equal_with_gradients(fast, slow, x, module):

@@ -5,12 +5,12 @@ import timm
 import torch
 
 from helpers import TINY, assert_same
-from raftmlp.commands import train
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import train
 from raftmlp.errors import UserError
 from raftmlp.processes import Processes
 from raftmlp.train import TrainSettings
 from raftmlp.train.learner import Learner, create_optimisation
-from raftmlp.weights import load_checkpoint
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
 

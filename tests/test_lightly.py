@@ -17,7 +17,7 @@ from lightly.models.utils import update_momentum
 from lightly.transforms import SimCLRTransform
 from torch import nn
 
-from raftmlp.commands import train
+from raftmlp.cli import train
 from raftmlp.data import create_dataset
 
 HALF = dict(mean=[0.5] * 3, std=[0.5] * 3)

@@ -8,9 +8,9 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
 
 from helpers import ROOT
-from raftmlp.commands import train_mm
-from raftmlp.commands.config_files import find_config
-from raftmlp.commands.mm_options import config_changes
+from raftmlp.cli import train_mm
+from raftmlp.cli.config_files import find_config
+from raftmlp.cli.mm_options import config_changes
 from raftmlp.mm.checkpoints import patch_mmengine
 from raftmlp.mm.configs import read_config
 

@@ -22,12 +22,12 @@ from PIL import Image
 
 from helpers import ROOT
 from raftmlp import RaftMLP
-from raftmlp.commands import eval_mm, predict_mm, train_mm
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import eval_mm, predict_mm, train_mm
 from raftmlp.data.scenes import write_scenes
 from raftmlp.mm.checkpoints import list_checkpoints
 from raftmlp.mm.runs import read_log
 from raftmlp.mm.stand_ins import STAND_INS
-from raftmlp.weights import load_checkpoint
 
 CONFIGS = ROOT / "configs"
 DETECTOR = CONFIGS / "detection" / "mask_rcnn_raftmlp_digits.py"
@@ -116,7 +116,7 @@ def test_a_run_is_not_overwritten_by_mistake(trained, scenes, run, tmp_path):
     assert status == 0, error
     assert [path.name for path in copy.glob("*.pth")] == ["epoch_1.pth"] and (copy / "notes.txt").exists()
     assert len(read_log(copy)[0]) == 4
-    shipped = load_checkpoint(ROOT / "checkpoints" / "raftmlp_digits.sklearn.safetensors")
+    shipped = load_checkpoint(ROOT / "weights" / "raftmlp_digits.sklearn.safetensors")
     state = load_checkpoint(copy / "epoch_1.pth", STAND_INS)["state_dict"]
     name = "channels.fc1.weight"  # what is frozen is still what was shipped
     assert torch.equal(state[f"backbone.model.stages.1.blocks.0.{name}"], shipped[f"stages.1.blocks.0.{name}"])

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from helpers import ROOT
-from raftmlp.commands.config_files import find_config
+from raftmlp.cli.config_files import find_config
 from raftmlp.errors import UserError
 from raftmlp.mm.checkpoints import patch_mmengine
 from raftmlp.mm.configs import drop_pretrained, read_config

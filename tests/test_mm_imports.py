@@ -49,8 +49,8 @@ assert state() == once
 
 def test_nothing_but_the_backbone_is_registered():
     modules = ["raftmlp.mm"] + [f"raftmlp.mm.{path.stem}" for path in (ROOT / "raftmlp" / "mm").glob("[a-z]*.py")]
-    modules += ["raftmlp.commands.mm_options", "raftmlp.commands.scenes", "raftmlp.data.scenes"]
-    modules += [f"raftmlp.commands.{path.stem}" for path in (ROOT / "raftmlp" / "commands").glob("*_mm.py")]
+    modules += ["raftmlp.cli.mm_options", "raftmlp.cli.scenes", "raftmlp.data.scenes"]
+    modules += [f"raftmlp.cli.{path.stem}" for path in (ROOT / "raftmlp" / "commands").glob("*_mm.py")]
     assert len(modules) >= 14
     result = subprocess.run([sys.executable, "-c", PROGRAM, *modules], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

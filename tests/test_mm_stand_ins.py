@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from raftmlp.checkpoints.weights import load_checkpoint
 from raftmlp.mm.stand_ins import STAND_INS
-from raftmlp.weights import load_checkpoint
 
 
 class Pickled:

@@ -5,10 +5,10 @@ import timm.optim
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raftmlp.muon import Muon
 from raftmlp.processes import Processes
 from raftmlp.train import TrainSettings
 from raftmlp.train.learner import Learner
+from raftmlp.train.muon import Muon
 
 SHAPES = [(12, 20), (20, 12), (8, 6, 3, 3), (7,)]
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from raftmlp import ops
-from raftmlp.layers import ChannelMixing, RaftMLPBlock, RaftTokenMixing, TokenMixing
+from raftmlp.model import ops
+from raftmlp.model.layers import ChannelMixing, RaftMLPBlock, RaftTokenMixing, TokenMixing
 
 MIXINGS = {
     "vertical": lambda **kw: RaftTokenMixing(12, 5, 3, False, **kw),

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from raftmlp.commands.train import build_parser
+from raftmlp.cli.train import build_parser
 from raftmlp.errors import UserError
 from raftmlp.settings import Number
 from raftmlp.train.settings import TrainSettings, without_effect

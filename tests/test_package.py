@@ -16,11 +16,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers import ROOT, TINY_MODEL, load_script
+from raftmlp.cli.launcher import NAMES
 from raftmlp.errors import install_command
-from raftmlp_cli import NAMES
 
-FOLDERS = ("checkpoints", "configs", "raftmlp")
-FILES = ("LICENSE", "README.md", "pyproject.toml", "raftmlp_cli.py", "raftmlp_onnx.py")
+FOLDERS = ("weights", "configs", "raftmlp")
+FILES = ("LICENSE", "README.md", "pyproject.toml", "raftmlp_onnx.py")
 
 
 def run(*command, **kwargs):
@@ -58,13 +58,13 @@ def test_the_archives_are_whole(built):
     files = set(zipfile.ZipFile(wheel).namelist())
     inside = {path.relative_to(ROOT) for path in (ROOT / "raftmlp").rglob("*.py")}
     shipped = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "configs").rglob("*.py")]
-    shipped += (ROOT / "checkpoints").glob("raftmlp_*")
+    shipped += (ROOT / "weights").glob("raftmlp_*")
     inside |= {"raftmlp" / path.relative_to(ROOT) for path in shipped}
-    assert len(inside) > 60 and {"raftmlp/py.typed", "raftmlp_cli.py", "raftmlp_onnx.py"} <= files
+    assert len(inside) > 60 and {"raftmlp/py.typed", "raftmlp_onnx.py"} <= files
     assert {path.as_posix() for path in inside} <= files
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"configs/imagenet/raftmlp_s.yaml", "checkpoints/raftmlp_digits.sklearn.safetensors"} <= names
+    assert {"configs/imagenet/raftmlp_s.yaml", "weights/raftmlp_digits.sklearn.safetensors"} <= names
 
 
 def test_models_without_a_checkout(installed):
@@ -85,7 +85,7 @@ def test_commands_without_a_checkout(installed):
     assert "best top-1" in python("-m", "raftmlp", "train", "-c", "digits/raftmlp_digits", *options)
     shown = python("-m", "raftmlp", "validate", "--model", "raftmlp_digits", "--pretrained", "--dataset", "digits")
     assert "top-1 100.00 %" in shown and "360 images" in shown
-    weights = folder / "raftmlp/checkpoints/raftmlp_digits.sklearn.safetensors"
+    weights = folder / "raftmlp/weights/raftmlp_digits.sklearn.safetensors"
     assert "written: mine.safetensors" in python("-m", "raftmlp", "convert", weights, "mine.safetensors")
 
 
@@ -148,7 +148,7 @@ def test_the_command_that_installs_what_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("missing, command", [("yaml", "train --help"), ("sklearn", "validate --dataset digits")])
 def test_a_command_names_what_it_lacks(missing, command):
-    code = f"import sys, raftmlp_cli; sys.modules[{missing!r}] = None; raftmlp_cli.main()"
+    code = f"import sys; from raftmlp.cli.launcher import main; sys.modules[{missing!r}] = None; main()"
     line = [sys.executable, "-c", code, *command.split()]
     if missing == "sklearn":
         line += ["--model", "raftmlp_digits", "--pretrained"]

@@ -10,12 +10,12 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, default_collate
 
+from raftmlp.checkpoints.description import EXIF_NOTES, check_description
 from raftmlp.data import create_dataset
 from raftmlp.data.images import UNREADABLE, ImageSettings, data_config, evaluation_loader, open_image
 from raftmlp.data.pixels import PixelReader, _say_once
 from raftmlp.data.training import TrainingDataSettings, TrainingLoader
 from raftmlp.data.updates import Share, Updates
-from raftmlp.description import EXIF_NOTES, check_description
 from raftmlp.errors import UserError
 from raftmlp.evaluate.prediction import ImageFiles, predict
 

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from helpers import DIGITS, make_run_folder
-from raftmlp.commands import predict
+from raftmlp.cli import predict
 from raftmlp.data import Digits
 
 

@@ -14,10 +14,9 @@ import pytest
 from PIL import ExifTags, Image
 from timm.data import create_transform
 
-import raftmlp_cli
 import raftmlp_onnx as predict_onnx
 from helpers import DIGITS, time_little
-from raftmlp.commands import export, predict
+from raftmlp.cli import export, predict
 from raftmlp.data import Digits
 from raftmlp.evaluate.prediction import ImageFiles
 
@@ -207,14 +206,13 @@ def test_without_torch(files, tmp_path):
                     Path(file.locate()).parents[len(file.parts) - 2] if len(file.parts) > 1 else file.locate()
                 )
     shutil.copy(predict_onnx.__file__, tmp_path)
-    shutil.copy(raftmlp_cli.__file__, alone)
     environment = {**os.environ, "PYTHONPATH": str(alone)}
     python = [sys.executable, "-S"]
     for package in ("torch", "timm", "yaml", "tqdm", "raftmlp"):
         seen = subprocess.run([*python, "-c", f"import {package}"], env=environment, capture_output=True, cwd=tmp_path)
         assert b"ModuleNotFoundError" in seen.stderr
     options = [files / "digits.onnx", files / "images" / "3.png", "--topk", "1"]
-    for command in (["raftmlp_onnx.py"], ["-m", "raftmlp_cli", "predict-onnx"]):
+    for command in (["raftmlp_onnx.py"],):
         done = subprocess.run(
             [*python, *command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True
         )

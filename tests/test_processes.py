@@ -10,10 +10,10 @@ import timm
 from torch.utils.data import Subset
 
 from helpers import assert_same
+from raftmlp.checkpoints.weights import load_checkpoint
 from raftmlp.data import Digits
 from raftmlp.processes import end_processes, start_processes
 from raftmlp.train import Trainer, TrainSettings
-from raftmlp.weights import load_checkpoint
 
 KEPT = ("state_dict", "state_dict_ema", "optimizer", "epoch", "update")
 

@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import raftmlp
-from raftmlp.resize import RESIZINGS
+from raftmlp.model.resize import RESIZINGS
 
 VARIANTS = timm.list_models("raftmlp*")
 OTHER_RULES = [("raftmlp_digits", "update"), ("raftmlp_mixer_b16", "update")]
@@ -227,7 +227,7 @@ def test_every_rule_gives_the_same_bits_at_the_trained_size(name, rule):
 @torch.no_grad()
 def test_update_keeps_what_token_mixing_does_not_change():
     """Where the second Linear of token mixing is zero, a block sees every pixel by itself: nothing is blurred."""
-    block = raftmlp.layers.RaftMLPBlock(8, (4, 4), resizing="update")
+    block = raftmlp.model.layers.RaftMLPBlock(8, (4, 4), resizing="update")
     for mixing in (*block.tokens, block.channels):
         torch.nn.init.zeros_(mixing.fc2.weight)
         torch.nn.init.zeros_(mixing.fc2.bias)

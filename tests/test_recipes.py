@@ -12,12 +12,12 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from helpers import ROOT
-from raftmlp.commands import train
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import train
 from raftmlp.data.augmentation import BatchAugmentation, MixupThenCutmix, training_transform
 from raftmlp.data.images import data_config
 from raftmlp.train.learner import create_optimisation
 from raftmlp.train.settings import TrainSettings
-from raftmlp.weights import load_checkpoint
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 
@@ -78,9 +78,7 @@ def test_the_configs_are_all_there_and_say_how_they_are_run():
     for config in CONFIGS:
         text = config.read_text()
         name = config.relative_to(ROOT / "configs").with_suffix("")
-        assert re.search(
-            rf"#   (raftmlp train|torchrun .* -m raftmlp.commands.train) -c {name}( |$)", text, re.MULTILINE
-        )
+        assert re.search(rf"#   (raftmlp train|torchrun .* -m raftmlp train) -c {name}( |$)", text, re.MULTILINE)
         assert "Not run" in text or re.search(r"\d\.\d+ %", text)  # a figure that was seen
 
 

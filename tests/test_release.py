@@ -5,7 +5,7 @@ import timm
 import torch
 
 from helpers import CATALOGUE, VARIANTS, release_weights, same_weights
-from raftmlp.release import release_entries
+from raftmlp.model.conversion import release_entries
 
 
 @pytest.fixture(scope="module")

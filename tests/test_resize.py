@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raftmlp.resize import bicubic_matrix, resize_bicubic
+from raftmlp.model.resize import bicubic_matrix, resize_bicubic
 
 LENGTHS = [1, 2, 3, 7, 14, 33, 56, 97, 333]
 SIZES = [((h, w), (w, h)) for h in LENGTHS for w in LENGTHS if h != w] + [((1, 1), (5, 9)), ((31, 800), (56, 56))]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from helpers import fill_disk
+from raftmlp.checkpoints.weights import load_checkpoint
 from raftmlp.errors import UserError
 from raftmlp.train.run_folder import RunFolder
-from raftmlp.weights import load_checkpoint
 
 STATE = dict(state_dict=dict(weight=torch.zeros(3)))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raftmlp.commands import scenes as command
+from raftmlp.cli import scenes as command
 from raftmlp.data import scenes
 from raftmlp.data.digits import Digits
 from raftmlp.data.scenes import SceneMaker, write_scenes

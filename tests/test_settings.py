@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from raftmlp.commands.config_files import find_config
-from raftmlp.commands.options import Parser, output_file, output_folder
+from raftmlp.cli.config_files import find_config
+from raftmlp.cli.options import Parser, output_file, output_folder
 from raftmlp.config import ModelSettings
 from raftmlp.errors import UserError
 from raftmlp.settings import Number, Settings, option

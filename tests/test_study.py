@@ -18,9 +18,10 @@ from PIL import Image
 from scipy.stats import ttest_ind
 
 from helpers import ROOT
-from raftmlp.commands import study as command
-from raftmlp.commands import train, validate
-from raftmlp.commands.config_files import find_config
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import study as command
+from raftmlp.cli import train, validate
+from raftmlp.cli.config_files import find_config
 from raftmlp.errors import UserError
 from raftmlp.study import (
     PREPARATION,
@@ -35,7 +36,6 @@ from raftmlp.study import (
     write_results,
 )
 from raftmlp.train.run_folder import RunFolder
-from raftmlp.weights import load_checkpoint
 
 RECIPE = dict(
     model="raftmlp_digits", model_kwargs=dict(embed_dims=[8] * 4, depths=[1] * 4), dataset="digits", device="cpu",

@@ -10,7 +10,7 @@ import yaml
 from torch.utils.data import IterableDataset
 
 from helpers import TINY, make_image_folder
-from raftmlp.commands import train
+from raftmlp.cli import train
 from raftmlp.data import Digits, SceneDigits, class_names, create_dataset
 from raftmlp.data.images import file_name, read_image
 from raftmlp.data.pixels import PixelReader

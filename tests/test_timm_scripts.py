@@ -16,7 +16,7 @@ from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import CheckpointSaver, ParseKwargs, dispatch_clip_grad
 
 from helpers import DIGITS, ROOT, make_image_folder, same_weights
-from raftmlp.commands import validate
+from raftmlp.cli import validate
 
 TINY = dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))
 # what train.py gives every model where its options are left out

@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from raftmlp.resize import RESIZINGS
+from raftmlp.model.resize import RESIZINGS
 
 TINY = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), img_size=32)
 NETWORKS = [

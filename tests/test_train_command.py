@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from helpers import ROOT, TINY, fill_disk, make_image_folder
-from raftmlp.commands import export, train, validate
+from raftmlp.cli import export, train, validate
 from raftmlp.train import TrainSettings
 
 CONFIG = ["-c", ROOT / "configs/digits/raftmlp_digits.yaml", *TINY]
@@ -141,7 +141,7 @@ def test_resume_refuses_renamed_classes(run_command, tmp_path):
 
 def test_a_resumed_run_loads_no_other_weights(run_command, image_folder):
     model = ["--model", "raftmlp_digits", "--data-dir", image_folder, "--workers", 0, "--batch-size", 12]
-    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    shipped = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
     for name, start in (("a", ["--pretrained"]), ("b", ["--checkpoint", shipped])):
         options = [*model, *start, "--output", name]
         status, out, err = run_command(train, *options, "--epochs", 1)
@@ -214,7 +214,7 @@ def test_train_on_a_folder_of_images(image_folder, run_command):
         train, *finetune, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned"
     )
     assert status == 0, err
-    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    shipped = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
     options = ["--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", image_folder, "--workers", 0]
     status, out, err = run_command(
         train, *options, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--output", "tuned2"
@@ -365,9 +365,7 @@ def test_folders_that_would_spoil_the_figure(image_folder, run_command, tmp_path
     assert status == 2 and "classes to train on are not the" in err
 
 
-@pytest.mark.parametrize(
-    "program", [["tools/train.py"], ["-m", "raftmlp.commands.train"], ["-m", "raftmlp", "train"]], ids=" ".join
-)
+@pytest.mark.parametrize("program", [["tools/train.py"], ["-m", "raftmlp", "train"]], ids=" ".join)
 def test_every_way_to_start_it_shows_an_error_in_one_line(program):
     command = [sys.executable, *program, "--dataset", "digits", "--model", "raftmlp_x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

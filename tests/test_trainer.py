@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import Subset
 
 from helpers import ROOT, TINY, StoppingDigits, assert_same, make_image_folder
-from raftmlp.commands import train
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import train
 from raftmlp.data import Digits
 from raftmlp.errors import UserError
 from raftmlp.train import Trainer, TrainSettings
-from raftmlp.weights import load_checkpoint
 
 FROM_PYTHON = """
 import timm
@@ -46,7 +46,7 @@ SHORT = [*DIGITS, *RANDOM, "--batch-size", "256", "--warmup-epochs", "1"]  # 5 u
 # A process that has imported all and computed nothing: every line of options it reads becomes a run in a fork of it.
 NURSERY = """
 import os, shlex, sys
-from raftmlp.commands import console, train
+from raftmlp.cli import console, train
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -338,7 +338,7 @@ def test_two_processes_train_as_one_does(program, nursery, tmp_path):
     if program == "script, a teacher":
         options += ["--kd-model-name", "raftmlp_digits"]
     else:
-        start = ["-m", "raftmlp.commands.train"]
+        start = ["-m", "raftmlp", "train"]
         options += ["--train-img-sizes", 24, 32, "--train-batch-sizes", 128, 32]
         shares = ["24 (2 x 128), 32 (8 x 32)", "24 (1 x 128), 32 (4 x 32)"]
     status, output = nursery.run(*options, "--output", tmp_path / "one")

@@ -14,15 +14,15 @@ from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset
 
 from helpers import TINY, TINY_MODEL, assert_same, make_image_folder
-from raftmlp.commands import predict, train, validate
+from raftmlp.checkpoints.description import EXIF_NOTES
+from raftmlp.checkpoints.weights import load_checkpoint
+from raftmlp.cli import predict, train, validate
 from raftmlp.data import Digits
 from raftmlp.data.augmentation import AugmentationSettings, training_transform
 from raftmlp.data.pixels import PixelReader
 from raftmlp.data.training import Batches, TrainingDataSettings, TrainingImages, TrainingLoader, check_splits
 from raftmlp.data.updates import Share, Updates
-from raftmlp.description import EXIF_NOTES
 from raftmlp.errors import UserError
-from raftmlp.weights import load_checkpoint
 
 
 def make_batches(images, *shares, seed=3) -> Batches:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from helpers import TINY_MODEL, same_weights
-from raftmlp.commands import export, predict
+from raftmlp.cli import export, predict
 from raftmlp.export.hub import model_card, write_folder
 
 NAMES = ["nought", "one", "two"]

@@ -22,7 +22,7 @@ from helpers import (
     make_run_folder,
     release_weights,
 )
-from raftmlp.commands import export, validate
+from raftmlp.cli import export, validate
 from raftmlp.data import Digits, create_dataset
 from raftmlp.data.settings import DataSettings
 from raftmlp.evaluate import evaluation
@@ -593,7 +593,7 @@ def test_a_folder_at_another_size_with_amp(run, tmp_path):
     assert status == 0, err
     assert "over 12 images" in out and read_rows()[0]["img_size"] == [40, 48]
     assert json.loads(Path("r.json").read_text())["run"]["precision"] == "bfloat16"
-    shipped = ROOT / "checkpoints/raftmlp_digits.sklearn.safetensors"
+    shipped = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
     status, _, err = run("--model", "raftmlp_digits", "--checkpoint", shipped, "--data-dir", folder)
     assert status == 2 and "classes that the model was not trained on: ['bright', 'dark']" in err
 

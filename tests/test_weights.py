@@ -12,9 +12,9 @@ import torch
 
 import raftmlp
 from helpers import ROOT, same_weights
-from raftmlp.pretrained import find_pretrained
+from raftmlp.checkpoints.pretrained import find_pretrained
+from raftmlp.checkpoints.weights import load_state_dict, read_metadata, save_state_dict, unwrap
 from raftmlp.train.journal import export_path
-from raftmlp.weights import load_state_dict, read_metadata, save_state_dict, unwrap
 
 SMALL = dict(embed_dims=(8, 12, 16, 20))
 
@@ -195,7 +195,7 @@ def test_hub_style_folder(digits, tmp_path):
 
 
 def test_shipped_files_are_listed_with_their_checksum():
-    folder = ROOT / "checkpoints"
+    folder = ROOT / "weights"
     table = (folder / "README.md").read_text()
     shipped = list(folder.glob("*.safetensors"))
     assert shipped

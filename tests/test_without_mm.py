@@ -27,8 +27,8 @@ def run(*args):
     "command",
     [
         ["raftmlp", "train-mm", CONFIG],
-        ["raftmlp.commands.eval_mm", CONFIG, "x.pth"],
-        [ROOT / "tools" / "predict_mm.py", CONFIG, "x.pth", "x.png"],
+        ["raftmlp", "eval-mm", CONFIG, "x.pth"],
+        [ROOT / "tools" / "eval_mm.py", CONFIG, "x.pth"],
     ],
     ids=["console", "module", "script"],
 )

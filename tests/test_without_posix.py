@@ -22,15 +22,15 @@ for name in ("SIGCHLD", "SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM", "pthread_sigm
 for name in ("O_DIRECTORY", "sysconf", "geteuid", "getuid", "fork", "killpg", "setsid", "sched_getaffinity"):
     delattr(os, name)
 
-import raftmlp.commands
-for _, name, _ in pkgutil.iter_modules(raftmlp.commands.__path__, "raftmlp.commands."):
+import raftmlp.cli
+for _, name, _ in pkgutil.iter_modules(raftmlp.cli.__path__, "raftmlp.cli."):
     if not name.endswith("_mm"):
         __import__(name)
-import raftmlp_cli
+import raftmlp.cli.launcher
 for line in sys.stdin:
     sys.argv = ["raftmlp", *line.split()]
     try:
-        raftmlp_cli.main()
+        raftmlp.cli.launcher.main()
     except SystemExit as end:
         assert not end.code, line
 """

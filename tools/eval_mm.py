@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""The command ``raftmlp eval-mm`` as a script."""
+"""The command `raftmlp eval-mm` as a script."""
 
-from raftmlp_cli import main
+import sys
 
 if __name__ == "__main__":
-    main("eval-mm")
+    sys.argv[:1] = ["raftmlp", "eval-mm"]
+    from raftmlp.cli.launcher import main
+
+    main()

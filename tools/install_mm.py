@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
-from raftmlp.commands.console import run, say
-from raftmlp.commands.options import Parser, option_type
+from raftmlp.cli.console import run, say
+from raftmlp.cli.options import Parser, option_type
 from raftmlp.data.workers import processor_count
 from raftmlp.errors import UserError
 from raftmlp.settings import Number

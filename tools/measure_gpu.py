@@ -25,8 +25,8 @@ from pathlib import Path
 import timm
 import torch
 
-from raftmlp.commands.console import run, say
-from raftmlp.commands.options import Parser, option_type, output_folder
+from raftmlp.cli.console import run, say
+from raftmlp.cli.options import Parser, option_type, output_folder
 from raftmlp.device import find_device
 from raftmlp.errors import UserError
 from raftmlp.files import write_json

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from raftmlp import __version__
-from raftmlp.commands.console import run, say
-from raftmlp.commands.options import Parser
+from raftmlp.cli.console import run, say
+from raftmlp.cli.options import Parser
 from raftmlp.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

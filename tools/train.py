@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""The command ``raftmlp train`` as a script."""
+"""The command `raftmlp train` as a script."""
 
-from raftmlp_cli import main
+import sys
 
 if __name__ == "__main__":
-    main("train")
+    sys.argv[:1] = ["raftmlp", "train"]
+    from raftmlp.cli.launcher import main
+
+    main()

@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""The command ``raftmlp validate`` as a script."""
+"""The command `raftmlp validate` as a script."""
 
-from raftmlp_cli import main
+import sys
 
 if __name__ == "__main__":
-    main("validate")
+    sys.argv[:1] = ["raftmlp", "validate"]
+    from raftmlp.cli.launcher import main
+
+    main()

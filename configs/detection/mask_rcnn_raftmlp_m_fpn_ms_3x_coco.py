@@ -1,7 +1,7 @@
 # Mask R-CNN with RaftMLP-M, FPN, COCO: a schedule of today, 36 epochs at many scales, with drop path.
 #   torchrun --nproc-per-node 8 tools/train_mm.py configs/detection/mask_rcnn_raftmlp_m_fpn_ms_3x_coco.py \
 #       --data-dir coco
-# It starts from pretrained weights, raftmlp_m.TAG.safetensors in checkpoints/, or another file with
+# It starts from pretrained weights, raftmlp_m.TAG.safetensors in weights/, or another file with
 #   --cfg-options model.backbone.init_cfg.checkpoint=FILE
 # Hardware: 8 GPUs, 2 images each. Expected: not run.
 # The first map is the first stage's real output, and every map gets a LayerNorm.

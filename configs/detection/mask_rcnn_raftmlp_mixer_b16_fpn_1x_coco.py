@@ -1,7 +1,7 @@
 # Mask R-CNN with the MLP-Mixer baseline, FPN, COCO 1x: the paper's experiment.
 #   torchrun --nproc-per-node 8 tools/train_mm.py configs/detection/mask_rcnn_raftmlp_mixer_b16_fpn_1x_coco.py \
 #       --data-dir coco
-# It starts from pretrained weights, raftmlp_mixer_b16.TAG.safetensors in checkpoints/, or another file with
+# It starts from pretrained weights, raftmlp_mixer_b16.TAG.safetensors in weights/, or another file with
 #   --cfg-options model.backbone.init_cfg.checkpoint=FILE
 # Hardware: 8 GPUs, 2 images each. Expected: not run.
 # All four maps have stride 16; the sizes of the anchors are those of the other configs.

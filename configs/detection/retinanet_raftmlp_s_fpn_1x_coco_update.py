@@ -2,7 +2,7 @@
 # which keeps the detail of maps that are larger than the trained grid, and a LayerNorm on every map.
 #   torchrun --nproc-per-node 8 tools/train_mm.py configs/detection/retinanet_raftmlp_s_fpn_1x_coco_update.py \
 #       --data-dir coco
-# It starts from pretrained weights, raftmlp_s.TAG.safetensors in checkpoints/, or another file with
+# It starts from pretrained weights, raftmlp_s.TAG.safetensors in weights/, or another file with
 #   --cfg-options model.backbone.init_cfg.checkpoint=FILE
 # Hardware: 8 GPUs, 2 images each. Expected: not run.
 _base_ = "retinanet_raftmlp_s_fpn_1x_coco.py"

@@ -1,8 +1,8 @@
 """Data sets: the embedded digits and scenes of them, and by ``create_dataset`` all that timm reads."""
 
-from .. import is_parsing
+from .. import is_command
 
-if not is_parsing:
+if not is_command:
     from .datasets import class_names, create_dataset
     from .digits import Digits
     from .mnist import MlxtendMnist

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose
 
-from ..description import EXIF_NOTES
+from ..checkpoints.description import EXIF_NOTES
 from ..device import pins_memory
 from ..errors import UserError
 from ..files import printable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ImageColor
 
-from ..description import CROP_MODES, INTERPOLATIONS
+from ..checkpoints.description import CROP_MODES, INTERPOLATIONS
 from ..errors import UserError
 from ..settings import Number, Settings, option
 from .workers import default_workers

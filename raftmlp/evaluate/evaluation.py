@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import DeviceSettings, ModelSettings
-from ..create import create_model
-from ..data import class_names
+from ..data.datasets import class_names
 from ..data.images import UNREADABLE, data_config, evaluation_loader, file_name
 from ..data.settings import ImageSettings
 from ..errors import UserError, first_words
+from ..model.create import create_model
 from ..sizes import check_memory, size_name
 from .labels import RealLabels, are_synsets, matching_outputs, model_class_names, readable_names
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..files import save_figure
-from ..layers import TokenMixing
-from ..raftmlp import RaftMLP
+from ..model.layers import TokenMixing
+from ..model.raftmlp import RaftMLP
 
 __all__ = [
     "MixingWeights", "ReceptiveField", "draw_receptive_fields", "draw_updates", "draw_weights", "mixing_weights",

@@ -28,12 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from ..config import REFERENCE, ModelSettings, SpeedSettings
-from ..create import create_model
 from ..data.workers import processor_count
 from ..device import synchronize
 from ..errors import UserError, first_words
-from ..ops import plain_operators
-from ..reference import Reference
+from ..model.create import create_model
+from ..model.ops import plain_operators
+from ..model.reference import Reference
 from ..sizes import size_name
 
 __all__ = [

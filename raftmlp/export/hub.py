@@ -10,12 +10,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
-from ..description import EXIF_NOTES, check_fields, mapping, number, parse_json, text
+from ..checkpoints.description import EXIF_NOTES, check_fields, mapping, number, parse_json, text
+from ..checkpoints.weights import load_checkpoint
 from ..errors import UserError, first_words
 from ..files import new_folder
-from ..raftmlp import RaftMLP
+from ..model.raftmlp import RaftMLP
 from ..sizes import size_name
-from ..weights import load_checkpoint
 
 __all__ = ["data_name", "model_card", "own_tag", "training_options", "training_record", "write_folder"]
 

@@ -17,19 +17,18 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..arguments import choice, is_sequence, is_whole
-from ..errors import UserError
-from ..pretrained import pretrained_file
-from ..raftmlp import RaftMLP
-from ..weights import (
-    adapt_state_dict,
-    checkpoint_filter_fn,
+from ..checkpoints.pretrained import pretrained_file
+from ..checkpoints.weights import (
     describe_differences,
     load_state_dict,
     read_description,
     shapes,
     summary,
 )
+from ..errors import UserError
+from ..model.arguments import choice, is_sequence, is_whole
+from ..model.conversion import adapt_state_dict, checkpoint_filter_fn
+from ..model.raftmlp import RaftMLP
 from .stand_ins import STAND_INS
 
 __all__ = ["RaftMLPBackbone"]

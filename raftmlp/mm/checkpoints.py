@@ -15,10 +15,7 @@ from mmengine.runner import CheckpointLoader
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..errors import MissingFileError, UserError, first_words
-from ..files import write_bytes
-from ..processes import is_first_process
-from ..weights import (
+from ..checkpoints.weights import (
     check_tensors,
     check_types,
     describe_differences,
@@ -27,6 +24,9 @@ from ..weights import (
     shapes,
     summary,
 )
+from ..errors import MissingFileError, UserError, first_words
+from ..files import write_bytes
+from ..processes import is_first_process
 from .stand_ins import STAND_INS, LogHistory
 
 _logger = logging.getLogger(__name__)

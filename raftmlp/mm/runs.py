@@ -13,9 +13,9 @@ from mmengine.runner import CheckpointLoader
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..checkpoints.weights import describe_differences, shapes, summary
 from ..errors import UserError
 from ..files import save_figure
-from ..weights import describe_differences, shapes, summary
 from .checkpoints import check_weights, find_checkpoint, load_from_local, newest_checkpoint, trained_classes
 from .coco import listed
 

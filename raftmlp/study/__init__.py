@@ -1,9 +1,9 @@
 """Studies: the same training for several networks or settings and several seeds, and what came out of it."""
 
-from .. import is_parsing
+from .. import is_command
 from .plan import PREPARATION, Cell, Plan, Run
 
-if not is_parsing:
+if not is_command:
     from .report import difference, make_notes, make_rows, make_table, shown_difference, write_results
     from .runner import StudyFolder, run_study
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..description import shorten
+from ..checkpoints.description import shorten
 from ..errors import UserError
 
 __all__ = ["PREPARATION", "Cell", "Plan", "Run"]

@@ -9,11 +9,11 @@ from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 
 from ..config import ModelSettings
-from ..create import create_model
 from ..data.images import data_config
 from ..data.settings import ImageSettings
 from ..errors import UserError
 from ..evaluate.evaluation import check_sizes
+from ..model.create import create_model
 
 __all__ = ["DistillationTask", "create_teacher", "weights_sha256"]
 

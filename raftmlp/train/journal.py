@@ -16,10 +16,10 @@ import torch
 from timm.models import split_model_name_tag
 
 from .. import __version__
+from ..checkpoints.pretrained import checkpoint_folders
+from ..checkpoints.weights import load_checkpoint, save_state_dict, unwrap
 from ..errors import MissingPackageError, UserError
 from ..files import save_figure, write_csv, write_json
-from ..pretrained import checkpoint_folders
-from ..weights import load_checkpoint, save_state_dict, unwrap
 
 # what a validation loss is without: settings, by their names in words
 OF_TRAINING_LOSS = dict(smoothing="label smoothing", mixup="mixup", cutmix="cutmix", kd_model_name="a teacher")

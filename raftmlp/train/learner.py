@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import UserError, first_words
-from ..muon import Muon
 from ..processes import Processes
 from .distillation import DistillationTask
+from .muon import Muon
 from .settings import OptimisationSettings, TrainSettings, known_optimizer
 
 __all__ = ["Learner", "create_optimisation"]

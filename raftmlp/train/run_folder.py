@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from ..checkpoints.weights import first_readable, load_checkpoint
 from ..errors import MissingFileError, UserError, first_words
 from ..files import new_file
-from ..weights import first_readable, load_checkpoint
 
 __all__ = ["RunFolder", "opening"]
 

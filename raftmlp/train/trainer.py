@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__
-from ..create import create_recorded_model
+from ..checkpoints.description import EXIF_NOTES
+from ..checkpoints.weights import load_checkpoint
 from ..data.augmentation import BatchAugmentation, training_transform
 from ..data.datasets import class_names
 from ..data.images import check_classes, data_config, evaluation_loader, image_count
 from ..data.training import TrainingLoader, check_splits, seed_everything
 from ..data.updates import Updates, share_batches
-from ..description import EXIF_NOTES
 from ..device import find_device
 from ..errors import UserError, first_words
 from ..evaluate.evaluation import check_sizes, evaluate
 from ..files import write_json, write_text
+from ..model.create import create_recorded_model
+from ..model.raftmlp import RaftMLP
 from ..processes import Processes
-from ..raftmlp import RaftMLP
 from ..sizes import check_memory, parse_size, size_name
-from ..weights import load_checkpoint
 from .distillation import create_teacher, weights_sha256
 from .journal import Journal, export_path, export_pretrained, summarise
 from .learner import Learner

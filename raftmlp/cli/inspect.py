@@ -1,0 +1,113 @@
+"""Look inside a trained RaftMLP: what its token mixing has learnt, what its stages see, which blocks do how much.
+
+    raftmlp inspect --checkpoint raftmlp_digits.safetensors --out runs/inspect --dataset digits
+    raftmlp inspect --model raftmlp_digits --pretrained --out runs/inspect
+
+Writes into the folder: vertical.png and horizontal.png (or plain.png), the weights of token mixing;
+receptive_fields.png, the pixels that the middle of each stage's map depends on; updates.png, how much every mixing of
+every block changes the map; and inspection.json, the figures of the last two. They are those of some images of a data
+set, or of noise where none is named.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..config import ModelSettings
+from ..data.settings import DataSettings, ImageSettings
+from ..errors import UserError
+from ..files import write_json
+from ..settings import Number
+from .console import say
+from .options import Parser, option_type, output_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    for settings in (ModelSettings, DataSettings, ImageSettings):
+        parser.add_settings(settings)
+    group = parser.group("inspection")
+    group.add_argument(
+        "--images", type=option_type(Number(int, 1)), default=64, metavar="N", help="images to look at, of every class"
+    )
+    group.add_argument(
+        "--out", type=option_type(output_folder), required=True, metavar="DIR", help="folder for the pictures"
+    )
+    return parser
+
+
+def read_images(settings: DataSettings, config: dict, count: int) -> "Tensor":
+    """Return so many images of a data set, or all if there are fewer, as a model takes them, (B, C, H, W)."""
+    import torch
+
+    from ..data.datasets import class_names
+    from ..data.images import evaluation_loader, image_count
+    from ..data.subset import take_images
+
+    dataset = settings.create(settings.val_split)
+    if not isinstance(dataset, torch.utils.data.IterableDataset):
+        dataset = take_images(dataset, min(count, image_count(dataset)), 0, class_names(dataset))
+    batches, found = [], 0
+    for images, _ in evaluation_loader(dataset, config, torch.device("cpu"), settings.batch_size, settings.workers):
+        batches.append(images)
+        found += len(images)
+        if found >= count:
+            break
+    return torch.cat(batches)[:count]
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    parser.load_and_check(args)
+    import torch
+
+    from ..data.datasets import class_names
+    from ..data.images import data_config
+    from ..evaluate import inspection
+    from ..evaluate.evaluation import prepare_model, warn_of_random_weights
+    from ..evaluate.labels import default_num_classes
+    from ..model.raftmlp import RaftMLP
+
+    settings, data = ModelSettings.select(vars(args)), DataSettings.select(vars(args))
+    has_data = bool(data.dataset or data.data_dir)
+    classes = default_num_classes(class_names(data.create(data.val_split))) if has_data else None
+    prepared = prepare_model(settings, ImageSettings.select(vars(args)), None, classes)
+    model = prepared.model
+    if not isinstance(model, RaftMLP):
+        raise UserError(f"{prepared.name} is no RaftMLP: inspect shows the token mixing of these alone")
+    warn_of_random_weights([prepared])
+    config = data_config(ImageSettings.select(vars(args)), model, prepared.config["input_size"][-2:])
+    if has_data:
+        images, source = read_images(data, config, args.images), data.description
+    else:
+        torch.manual_seed(0)
+        images, source = torch.randn(args.images, *config["input_size"]), "noise"
+    of = f"{prepared.name}, {len(images)} images of {source}"
+
+    written = []
+    for kind, blocks in inspection.mixing_weights(model).items():
+        axis = {"vertical": ", down the columns", "horizontal": ", along the rows"}.get(kind, "")
+        title = f"{prepared.name}: first weights of the {kind} token mixing{axis}"
+        inspection.draw_weights(args.out / f"{kind}.png", kind, title, blocks)
+        written.append(f"{kind}.png")
+    fields = inspection.receptive_fields(model, images)
+    inspection.draw_receptive_fields(args.out / "receptive_fields.png", f"effective receptive fields: {of}", fields)
+    norms = inspection.update_norms(model, images)
+    inspection.draw_updates(args.out / "updates.png", of, norms)
+    content = dict(
+        model=prepared.name,
+        weights=settings.weights,
+        images=len(images),
+        data=source,
+        img_size=config["input_size"][-2:],
+        half_of_the_gradient_in={field.layer: field.half for field in fields},
+        updates=norms,
+    )
+    write_json(args.out / "inspection.json", content)
+    for field in fields:
+        say(f"{field.layer}: half of the gradient of its middle is in {field.half:.1%} of the pixels")
+    for block, row in norms.items():
+        say(f"{block}: updates of {', '.join(f'{kind} {value:.2f}' for kind, value in row.items())}")
+    say(f"in {args.out}: {', '.join(written)}, receptive_fields.png, updates.png, inspection.json")

@@ -1,0 +1,1 @@
+"""The network and its layers; importing it registers the models with timm."""

@@ -1,7 +1,0 @@
-#!/usr/bin/env python
-"""The command ``raftmlp export`` as a script."""
-
-from raftmlp_cli import main
-
-if __name__ == "__main__":
-    main("export")
