@@ -1,6 +1,5 @@
 """What a command shows: lines, notes, errors in one line, and its exit status."""
 
-import errno
 import logging
 import os
 import shlex
@@ -16,15 +15,12 @@ from .launcher import discard_output, prepare_streams
 
 __all__ = ["command_line", "run", "say", "show_error"]
 
-# errors of a disk, which a user can repair
-DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
-    errno.ENOENT, errno.ENAMETOOLONG,
-)  # fmt: skip
-
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's main function and exit; user errors, errors of a disk and Ctrl-C end it in one line."""
+    """Run a command's main function and exit: an error ends it in one line and status 2, Ctrl-C in status 130.
+
+    With RAFTMLP_DEBUG=1 in the environment an error shows its traceback.
+    """
     prepare_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     log = logging.getLogger("raftmlp")
@@ -33,24 +29,16 @@ def run(main: Callable[[], int | None]) -> None:
     log.handlers = [_Console()]
     try:
         status = main()
-    except UserError as error:
-        status = show_error(error)
     except BrokenPipeError:
         discard_output()
         status = 1
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        status = show_error(error)
-    except (MemoryError, RuntimeError) as error:
-        import torch
-
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        status = show_error(UserError(f"too little memory, a smaller --batch-size may help: {first_words(error)}"))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if os.environ.get("RAFTMLP_DEBUG"):
+            raise
+        status = show_error(error)
     finally:
         kill_workers()
     sys.exit(status)
@@ -78,11 +66,21 @@ def say(*words: object) -> None:
 
 
 def show_error(error: Exception) -> int:
-    """Print an error's message and return the exit status, 2."""
+    """Print an error in one line and return the exit status, 2."""
     local_rank, rank = process_numbers()
     if local_rank == 0 or (are_connected() and not getattr(error, "shared", False)):
-        print(f"{program()}: error: {f'[process {rank}] ' if rank else ''}{error}", file=sys.stderr)
+        print(f"{program()}: error: {f'[process {rank}] ' if rank else ''}{_in_words(error)}", file=sys.stderr)
     return 2
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error's message; that of another library says how to see where it comes from."""
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    words, kind = first_words(error), type(error).__name__
+    if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in words:
+        return f"too little memory, a smaller --batch-size may help: {words}"
+    return f"{words} ({kind}; RAFTMLP_DEBUG=1 shows the traceback)"
 
 
 def program() -> str:
