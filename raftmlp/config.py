@@ -5,13 +5,13 @@ Nothing here needs torch before it is called: a command parses its options befor
 
 import difflib
 import os
-from dataclasses import dataclass
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
 
 from .errors import UserError
-from .settings import Number, Settings, option
-from .sizes import Pixels, as_size, flat_sides
+from .settings import Count, NonNegative, Settings, Text, between, option, settings
+from .sizes import Sides
 
 if TYPE_CHECKING:
     import torch
@@ -73,47 +73,36 @@ def weights_file(name: str) -> str:
     return name
 
 
-@dataclass(kw_only=True)
+@settings
 class ModelSettings(Settings):
     """Which model, and its weights."""
 
     title = "model"
-    model: str | None = option(
+    model: Text | None = option(
         None,
         "any model of timm's list, or local-dir:FOLDER or hf-hub:USER/NAME (default: the checkpoint's, else raftmlp_s)",
         check=known_model,
         metavar="NAME",
     )
     pretrained: bool = option(False, "start from the model's pretrained weights")
-    checkpoint: str | None = option(
+    checkpoint: Annotated[Text, AfterValidator(weights_file)] | None = option(
         None,
         "start from the weights in this file, in a run's folder (its best), or in a folder for the Hugging Face Hub",
-        type=weights_file,
         metavar="FILE",
     )
-    num_classes: int | None = option(
-        None, "classes (default: the data set's, else the model's)", type=Number(int, 1), metavar="N"
-    )
-    in_chans: int | None = option(
-        None, "channels of the images: 1 or 3 (default: the model's)", type=Number(int, 1), metavar="N"
-    )
-    img_size: list[int] | None = option(
+    num_classes: Count | None = option(None, "classes (default: the data set's, else the model's)")
+    in_chans: Count | None = option(None, "channels of the images: 1 or 3 (default: the model's)")
+    img_size: Sides | None = option(
         None,
         "size of the images in pixels: 224, 320x480 or 320 480 (default: the model's)",
-        type=Pixels(),
-        nargs="+",
         metavar="N|HxW",
     )
     model_kwargs: dict[str, Any] = option(factory=dict, help="more arguments of the model", metavar="KEY=VALUE")
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.img_size = self.img_size and flat_sides(self.img_size)
-
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the images in pixels, None where ``img_size`` is left open."""
-        return as_size(self.img_size) if self.img_size else None
+        return (self.img_size[0], self.img_size[-1]) if self.img_size else None
 
     @property
     def weights(self) -> str:
@@ -126,16 +115,16 @@ class ModelSettings(Settings):
         return model.pretrained_cfg["architecture"] if not self.model or is_folder_name(self.model) else self.model
 
 
-@dataclass(kw_only=True)
+@settings
 class DeviceSettings(Settings):
     """Where a model runs, and in which precision."""
 
     title = "run"
-    device: str | None = option(
+    device: Text | None = option(
         None, "cpu, cuda, cuda:1, mps, ... (default: the accelerator that torch finds, else cpu)", metavar="NAME"
     )
     amp: bool = option(False, "mixed precision (autocast)")
-    amp_dtype: str = option("bfloat16", "lower precision of --amp", choices=AMP_DTYPES)
+    amp_dtype: Literal[AMP_DTYPES] = option("bfloat16", "lower precision of --amp")
     channels_last: bool = option(False, "channels-last memory layout")
     compile: bool = option(False, "use torch.compile")
 
@@ -153,27 +142,14 @@ class DeviceSettings(Settings):
         return torch.autocast(device.type, getattr(torch, self.amp_dtype), enabled=self.amp)
 
 
-def parse_batch(text: str) -> int | None:
-    """Return a number of images, or None for "dynamic".
-
-    Raises:
-        UserError: If it is neither.
-    """
-    if text == "dynamic":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"must be a whole number of 1 or more, or 'dynamic', not {text!r}")
-    return int(text)
-
-
-@dataclass(kw_only=True)
+@settings
 class ExportSettings(Settings):
     """What to write."""
 
     title = "file"
-    format: str = option("onnx", "what to write", choices=("onnx", "pt2", "aoti", "torchscript", "hf"))
-    batch: int | None = option(
-        None, "images at a time: a number, or 'dynamic' (default: dynamic)", type=parse_batch, metavar="N"
+    format: Literal["onnx", "pt2", "aoti", "torchscript", "hf"] = option("onnx", "what to write")
+    batch: Annotated[Count | None, BeforeValidator(lambda value: None if value == "dynamic" else value)] = option(
+        None, "images at a time: a number, or 'dynamic' (default: dynamic)", metavar="N"
     )
     dynamic_size: bool = option(
         False,
@@ -181,28 +157,20 @@ class ExportSettings(Settings):
         action="store_true",
     )
     features: bool = option(False, "give the feature maps instead of logits", action="store_true")
-    half: str | None = option(
+    half: Literal["float16", "bfloat16"] | None = option(
         None,
         "weights and products in half precision; inputs and outputs stay float32",
-        choices=("float16", "bfloat16"),
         nargs="?",
         const="float16",
     )
-    quantize: str | None = option(
+    quantize: Literal["dynamic", "static"] | None = option(
         None,
         "ONNX: 8-bit weights; the scales of activations are computed at each run, or (static) taken from data",
-        choices=("dynamic", "static"),
     )
     simplify: bool = option(False, "ONNX: simplify the graph with onnxslim", action="store_true")
-    opset: int | None = option(
-        None, f"ONNX: version of the operators (default: {OPSET})", type=Number(int, 18, 23), metavar="N"
-    )
+    opset: between(18, 23) | None = option(None, f"ONNX: version of the operators (default: {OPSET})")
 
     def __post_init__(self):
-        super().__post_init__()
-        is_whole = isinstance(self.batch, Integral) and not isinstance(self.batch, bool)
-        if self.batch is not None and not (is_whole and self.batch >= 1):
-            raise UserError(f"batch must be a whole number of 1 or more, or None, not {self.batch!r}")
         excluded = ("quantize", "simplify", "opset") if self.format != "onnx" else ()
         if self.format == "hf":
             excluded += ("batch", "features", "dynamic_size")
@@ -214,7 +182,7 @@ class ExportSettings(Settings):
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Type of the weights, before they are quantised."""
+        """Type of the weights, before they are quantized."""
         import torch
 
         return getattr(torch, self.half or "float32")
@@ -225,17 +193,17 @@ class ExportSettings(Settings):
         return f"int8, {self.quantize}" if self.quantize else self.half or "float32"
 
 
-@dataclass(kw_only=True)
+@settings
 class SpeedSettings(Settings):
     """How speed is measured."""
 
     title = "how"
-    batch_size: int = option(16, "images a batch", type=Number(int, 1), short="-b", metavar="N")
-    precision: str = option("float32", "of the weights, or of autocast", choices=PRECISIONS)
+    batch_size: Count = option(16, "images a batch", short="-b")
+    precision: Literal[PRECISIONS] = option("float32", "of the weights, or of autocast")
     channels_last: bool = option(False, "channels-last memory layout", action="store_true")
-    rounds: int = option(7, "rounds, after one of warm-up", type=Number(int, 1), metavar="N")
-    min_time: float = option(0.5, "seconds a turn lasts at least", type=Number(float, 0), metavar="S")
-    compile_mode: str = option("default", "of torch.compile", choices=COMPILE_MODES)
+    rounds: Count = option(7, "rounds, after one of warm-up")
+    min_time: NonNegative = option(0.5, "seconds a turn lasts at least", metavar="S")
+    compile_mode: Literal[COMPILE_MODES] = option("default", "of torch.compile")
 
     @property
     def dtype(self) -> "torch.dtype":

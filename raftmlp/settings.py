@@ -1,80 +1,103 @@
-"""Typed settings: dataclasses whose fields have a help text and know which values are allowed.
+"""Typed settings: dataclasses of pydantic, whose fields are also the options of commands and the keys of YAML files.
 
-The commands make their options of them; Python code gives the values by name. Both are checked in the same way.
+The types below say which values are allowed. Python code, the command line and YAML files are checked by them alike.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, get_origin
+from dataclasses import MISSING, field, fields
+from functools import partial, wraps
+from typing import Annotated, Any, ClassVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from .errors import UserError
 
-__all__ = ["Number", "Settings", "option"]
+__all__ = [
+    "Count", "Float", "Int", "NonNegative", "Settings", "Share", "Text", "between", "in_words", "option", "parser_of",
+    "settings", "several",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Number:
-    """A kind of number with bounds, both allowed; called with a text, it parses it."""
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes True for 1
+        raise ValueError("input should be a number")
+    return value
 
-    kind: type
-    minimum: float
-    maximum: float | None = None
 
-    def __call__(self, text: str) -> float:
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Int, Field(ge=1)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
+CONFIG = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+def between(least: float, most: float | None = None) -> Any:
+    """Return the type of numbers from ``least`` to ``most``: of whole ones, if ``least`` is one."""
+    return Annotated[Int if isinstance(least, int) else Float, Field(ge=least, le=most)]
+
+
+def several(kind: Any) -> Any:
+    """Return the type of lists of one value or more; a single value makes one too."""
+    return Annotated[list[kind], BeforeValidator(_list), Field(min_length=1)]
+
+
+@dataclass_transform(kw_only_default=True)
+def settings(cls: type) -> type:
+    """Make a class of settings: a dataclass of pydantic that is given its fields by name, and raises UserErrors."""
+    cls = dataclass(cls, kw_only=True, config=CONFIG)
+    validate = cls.__init__
+
+    @wraps(validate)
+    def __init__(self, **values):
         try:
-            value = self.kind(text)
-        except ValueError:
-            value = None
-        return self.check(value, text)
+            validate(self, **values)
+        except ValidationError as error:
+            raise UserError(" ".join(filter(None, in_words(error)))) from error
 
-    def check(self, value: Any, shown: Any = None) -> Any:
-        """Return the value.
-
-        Raises:
-            UserError: If it is not such a number; ``shown`` is what the message names.
-        """
-        kinds = (int,) if self.kind is int else (int, float)
-        upper = sys.float_info.max if self.maximum is None else self.maximum
-        if isinstance(value, bool) or not isinstance(value, kinds) or not self.minimum <= value <= upper:
-            kind = "a whole number" if self.kind is int else "a number"
-            allowed = f"of {self.minimum} or more" if self.maximum is None else f"from {self.minimum} to {self.maximum}"
-            raise UserError(f"must be {kind} {allowed}, not {shown if shown is not None else value!r}")
-        return value
+    cls.__init__ = __init__
+    return cls
 
 
 def option(
     default: Any = MISSING,
     help: str = "",
     *,
-    type: Callable[[str], Any] | None = None,
     check: Callable[[Any], Any] | None = None,
     short: str | None = None,
     factory: Callable[[], Any] = MISSING,
     **argument: Any,
 ) -> Any:
-    """Return a dataclass field that a command offers as an option.
+    """Return a field of settings that a command offers as an option.
 
     Args:
         default: The default value.
         help: The help text.
-        type: A ``Number``, or another function that parses a text; None takes texts as they are.
         check: A function that refuses a value by what only torch or timm knows: a command calls it after it has parsed
             all of its options, since those take seconds to load.
         short: A short name, such as "-b".
         factory: Makes the default value, in place of ``default``.
-        **argument: More of argparse's words: choices, nargs, const, metavar.
+        **argument: More of argparse's words: action, nargs, const, metavar.
     """
-    metadata = dict(help=help, type=type, check=check, short=short, **argument)
-    return field(default=default, default_factory=factory, metadata=metadata)
+    return field(
+        default=default, default_factory=factory, metadata=dict(help=help, check=check, short=short, **argument)
+    )
 
 
-@dataclass(kw_only=True)
+@settings
 class Settings:
-    """The base of all settings: fields made by ``option``, checked when they are given.
-
-    A class that inherits from several is offered in groups, one for each class that has a ``title``.
+    """The base of all settings. A class that inherits from several is offered in groups, one for each ``title``.
 
     Raises:
         UserError: If a value is not allowed; the message names the field.
@@ -82,40 +105,41 @@ class Settings:
 
     title: ClassVar[str] = ""
 
-    def __post_init__(self):
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value is None and entry.default is None:
-                continue
-            try:
-                _check(entry.type, entry.metadata, value)
-                if value == "" and "" not in (entry.default, *entry.metadata.get("choices", ())):
-                    raise UserError("must not be empty")
-            except UserError as error:
-                raise UserError(f"{entry.name} {error}") from error
-
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> "Settings":
         """Return settings of the values of that name in a mapping, which may hold others too."""
         return cls(**{entry.name: values[entry.name] for entry in fields(cls) if entry.name in values})
 
 
-def _check(kind: Any, metadata: Mapping[str, Any], value: Any) -> None:
-    if kind in (bool, bool | None) and not isinstance(value, bool):
-        raise UserError(f"must be true or false, not {value!r}")
-    if kind in (str, str | None) and not isinstance(value, str | os.PathLike):
-        raise UserError(f"must be a text, not {value!r}")
-    if get_origin(kind) is dict and not isinstance(value, Mapping):
-        raise UserError(f"must be a mapping, not {value!r}")
-    many = metadata.get("nargs") not in (None, "?")
-    count = metadata.get("nargs")
-    if many and not isinstance(value, (list, tuple, dict)):
-        raise UserError(f"must be a sequence, not {value!r}")
-    if (isinstance(count, int) and len(value) != count) or (count == "+" and not len(value)):
-        raise UserError(f"takes {'one or more' if count == '+' else count} values, not {value!r}")
-    for single in value if many else [value]:
-        if isinstance(metadata.get("type"), Number):
-            metadata["type"].check(single)
-        if metadata.get("choices") and single not in metadata["choices"]:
-            choices = ", ".join(map(repr, metadata["choices"]))
-            raise UserError(f"must be one of {choices}, not {single!r}")
+def in_words(error: ValidationError) -> tuple[str, str]:
+    """Return which field an error of pydantic is about, "" if it is none alone, and what is wrong with its value."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        words = str(cause)
+    else:
+        message = str(cause or first["msg"])
+        words = f"must be allowed: {message[0].lower()}{message[1:]}, not {_shown(first['input'])}"
+        words = words.replace("must be allowed: input should be", "must be")
+    return str(first["loc"][0]) if first["loc"] else "", words
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
+
+
+def parser_of(kind: Any) -> Callable[[Any], Any]:
+    """Return a function that gives a text as a value of an annotated type, such as ``Count``.
+
+    Raises:
+        UserError: If a value is not allowed.
+    """
+
+    def parse(adapter: TypeAdapter, value: Any) -> Any:
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            raise UserError(in_words(error)[1]) from error
+
+    return partial(parse, TypeAdapter(kind, config=CONFIG))

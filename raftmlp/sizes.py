@@ -4,13 +4,14 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from .errors import UserError
-from .settings import Number
+from .settings import Count, parser_of
 
-__all__ = ["Pixels", "as_size", "check_memory", "flat_sides", "parse_size", "size_name"]
+__all__ = ["Sides", "as_size", "check_memory", "parse_size", "size_name"]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -25,37 +26,24 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-@dataclass(frozen=True)
-class Pixels(Number):
-    """A side of an image; the text "HEIGHTxWIDTH" gives both."""
-
-    kind: type = int
-    minimum: float = 1
-
-    def __call__(self, text: str) -> int | tuple[int, int]:
-        return parse_size(text) if "x" in text else super().__call__(text)
-
-    def check(self, value: Any, shown: Any = None) -> Any:
-        for side in value if isinstance(value, tuple) else [value]:
-            super().check(side, shown)
-        return value
+def flat_sides(value: Any) -> list:
+    """Return the sides in "N", "HxW", a number, or a sequence of those, as one list."""
+    if isinstance(value, list | tuple):
+        return [side for single in value for side in flat_sides(single)]
+    return list(parse_size(value)) if isinstance(value, str) and "x" in value else [value]
 
 
-def flat_sides(values: Sequence[int | tuple[int, int]]) -> list[int]:
-    """Return the sides that ``Pixels`` gave as single numbers."""
-    return [side for value in values for side in (value if isinstance(value, tuple) else (value,))]
+Sides = Annotated[list[Count], BeforeValidator(flat_sides), Field(min_length=1, max_length=2)]  # height and width
 
 
-def as_size(values: Sequence[int | tuple[int, int]]) -> tuple[int, int]:
-    """Return height and width for one number or two.
+def as_size(value: Any) -> tuple[int, int]:
+    """Return height and width for one number or two, "N" or "HxW".
 
     Raises:
-        UserError: If it is another count of numbers.
+        UserError: If it is neither.
     """
-    values = flat_sides(values)
-    if not 1 <= len(values) <= 2:
-        raise UserError(f"--img-size takes one number of pixels, or height and width, not {' '.join(map(str, values))}")
-    return values[0], values[-1]
+    sides = parser_of(Sides)(value)
+    return sides[0], sides[-1]
 
 
 def size_name(size: Sequence[int]) -> str:

@@ -8,6 +8,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; to
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the network
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the same bits on a GPU; it is read once
 
+import gc
+
+import psutil
 import pytest
 import torch
 
@@ -15,6 +18,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run too, on the CPU; Triton reads this when it is imported
 
 from raftmlp.cli import console
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """Free networks that are in reference cycles, such as traced ones, which Python would keep for long."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    yield
+    if process.memory_info().rss > before + 2**26:
+        gc.collect()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_sizes_in_any_notation():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(sizes=[]), "train_img_sizes takes one or more values, not "),
+        (dict(sizes=[]), "train_img_sizes"),
         (dict(sizes=[24, 0]), "'0' must be a number of pixels or HEIGHTxWIDTH"),
         (dict(sizes=["24x"]), "'24x' must be a number of pixels or HEIGHTxWIDTH"),
         (dict(sizes=[24, 32, "24x24"]), "--train-img-sizes must differ, not 24 32 24"),
@@ -96,13 +96,13 @@ def test_sizes_in_any_notation():
             dict(batch_sizes=[8]),
             "--train-batch-sizes takes a number for each of the 2 --train-img-sizes 24 32, not 1: 8",
         ),
-        (dict(batch_sizes=[8, 0]), "train_batch_sizes must be a whole number of 1 or more, not 0"),
-        (dict(probs=[1, 1, 2]), "--train-size-probs takes a number for each of the 2 .* 24 32, not 3: 1 1 2"),
-        (dict(probs=[1, -0.5]), "train_size_probs must be a number of 0 or more, not -0.5"),
-        (dict(probs=[1, math.nan]), "train_size_probs must be a number of 0 or more, not nan"),
-        (dict(probs=[0, 0.0]), "--train-size-probs must add up to a number above 0, not 0 0.0"),
+        (dict(batch_sizes=[8, 0]), "train_batch_sizes .* not 0"),
+        (dict(probs=[1, 1, 2]), "--train-size-probs takes a number for each of the 2 .* 24 32, not 3: "),
+        (dict(probs=[1, -0.5]), "train_size_probs .* not -0.5"),
+        (dict(probs=[1, math.nan]), "train_size_probs .* not nan"),
+        (dict(probs=[0, 0.0]), "--train-size-probs must add up to a number above 0, not 0"),
         (dict(probs=[1e308, 1e308]), "--train-size-probs must add up to a number above 0, not 1e"),
-        (dict(schedule="slow"), "train_size_schedule must be one of 'constant', 'progressive', not 'slow'"),
+        (dict(schedule="slow"), "train_size_schedule .* not 'slow'"),
         (dict(sizes=[24], schedule="progressive"), "takes two --train-img-sizes or more, not 24 alone"),
     ],
 )

@@ -26,7 +26,7 @@ from raftmlp.cli.console import run, say
 from raftmlp.cli.options import Parser, option_type
 from raftmlp.data.workers import processor_count
 from raftmlp.errors import UserError
-from raftmlp.settings import Number
+from raftmlp.settings import Count
 
 ROOT = Path(__file__).resolve().parent.parent
 # These require two builds of OpenCV at once, one of which needs libGL: they are installed without their dependencies,
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="where wheels are kept")
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     jobs = max(1, min(processor_count(), int(gigabytes / 2)))
-    parser.add_argument("--jobs", type=option_type(Number(int, 1)), default=jobs, metavar="N", help="compilers at once")
+    parser.add_argument("--jobs", type=option_type(Count), default=jobs, metavar="N", help="compilers at once")
     args = parser.parse_args()
 
     python = "{}.{}".format(*platform.python_version_tuple())

@@ -30,7 +30,7 @@ from raftmlp.cli.options import Parser, option_type, output_folder
 from raftmlp.device import find_device
 from raftmlp.errors import UserError
 from raftmlp.files import write_json
-from raftmlp.settings import Number
+from raftmlp.settings import Count
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["tests/test_gpu.py", "tests/test_fused.py", "-k", "not cpu"]
@@ -172,7 +172,7 @@ def build_parser() -> Parser:
         help=f"of {', '.join(BENCHMARKS)} (default: all)",
     )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="of those that are measured (default: all)")
-    number = option_type(Number(int, 1))
+    number = option_type(Count)
     parser.add_argument("--processes", type=number, default=4, metavar="N", help="that compile (default: 4)")
     folder = dict(type=option_type(output_folder), metavar="DIR")
     parser.add_argument(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..settings import Number
 
 __all__ = [
     "EXIF_NOTES", "INTERPOLATIONS", "check_description", "check_fields", "mapping", "number", "parse_json", "shorten",
@@ -65,7 +64,15 @@ def parse_json(content: str | bytes, source: str | Path) -> Any:
 
 
 def number(kind: type, least: float, most: float) -> Check:
-    return lambda value: Number(kind, least, most).check(value, shown=shorten(value))
+    kinds = (int,) if kind is int else (int, float)
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            words = "a whole number" if kind is int else "a number"
+            raise UserError(f"must be {words} from {least} to {most}, not {shorten(value)}")
+        return value
+
+    return check
 
 
 def text(value: Any) -> str:

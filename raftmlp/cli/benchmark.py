@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ..config import MODES, REFERENCE, TASKS, SpeedSettings, known_model, weights_file
 from ..errors import UserError
 from ..files import write_csv, write_json
-from ..settings import Number
+from ..settings import Count
 from ..sizes import parse_size, size_name
 from .console import command_line, say
 from .options import Parser, option_type, output_folder
@@ -71,9 +71,7 @@ def build_parser() -> Parser:
     group = parser.group("how")
     default = "the accelerator that torch finds, else cpu"
     group.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... (default: {default})")
-    group.add_argument(
-        "--threads", type=option_type(Number(int, 1)), metavar="N", help="threads on a CPU (default: PyTorch's)"
-    )
+    group.add_argument("--threads", type=option_type(Count), metavar="N", help="threads on a CPU (default: PyTorch's)")
     parser.group("output").add_argument(
         "--output",
         type=option_type(output_folder),

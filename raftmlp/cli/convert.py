@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..config import known_model, weights_file
 from ..errors import UserError
-from ..sizes import Pixels, as_size
+from ..sizes import as_size
 from .console import say
 from .options import Parser, option_type
 
@@ -39,7 +39,7 @@ def build_parser() -> Parser:
     parser.checks["model"] = known_model
     parser.add_argument(
         "--img-size",
-        type=option_type(Pixels()),
+        type=option_type(as_size),
         nargs="+",
         metavar="N|HxW",
         help="image size the checkpoint's trained grid is made for (default: the variant's)",

@@ -15,7 +15,7 @@ from ..config import ModelSettings
 from ..data.settings import DataSettings, ImageSettings
 from ..errors import UserError
 from ..files import write_json
-from ..settings import Number
+from ..settings import Count
 from .console import say
 from .options import Parser, option_type, output_folder
 
@@ -29,7 +29,7 @@ def build_parser() -> Parser:
         parser.add_settings(settings)
     group = parser.group("inspection")
     group.add_argument(
-        "--images", type=option_type(Number(int, 1)), default=64, metavar="N", help="images to look at, of every class"
+        "--images", type=option_type(Count), default=64, metavar="N", help="images to look at, of every class"
     )
     group.add_argument(
         "--out", type=option_type(output_folder), required=True, metavar="DIR", help="folder for the pictures"

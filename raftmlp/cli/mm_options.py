@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from ..errors import MissingPackageError, UserError, first_words
-from ..settings import Number
+from ..settings import Share
 from .options import Parser, option_type
 
 
@@ -89,6 +89,6 @@ def add_checkpoint_options(parser: Parser) -> argparse._ArgumentGroup:
     """Offer whose predictions are made, and which are shown; returns the group of options for the output."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run: its newest")
     group = parser.group("output")
-    score = option_type(Number(float, 0, 1))
+    score = option_type(Share)
     group.add_argument("--score-thr", type=score, default=0.3, metavar="P", help="show objects from this score on")
     return group

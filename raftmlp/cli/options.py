@@ -3,17 +3,17 @@
 import argparse
 import ast
 import difflib
-import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from ..errors import UserError
-from ..settings import Settings
+from ..settings import Settings, in_words, parser_of
 from .config_files import find_config, read_config
 from .console import show_error
 from .launcher import load_package
@@ -31,10 +31,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if none or "(default" in action.help else super()._get_help_string(action)
 
 
-def option_type(function: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a function that parses a text as an option type of argparse: its UserErrors name the option."""
+def option_type(kind: Any) -> Callable[[str], Any]:
+    """Return an option type of argparse for a type such as ``Count``, or for a function that raises UserErrors."""
+    function = kind if inspect.isroutine(kind) else parser_of(kind)
 
-    @functools.wraps(function, updated=())
     def parse(text: str) -> Any:
         try:
             return function(text)
@@ -59,6 +59,22 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+def _argument(kind: Any) -> dict[str, Any]:
+    """Return argparse's words for a field of an annotated type."""
+    while get_origin(kind) in (Annotated, Union, UnionType):  # without bounds and None
+        kind = get_args(kind)[0]
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if dict in (kind, origin):
+        return dict(action=KeyValues, nargs="*")
+    if origin is Literal:
+        return dict(choices=parts)
+    if origin in (list, tuple):
+        return {**_argument(parts[0]), "nargs": "+" if origin is list else len(parts)}
+    return {int: dict(metavar="N"), float: dict(metavar="X")}.get(kind, {})
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose options can also stand in a YAML file, given with -c/--config; the command line wins.
 
@@ -73,6 +89,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, usage: str = "%(prog)s [OPTION ...]", yaml_config: bool = True, **kwargs):
         super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.yaml_config = yaml_config
+        self.kinds: list[type[Settings]] = []
         self.checks: dict[str, Callable[[str], Any]] = {}
         self.sources: dict[str, str] = {}
         self.groups: dict[str, argparse._ArgumentGroup] = {}
@@ -97,26 +114,21 @@ class Parser(argparse.ArgumentParser):
             kind: The settings.
             leave_out: Names of fields that are no options here.
         """
+        self.kinds.append(kind)
         owners = {name: owner for owner in kind.__mro__ for name in inspect.get_annotations(owner)}
         for entry in fields(kind):
             if entry.name not in leave_out:
-                self.add_field(self.group(owners[entry.name].title), entry)
+                self._add_field(self.group(owners[entry.name].title), entry)
 
-    def add_field(self, group: argparse._ArgumentGroup, entry) -> None:
-        """Offer a field of settings as an option."""
-        metadata = dict(entry.metadata)
-        names = [name for name in (metadata.pop("short"), f"--{entry.name.replace('_', '-')}") if name]
-        kind, check = metadata.pop("type"), metadata.pop("check")
+    def _add_field(self, group: argparse._ArgumentGroup, entry) -> None:
+        """Offer a field of settings as an option; the settings themselves check its value."""
+        argument = _argument(entry.type) | entry.metadata
+        check, short = argument.pop("check"), argument.pop("short")
         default = entry.default_factory() if entry.default is MISSING else entry.default
-        if isinstance(default, bool):
-            metadata.setdefault("action", argparse.BooleanOptionalAction)
-        elif isinstance(default, dict):
-            metadata.update(action=KeyValues, nargs="*")
-        elif kind:
-            metadata["type"] = option_type(kind)
-        group.add_argument(*names, default=default, **metadata)
         if check:
             self.checks[entry.name] = check
+        names = [name for name in (short, f"--{entry.name.replace('_', '-')}") if name]
+        group.add_argument(*names, default=default, **argument)
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -126,7 +138,7 @@ class Parser(argparse.ArgumentParser):
             config = finder.parse_known_args(args)[0].config
             if config:
                 self._apply(read_config(find_config(config)), config)
-        return super().parse_args(args, namespace)
+        return self._check_settings(super().parse_args(args, namespace))
 
     def parse_options(self, options: dict, source: str) -> argparse.Namespace:
         """Return what the options of a mapping give, as those of a YAML file do; messages name the source.
@@ -135,7 +147,30 @@ class Parser(argparse.ArgumentParser):
             UserError: If an option is unknown or its value not allowed.
         """
         self._apply(options, source)
-        return super().parse_args([])
+        return self._check_settings(super().parse_args([]))
+
+    def _check_settings(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Give the options the values that the settings make of them.
+
+        Raises:
+            UserError: If one is not allowed; the message names the option, or the file that it stands in.
+        """
+        for kind in self.kinds:
+            given = {entry.name: getattr(args, entry.name) for entry in fields(kind) if hasattr(args, entry.name)}
+            try:
+                checked = kind(**given)
+            except UserError as error:
+                self._refuse(args, *in_words(error.__cause__))
+            for name in given:
+                setattr(args, name, getattr(checked, name))
+        return args
+
+    def _refuse(self, args: argparse.Namespace, name: str, words: str) -> None:
+        """End with an option's name, or the file that it stands in, and what is wrong with its value."""
+        action = next((action for action in self._actions if action.dest == name), None)
+        if name in self.sources and getattr(args, name) is self.get_default(name):
+            raise UserError(f"{self.sources[name]}: {name} {words}")
+        self.error(str(argparse.ArgumentError(action, words)))
 
     def load_and_check(self, args: argparse.Namespace) -> None:
         """Load torch and timm, then check the options whose values only they know: ``checks``, by the options' names.
@@ -152,9 +187,7 @@ class Parser(argparse.ArgumentParser):
                 for single in value if isinstance(value, list) else [value]:
                     self.checks[action.dest](single)
             except UserError as error:
-                if action.dest in self.sources and value == action.default:
-                    raise UserError(f"{self.sources[action.dest]}: {action.dest}: {error}") from error
-                self.error(str(argparse.ArgumentError(action, str(error))))
+                self._refuse(args, action.dest, str(error))
 
     def _apply(self, options: dict, path: str) -> None:
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
@@ -163,37 +196,23 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(key, actions, n=3)
                 hint = f"; did you mean {' or '.join(near)}?" if near else f"; the keys are {', '.join(actions)}"
                 raise UserError(f"{path}: unknown key {key!r}{hint}")
-            self.set_defaults(**{key: self._checked(actions[key], value, path)})
+            self.set_defaults(**{key: self._given(actions[key], value, path)})
             self.sources[key] = path
 
-    def _checked(self, action: argparse.Action, value, path: str):
+    def _given(self, action: argparse.Action, value, path: str):
         """Return a YAML value as the command line would have given it."""
-        if value is None and action.default is not None:
-            raise UserError(f"{path}: {action.dest} has no value")
-        if value is None or isinstance(action, KeyValues):
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{path}: {action.dest} must be a mapping, not {value!r}")
-            return value
-        if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
-            if not isinstance(value, bool):
-                raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
-            return value
         if value is True and action.nargs == "?":
             return action.const
-        many = isinstance(action.nargs, int) or action.nargs in ("+", "*")
-        values = value if many and isinstance(value, list) else [value]
-        if not values or any(v is None or isinstance(v, (bool, list, dict)) for v in values):
-            allowed = "one or more numbers or texts" if many else "a number or a text"
-            raise UserError(f"{path}: {action.dest} must be {allowed}, not {value!r}")
-        if isinstance(action.nargs, int) and len(values) != action.nargs:
-            raise UserError(f"{path}: {action.dest} takes {action.nargs} values, not {value!r}")
+        if action.nargs == 0 and not isinstance(value, bool):
+            raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
+        if not action.type:  # a field of settings, which check it
+            return value
+        values = value if isinstance(value, list) and action.nargs else [value]
         try:
-            checked = [self._get_value(action, str(v)) for v in values]
-            for v in checked:
-                self._check_value(action, v)
+            values = [self._get_value(action, str(single)) for single in values]
         except argparse.ArgumentError as error:
-            raise UserError(f"{path}: {action.dest}: {error.message}") from error
-        return checked if many else checked[0]
+            raise UserError(f"{path}: {action.dest} {error.message}") from error
+        return values if action.nargs else values[0]
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):

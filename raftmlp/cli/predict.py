@@ -19,7 +19,7 @@ from ..data.find import find_images
 from ..data.settings import ImageSettings
 from ..errors import UserError
 from ..files import write_json
-from ..settings import Number
+from ..settings import Count, between
 from ..sizes import check_memory
 from .console import say
 from .options import PICTURES, Parser, option_type, output_file
@@ -34,12 +34,12 @@ def build_parser() -> Parser:
     )
     for settings in (ImageSettings, ModelSettings, DeviceSettings):
         parser.add_settings(settings)
-    group, count = parser.group("run"), option_type(Number(int, 1))
+    group, count = parser.group("run"), option_type(Count)
     group.add_argument("-b", "--batch-size", type=count, default=32, metavar="N", help="images a batch")
     group.add_argument(
         "-j",
         "--workers",
-        type=option_type(Number(int, 0)),
+        type=option_type(between(0)),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
         help="processes that load images if there are several batches; 0 to load them in this one",

@@ -5,7 +5,7 @@
 Nothing is downloaded: digits and photographs come with scikit-learn and scikit-image.
 """
 
-from ..settings import Number
+from ..settings import between
 from .console import say
 from .launcher import load_package
 from .options import Parser, option_type
@@ -20,7 +20,7 @@ def build_parser() -> Parser:
         ("--size", 32, 256, "height and width in pixels"),
         ("--seed", 0, 0, "random seed: another one makes other scenes"),
     ):
-        parser.add_argument(name, type=option_type(Number(int, minimum)), default=default, metavar="N", help=text)
+        parser.add_argument(name, type=option_type(between(minimum)), default=default, metavar="N", help=text)
     return parser
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from ..data.workers import processor_count
 from ..errors import MissingFileError, UserError, first_words
-from ..settings import Number
+from ..settings import between
 from ..study.plan import PREPARATION, Cell, Plan
 from ..train.settings import TrainSettings
 from .config_files import find_config, read_config
@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--jobs",
-        type=option_type(Number(int, 1, 1024)),
+        type=option_type(between(1, 1024)),
         metavar="N",
         help="runs at a time, one thread each (default: as many as there are processors; 1 where there is a GPU)",
     )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from .settings import known_colour
+from .settings import known_color
 
 __all__ = ["PixelReader"]
 
@@ -40,7 +40,7 @@ class PixelReader:
 
     def __init__(self, channels: int, background: str = "white", exif: bool = True):
         self.mode = "L" if channels == 1 else "RGB"
-        self.background, self.exif = known_colour(background), exif
+        self.background, self.exif = known_color(background), exif
         self.transparent, self.lying = (torch.zeros(1, dtype=torch.bool).share_memory_() for _ in range(2))
 
     @classmethod

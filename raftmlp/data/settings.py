@@ -5,35 +5,32 @@ Nothing here needs torch before it is called: a command parses its options befor
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from PIL import ImageColor
+from pydantic import AfterValidator
 
 from ..checkpoints.description import CROP_MODES, INTERPOLATIONS
 from ..errors import UserError
-from ..settings import Number, Settings, option
+from ..settings import Count, NonNegative, Settings, Share, Text, between, option, settings, several
 from .workers import default_workers
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-__all__ = ["AugmentationSettings", "DataSettings", "ImageSettings", "TrainingDataSettings", "known_colour"]
+__all__ = ["AugmentationSettings", "DataSettings", "ImageSettings", "TrainingDataSettings", "known_color"]
 
 _logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.2  # of the images, to evaluate on
-PROBABILITY = dict(type=Number(float, 0, 1), metavar="P")
-STRENGTH = dict(type=Number(float, 0))
-RANGE = dict(type=Number(float, 1e-6), nargs=2, metavar="X")
-AFFINE = dict(STRENGTH, nargs=3, metavar=("DEGREES", "SHIFT", "SCALE"))
+Range = tuple[between(1e-6), between(1e-6)]
 CROPS = ("rrc", "rkrc", "rkrr", "random")
 CROP_HELP = "rrc: crops of random size; rkrc, rkrr: timm's; random: resized as for evaluation, then a random crop"
 
 
-def known_colour(text: str) -> str:
-    """Return the text if Pillow knows it as a colour without transparency.
+def known_color(text: str) -> str:
+    """Return the text if Pillow knows it as a color without transparency.
 
     Raises:
         UserError: If it is none.
@@ -43,31 +40,25 @@ def known_colour(text: str) -> str:
             return text
     except (TypeError, ValueError):
         pass
-    raise UserError(f"must be the name of a colour or #rrggbb, not {text!r}")
+    raise UserError(f"must be the name of a color or #rrggbb, not {text!r}")
 
 
-@dataclass(kw_only=True)
+@settings
 class ImageSettings(Settings):
     """How images are prepared."""
 
     title = "images"
-    interpolation: str | None = option(
-        None, "resizing of images (default: the model's)", choices=INTERPOLATIONS, metavar="NAME"
+    interpolation: Literal[INTERPOLATIONS] | None = option(
+        None, "resizing of images (default: the model's)", metavar="NAME"
     )
-    crop_pct: float | None = option(
-        None, "share of the resized image in the crop (default: the model's)", type=Number(float, 0.01, 1), metavar="X"
+    crop_pct: between(0.01, 1) | None = option(None, "share of the resized image in the crop (default: the model's)")
+    crop_mode: Literal[CROP_MODES] | None = option(
+        None, "what is done with images that are no square (default: the model's)", metavar="NAME"
     )
-    crop_mode: str | None = option(
-        None, "what is done with images that are no square (default: the model's)", choices=CROP_MODES, metavar="NAME"
-    )
-    mean: Sequence[float] | None = option(
-        None, "mean of the pixels (default: the model's)", type=Number(float, 0), nargs="+", metavar="X"
-    )
-    std: Sequence[float] | None = option(
-        None, "deviation of the pixels (default: the model's)", type=Number(float, 1e-6), nargs="+", metavar="X"
-    )
-    background: str = option(
-        "white", "colour behind transparent pixels, a name or '#rrggbb'", type=known_colour, metavar="COLOUR"
+    mean: several(NonNegative) | None = option(None, "mean of the pixels (default: the model's)")
+    std: several(between(1e-6)) | None = option(None, "deviation of the pixels (default: the model's)")
+    background: Annotated[Text, AfterValidator(known_color)] = option(
+        "white", "color behind transparent pixels, a name or '#rrggbb'", metavar="COLOR"
     )
     exif: bool | None = option(
         None,
@@ -76,12 +67,12 @@ class ImageSettings(Settings):
     )
 
 
-@dataclass(kw_only=True)
+@settings
 class DataSettings(Settings):
     """Which data, and how they are loaded."""
 
     title = "data"
-    data_dir: str | None = option(
+    data_dir: Text | None = option(
         None, "folder of the data set: of images as SPLIT/CLASS/IMAGE, of SPLIT.tar, ...", metavar="DIR"
     )
     dataset: str = option(
@@ -91,14 +82,12 @@ class DataSettings(Settings):
         metavar="NAME",
     )
     dataset_download: bool = option(False, "let torchvision fetch the data set", action="store_true")
-    val_split: str = option("validation", "split to evaluate on", metavar="NAME")
-    batch_size: int = option(128, "images a batch and process", type=Number(int, 1), short="-b", metavar="N")
-    workers: int = option(
+    val_split: Text = option("validation", "split to evaluate on", metavar="NAME")
+    batch_size: Count = option(128, "images a batch and process", short="-b")
+    workers: between(0, 256) = option(
         factory=default_workers,
         help="processes that load images, for each process that trains; 0 to load them in this one",
-        type=Number(int, 0, 256),
         short="-j",
-        metavar="N",
     )
 
     @property
@@ -156,30 +145,24 @@ class DataSettings(Settings):
         return dataset
 
 
-@dataclass(kw_only=True)
+@settings
 class TrainingDataSettings(DataSettings):
     """Which data to train and to evaluate on, and how they are loaded."""
 
     title = "data"
-    train_split: str = option("train", "split to train on", metavar="NAME")
-    train_num_samples: int | None = option(
+    train_split: Text = option("train", "split to train on", metavar="NAME")
+    train_num_samples: Count | None = option(
         None,
         "train on a stratified subset of N images, chosen by --seed (default: all)",
-        type=Number(int, 1),
-        metavar="N",
     )
-    val_share: float | None = option(
+    val_share: between(1e-6, 0.9) | None = option(
         None,
         f"hold out this share of every class of the training split, chosen by --seed, to evaluate on, in place of "
         f"--val-split (default: {DEFAULT_SHARE} of images in folders or tar files without a validation split)",
-        type=Number(float, 1e-6, 0.9),
-        metavar="X",
     )
-    max_bad_images: int = option(
+    max_bad_images: between(0) = option(
         100,
         "end the run when more images than these cannot be read (a stream's are left out without a count)",
-        type=Number(int, 0),
-        metavar="N",
     )
 
     def choose_share(self) -> float | None:
@@ -214,28 +197,30 @@ class TrainingDataSettings(DataSettings):
         return train_data, val_data
 
 
-@dataclass(kw_only=True)
+@settings
 class AugmentationSettings(Settings):
     """How images to train on are varied."""
 
     title = "augmentation"
-    train_crop_mode: str = option("rrc", CROP_HELP, choices=CROPS)
-    scale: Sequence[float] = option((0.08, 1.0), "area of random crops", **RANGE)
-    ratio: Sequence[float] = option((3 / 4, 4 / 3), "their aspect ratio", **RANGE)
-    hflip: float = option(0.5, "probability of a horizontal flip", **PROBABILITY)
-    color_jitter: float = option(0.4, "color jitter, off with --aa", **STRENGTH, metavar="X")
+    train_crop_mode: Literal[CROPS] = option("rrc", CROP_HELP)
+    scale: Range = option((0.08, 1.0), "area of random crops")
+    ratio: Range = option((3 / 4, 4 / 3), "their aspect ratio")
+    hflip: Share = option(0.5, "probability of a horizontal flip")
+    color_jitter: NonNegative = option(0.4, "color jitter, off with --aa")
     force_color_jitter: bool = option(False, "color jitter before --aa too")
-    aa: str | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
-    affine: Sequence[float] | None = option(
-        None, "random rotation, shift (share of the size) and scaling (1 +- SCALE)", **AFFINE
+    aa: Text | None = option(None, "AutoAugment or RandAugment, as 'rand-m9-mstd0.5'", metavar="POLICY")
+    affine: tuple[NonNegative, NonNegative, NonNegative] | None = option(
+        None,
+        "random rotation, shift (share of the size) and scaling (1 +- SCALE)",
+        metavar=("DEGREES", "SHIFT", "SCALE"),
     )
-    cutout: float = option(0.0, "probability of a black rectangle", **PROBABILITY)
-    reprob: float = option(0.0, "probability of random erasing", **PROBABILITY)
-    remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
-    mixup: float = option(0.0, "mixup, off at 0", **STRENGTH, metavar="ALPHA")
-    cutmix: float = option(0.0, "cutmix, off at 0", **STRENGTH, metavar="ALPHA")
-    mixup_prob: float = option(1.0, "probability of mixup or cutmix", **PROBABILITY)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", **PROBABILITY)
+    cutout: Share = option(0.0, "probability of a black rectangle")
+    reprob: Share = option(0.0, "probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = option("const", "what random erasing fills in")
+    mixup: NonNegative = option(0.0, "mixup, off at 0", metavar="ALPHA")
+    cutmix: NonNegative = option(0.0, "cutmix, off at 0", metavar="ALPHA")
+    mixup_prob: Share = option(1.0, "probability of mixup or cutmix")
+    mixup_switch_prob: Share = option(0.5, "probability of cutmix where both are on")
     mixup_then_cutmix: bool = option(False, "both, one after the other, on every batch")
 
     @property

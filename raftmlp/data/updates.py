@@ -9,16 +9,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from ..errors import MissingPackageError, UserError
-from ..settings import Number, Settings, option
+from ..settings import Count, NonNegative, Settings, option, settings, several
 from ..sizes import parse_size, size_name
 
 __all__ = ["Share", "SizeSettings", "Updates", "share_batches"]
 
 _logger = logging.getLogger(__name__)
-
-SCHEDULES = ("constant", "progressive")
 
 
 def normal_size(text: str) -> str:
@@ -30,7 +31,7 @@ def normal_size(text: str) -> str:
     return size_name(parse_size(text))
 
 
-@dataclass(kw_only=True)
+@settings
 class SizeSettings(Settings):
     """At which image sizes to train, where there are several.
 
@@ -39,46 +40,33 @@ class SizeSettings(Settings):
     """
 
     title = "several image sizes"
-    train_img_sizes: Sequence[str] | None = option(
+    train_img_sizes: several(Annotated[str, AfterValidator(normal_size)]) | None = option(
         None,
         "train at these image sizes: every update has one of them, drawn by seed, epoch and update; the trained grid "
         "and the evaluation keep --img-size; with --compile the graphs are for free sizes from the second size on",
-        type=normal_size,
-        nargs="+",
         metavar="N|HxW",
     )
-    train_batch_sizes: Sequence[int] | None = option(
+    train_batch_sizes: several(Count) | None = option(
         None,
         "images a batch and process for each of them (default: --batch-size for all); without --global-batch-size an "
         "update has one batch a process, and with its size the number of its images changes",
-        type=Number(int, 1),
-        nargs="+",
-        metavar="N",
     )
-    train_size_probs: Sequence[float] | None = option(
+    train_size_probs: several(NonNegative) | None = option(
         None,
         "how probable each of them is, up to a common factor (default: all alike)",
-        type=Number(float, 0),
-        nargs="+",
-        metavar="P",
     )
-    train_size_schedule: str = option(
+    train_size_schedule: Literal["constant", "progressive"] = option(
         "constant",
         "progressive: from the first size in the first epoch to the last in the last, others now and then",
-        choices=SCHEDULES,
     )
     variable_batch_loss_scale: bool = option(
         False, "multiply the loss of an update by its images over the average, where their number changes"
     )
 
     def __post_init__(self):
-        super().__post_init__()
         if not self.train_img_sizes:
             return
-        try:
-            self.train_img_sizes = sizes = [normal_size(str(size)) for size in self.train_img_sizes]
-        except UserError as error:
-            raise UserError(f"train_img_sizes must be image sizes: {error}") from error
+        sizes = self.train_img_sizes
         shown = " ".join(sizes)
         if len(set(sizes)) < len(sizes):
             raise UserError(f"--train-img-sizes must differ, not {shown}")

@@ -20,13 +20,13 @@ from ..errors import UserError, first_words
 from ..processes import Processes
 from .distillation import DistillationTask
 from .muon import Muon
-from .settings import OptimisationSettings, TrainSettings, known_optimizer
+from .settings import OptimizationSettings, TrainSettings, known_optimizer
 
 __all__ = ["Learner", "create_optimisation"]
 
 
 def create_optimisation(
-    settings: OptimisationSettings, model: nn.Module, updates_per_epoch: int
+    settings: OptimizationSettings, model: nn.Module, updates_per_epoch: int
 ) -> tuple[Optimizer, Scheduler]:
     """Return the optimiser and the schedule: a warm-up, then ``sched`` over the other epochs.
 

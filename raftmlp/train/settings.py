@@ -3,13 +3,16 @@
 import difflib
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from ..config import DeviceSettings, ModelSettings, known_model, weights_file
 from ..data.settings import AugmentationSettings, ImageSettings, TrainingDataSettings
 from ..data.updates import SizeSettings
 from ..errors import UserError
-from ..settings import Number, Settings, option
+from ..settings import Count, NonNegative, Settings, Share, Text, between, option, settings
 
 __all__ = ["TrainSettings", "make_recipe", "without_effect"]
 
@@ -26,91 +29,82 @@ UNUSABLE_OPTIMIZERS = {
 
 
 def known_optimizer(name: str) -> str:
-    """Return the name if timm has such an optimiser.
+    """Return the name if timm has such an optimizer.
 
     Raises:
         UserError: If there is none, and the message names similar ones, or if it cannot be used.
     """
     for start, reason in UNUSABLE_OPTIMIZERS.items():
         if name.lower().startswith(start):
-            raise UserError(f"the optimiser {name} cannot be used: {reason}")
+            raise UserError(f"the optimizer {name} cannot be used: {reason}")
     from timm.optim import list_optimizers
 
     known = list_optimizers()
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3) or ["adamw", "sgd", "lamb"]
-        raise UserError(f"unknown optimiser {name!r}; did you mean {' or '.join(near)}?")
+        raise UserError(f"unknown optimizer {name!r}; did you mean {' or '.join(near)}?")
     return name
 
 
 def has_momentum(name: str) -> bool:
-    """Return whether an optimiser of timm has a momentum."""
+    """Return whether an optimizer of timm has a momentum."""
     from timm.optim import get_optimizer_info
 
     return get_optimizer_info(name).has_momentum
 
 
-POSITIVE = dict(type=Number(float, 0), metavar="X")
-SHARE = dict(type=Number(float, 0, 1), metavar="X")
-COUNT = dict(type=Number(int, 1), metavar="N")
 WARMUP_EPOCHS, MIN_LR = 5, 1e-5  # where they fit
 
 
-@dataclass(kw_only=True)
+@settings
 class TrainingModelSettings(ModelSettings):
-    """Which model to train, and its regularisation."""
+    """Which model to train, and its regularization."""
 
     title = "model"
-    drop: float = option(0.0, "dropout before the classifier", **SHARE)
-    drop_path: float = option(0.0, "stochastic depth", **SHARE)
+    drop: Share = option(0.0, "dropout before the classifier")
+    drop_path: Share = option(0.0, "stochastic depth")
 
 
-@dataclass(kw_only=True)
-class OptimisationSettings(Settings):
-    """Optimiser, schedule, loss and averaged weights."""
+@settings
+class OptimizationSettings(Settings):
+    """Optimizer, schedule, loss and averaged weights."""
 
-    title = "optimisation"
-    global_batch_size: int | None = option(
+    title = "optimization"
+    global_batch_size: Count | None = option(
         None,
         "images an update, of all processes; a process accumulates as many batches of --batch-size or less as it takes "
         "(default: one batch of --batch-size a process)",
-        **COUNT,
     )
-    epochs: int = option(300, "epochs to train, warm-up included", **COUNT)
-    opt: str = option("adamw", "any optimiser of timm", check=known_optimizer, metavar="NAME")
-    lr: float = option(1e-3, "peak learning rate", **POSITIVE)
-    lr_base_size: int | None = option(
-        None, "images an update that --lr is for: with others it changes with the root of their number", **COUNT
+    epochs: Count = option(300, "epochs to train, warm-up included")
+    opt: Text = option("adamw", "any optimizer of timm", check=known_optimizer, metavar="NAME")
+    lr: NonNegative = option(1e-3, "peak learning rate")
+    lr_base_size: Count | None = option(
+        None, "images an update that --lr is for: with others it changes with the root of their number"
     )
-    weight_decay: float = option(0.05, "weight decay", **POSITIVE)
+    weight_decay: NonNegative = option(0.05, "weight decay")
     filter_bias_and_bn: bool = option(True, "no weight decay for biases and norms")
-    momentum: float = option(0.9, "momentum, where the optimiser has it", **POSITIVE)
-    layer_decay: float | None = option(
-        None, "layer-wise decay of the learning rate", type=Number(float, 0.01, 1), metavar="X"
+    momentum: NonNegative = option(0.9, "momentum, where the optimizer has it")
+    layer_decay: between(0.01, 1) | None = option(None, "layer-wise decay of the learning rate")
+    clip_grad: between(1e-9) | None = option(None, "clip gradients, off without")
+    clip_mode: Literal["norm", "value", "agc"] = option("norm", "what --clip-grad bounds")
+    sched: Literal["cosine", "tanh", "wsd", "constant"] = option(
+        "cosine", "schedule after the warm-up, stepped every update"
     )
-    clip_grad: float | None = option(None, "clip gradients, off without", type=Number(float, 1e-9), metavar="X")
-    clip_mode: str = option("norm", "what --clip-grad bounds", choices=("norm", "value", "agc"))
-    sched: str = option(
-        "cosine", "schedule after the warm-up, stepped every update", choices=("cosine", "tanh", "wsd", "constant")
-    )
-    warmup_epochs: int | None = option(
+    warmup_epochs: between(0) | None = option(
         None,
         f"epochs of warm-up (default: {WARMUP_EPOCHS}, or a third of --epochs if these are {WARMUP_EPOCHS} or fewer)",
-        type=Number(int, 0),
-        metavar="N",
     )
-    warmup_lr: float = option(0.0, "learning rate that the warm-up starts from", **POSITIVE)
-    min_lr: float | None = option(
-        None, f"learning rate at the end (default: {MIN_LR:g}, or the peak where that is lower)", **POSITIVE
+    warmup_lr: NonNegative = option(0.0, "learning rate that the warm-up starts from")
+    min_lr: NonNegative | None = option(
+        None, f"learning rate at the end (default: {MIN_LR:g}, or the peak where that is lower)"
     )
-    smoothing: float = option(0.1, "label smoothing", type=Number(float, 0, 0.99), metavar="X")
+    smoothing: between(0.0, 0.99) = option(0.1, "label smoothing")
     model_ema: bool = option(False, "average the weights, and evaluate the average")
-    model_ema_decay: float = option(0.9998, "decay of the average", **SHARE)
-    dist_bn: str = option(
+    model_ema_decay: Share = option(0.9998, "decay of the average")
+    dist_bn: Literal["broadcast", "reduce", ""] = option(
         "reduce",
         "statistics of BatchNorm that several processes evaluate and save: their mean (reduce), the first one's "
         "(broadcast), or each its own ('')",
-        choices=("broadcast", "reduce", ""),
     )
 
     @property
@@ -118,7 +112,7 @@ class OptimisationSettings(Settings):
         """The peak learning rate at the images of an update, which are known here."""
         return self.lr * math.sqrt(self.global_batch_size / self.lr_base_size) if self.lr_base_size else self.lr
 
-    def with_schedule(self) -> "OptimisationSettings":
+    def with_schedule(self) -> "OptimizationSettings":
         """Return the settings with the ``warmup_epochs`` and the ``min_lr`` that were left open.
 
         Raises:
@@ -143,26 +137,25 @@ class OptimisationSettings(Settings):
         return replace(self, warmup_epochs=warmup, min_lr=min(MIN_LR, peak) if min_lr is None else min_lr)
 
 
-@dataclass(kw_only=True)
+@settings
 class DistillationSettings(Settings):
     """A teacher, and how much it counts."""
 
     title = "distillation"
-    kd_model_name: str | None = option(
+    kd_model_name: Text | None = option(
         None, "teacher: any model of timm's list, of the same classes", check=known_model, metavar="NAME"
     )
-    kd_checkpoint: str | None = option(
+    kd_checkpoint: Annotated[Text, AfterValidator(weights_file)] | None = option(
         None,
         "its weights, a file or folder as for --checkpoint (default: its pretrained ones)",
-        type=weights_file,
         metavar="FILE",
     )
-    kd_loss_type: str = option(
-        "kl", "kl: its probabilities are the targets; hard: its best class, as DeiT's", choices=("kl", "hard")
+    kd_loss_type: Literal["kl", "hard"] = option(
+        "kl", "kl: its probabilities are the targets; hard: its best class, as DeiT's"
     )
-    kd_temperature: float = option(1.0, "temperature of both softmaxes of kl", type=Number(float, 1e-3), metavar="X")
-    distill_loss_weight: float = option(1.0, "weight of the teacher", **POSITIVE)
-    task_loss_weight: float = option(1.0, "weight of the labels", **POSITIVE)
+    kd_temperature: between(1e-3) = option(1.0, "temperature of both softmaxes of kl")
+    distill_loss_weight: NonNegative = option(1.0, "weight of the teacher")
+    task_loss_weight: NonNegative = option(1.0, "weight of the labels")
 
     def check_teacher(self) -> None:
         """Refuse options of a teacher where there is none.
@@ -176,33 +169,33 @@ class DistillationSettings(Settings):
             raise UserError(f"{options} needs a teacher: name it with --kd-model-name")
 
 
-@dataclass(kw_only=True)
+@settings
 class RunSettings(DeviceSettings):
     """Where a run goes, and what it writes."""
 
     title = "run"
     tf32: bool = option(True, "TensorFloat-32 in float32 products, on GPUs that have it")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
-    seed: int = option(42, "random seed", type=Number(int, 0, 2**32 - 1), metavar="N")
-    output: str = option("runs/train", "folder of this run", metavar="DIR")
-    save_every: int | None = option(None, "save after so many updates too, not only after epochs", **COUNT)
-    log_interval: int = option(50, "updates between lines of progress, where there is no terminal for a bar", **COUNT)
+    seed: between(0, 2**32 - 1) = option(42, "random seed")
+    output: Text = option("runs/train", "folder of this run", metavar="DIR")
+    save_every: Count | None = option(None, "save after so many updates too, not only after epochs")
+    log_interval: Count = option(50, "updates between lines of progress, where there is no terminal for a bar")
     log_tensorboard: bool = option(False, "write TensorBoard's events into the folder", action="store_true")
     log_wandb: bool = option(False, "log to Weights & Biases", action="store_true")
-    export: str | None = option(
+    export: Text | None = option(
         None,
         "at the end write MODEL.TAG.safetensors, the best weights, and a JSON card, where --pretrained finds them",
         metavar="TAG",
     )
 
 
-@dataclass(kw_only=True)
+@settings
 class TrainSettings(  # the fields come in the order of the bases from the last to the first
     RunSettings,
     DistillationSettings,
     AugmentationSettings,
     SizeSettings,
-    OptimisationSettings,
+    OptimizationSettings,
     ImageSettings,
     TrainingDataSettings,
     TrainingModelSettings,
