@@ -46,10 +46,10 @@ scenes: $(INSTALLED)
 	$(RAFTMLP) scenes runs/scenes --train 4000 --val 200
 
 test: $(TESTS) $(TOOLBOXES) ## run all tests; mmdet and mmseg are installed for them
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-core: $(TESTS) ## run the tests that need neither mmdet nor mmseg
-	$(RUN) -m pytest -n 2 --dist loadfile --ignore-glob='tests/test_mm_*'
+	$(RUN) -m pytest -n 2 --dist worksteal --ignore-glob='tests/test_mm_*'
 
 docs: $(TESTS) ## build the site of the documentation (into build/site); a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

@@ -16,7 +16,7 @@ from helpers import ROOT
 from raftmlp import __version__
 from raftmlp.cli import console, train
 from raftmlp.cli.launcher import COMMANDS, NAMES, main
-from raftmlp.errors import MissingFileError, UserError
+from raftmlp.errors import UserError
 
 
 def command(function):
@@ -34,36 +34,29 @@ def raising(error):
     ("error", "status", "shown"),
     [
         (UserError("a is 3, allowed is 4"), 2, "raftmlp some: error: a is 3, allowed is 4\n"),
-        (MissingFileError("no x"), 2, "raftmlp some: error: no x\n"),
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            2,
-            "raftmlp some: error: [Errno 28] No space left on device\n",
-        ),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-            2,
-            "raftmlp some: error: too little memory, a smaller --batch-size may help: DefaultCPUAllocator: can't "
-            "allocate memory: you tried to allocate 9 bytes\n",
-        ),
-        (
-            torch.OutOfMemoryError("out of\nmemory"),
-            2,
-            "raftmlp some: error: too little memory, a smaller --batch-size may help: out of memory\n",
-        ),
-        (MemoryError(), 2, "raftmlp some: error: too little memory, a smaller --batch-size may help: MemoryError\n"),
+        (OSError(errno.ENOSPC, "No space left"), 2, "raftmlp some: error: [Errno 28] No space left\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
         (SystemExit(7), 7, ""),
     ],
 )
-def test_errors_of_users_are_one_line(run_command, error, status, shown):
+def test_errors_are_one_line(run_command, error, status, shown):
     assert run_command(raising(error)) == (status, "", shown)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), OSError(errno.EBADF, "bug")])
-def test_errors_of_ours_are_raised(error, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["raftmlp some"])
-    with pytest.raises(type(error), match="bug"):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
+        (torch.OutOfMemoryError("out of\nmemory"), "--batch-size"),
+        (MemoryError(), "--batch-size"),
+        (RuntimeError("a\nbug"), "a bug (RuntimeError; RAFTMLP_DEBUG=1"),
+    ],
+)
+def test_errors_of_other_libraries_are_one_line_too(run_command, monkeypatch, error, words):
+    status, out, shown = run_command(raising(error))
+    assert (status, out) == (2, "") and words in shown and shown.count("\n") == 1
+    monkeypatch.setenv("RAFTMLP_DEBUG", "1")
+    with pytest.raises(type(error)):
         console.run(raising(error).main)
 
 
@@ -89,16 +82,9 @@ def test_of_several_processes_the_first_speaks(run_command, monkeypatch):
     assert run_command(raising(UserError("wrong", shared=True))) == (2, "", "")
 
 
-@pytest.mark.parametrize(
-    ("argv", "line"),
-    [
-        (["raftmlp train", "-c", "a b.yaml"], "raftmlp train -c 'a b.yaml'"),
-        (["tools/train.py", "--lr", "1"], "python tools/train.py --lr 1"),
-    ],
-)
-def test_command_line(monkeypatch, argv, line):
-    monkeypatch.setattr(sys, "argv", argv)
-    assert console.command_line() == line
+def test_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["raftmlp train", "-c", "a b.yaml"])
+    assert console.command_line() == "raftmlp train -c 'a b.yaml'"
 
 
 def test_the_list_of_commands(monkeypatch, capsys):
@@ -155,11 +141,9 @@ def without_torch(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_options_are_parsed_before_torch_is_loaded(without_torch, name):
+def test_options_are_listed_before_torch_is_loaded(without_torch, name):
     status, out, error = without_torch("-m", "raftmlp", name, "--help")
     assert (status, error) == (0, "") and f"usage: raftmlp {name}" in out
-    status, out, error = without_torch("-m", "raftmlp", name, "--no-such-option")
-    assert (status, out) == (2, "") and error.startswith(f"raftmlp {name}: error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -171,14 +155,9 @@ def test_options_are_parsed_before_torch_is_loaded(without_torch, name):
         ([ROOT / "tools" / "validate.py", "--sizes", "8x"], "8x"),
         (["-m", "raftmlp", "train", "-c", "imagenet/raftmlp_x"], "imagenet/raftmlp_s"),
         (["-m", "raftmlp", "train", "-c", "typo.yaml"], "lrr"),
-        (["-m", "raftmlp", "train", "--output", ""], "output"),
-        (["-m", "raftmlp", "train", "--train-img-sizes", "32", "32"], "32"),
         (["-m", "raftmlp", "study", "study.yaml"], "lrr"),
-        (["-m", "raftmlp", "study", "finetune/folder"], "epochs"),
         (["-m", "raftmlp", "eval-mm", "detection/fpn", "x.pth"], "segmentation/fpn"),
-        (["-m", "raftmlp", "predict-mm", "x.py", "x.pth", "x.png", "--cfg-options", "a"], "KEY=VALUE"),
         (["-m", "raftmlp", "predict", "no-such-image"], "no-such-image"),
-        (["-m", "raftmlp", "export", "--format", "onnx", "--quantize", "static", "--out", "x.onnx"], "--data-dir"),
     ],
 )
 def test_typos_are_refused_before_torch_is_loaded(without_torch, tmp_path_factory, words, named):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from ..data.workers import kill_workers
-from ..errors import UserError, first_words
+from ..errors import UserError, first_words, install_command
 from ..processes import are_connected, is_first_process, process_numbers
 from .launcher import discard_output, prepare_streams
 
@@ -77,6 +77,8 @@ def _in_words(error: Exception) -> str:
     """Return an error's message; that of another library says how to see where it comes from."""
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs the package {error.name}: {install_command('demo')}"
     words, kind = first_words(error), type(error).__name__
     if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in words:
         return f"too little memory, a smaller --batch-size may help: {words}"
@@ -90,5 +92,4 @@ def program() -> str:
 
 def command_line() -> str:
     """Return the running command as one would type it."""
-    own = [sys.argv[0]] if sys.argv[0].startswith("raftmlp ") else ["python", shlex.quote(sys.argv[0])]
-    return " ".join([*own, *map(shlex.quote, sys.argv[1:])])
+    return " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])])
