@@ -56,8 +56,6 @@ def known_model(name: str, among: str = "") -> str:
         return name
     import timm
 
-    from .model import raftmlp  # noqa: F401  registers the models
-
     known = timm.list_models(among)
     if timm.models.split_model_name_tag(name)[0] not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or timm.list_models("raftmlp*")

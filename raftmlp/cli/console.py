@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..data.workers import kill_workers
 from ..errors import UserError, first_words, install_command
 from ..processes import are_connected, is_first_process, process_numbers
-from .launcher import discard_output, prepare_streams
+from .streams import discard_output, prepare_streams
 
 __all__ = ["command_line", "run", "say", "show_error"]
 
