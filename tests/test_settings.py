@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator
 
 from raftmlp.cli.config_files import find_config
-from raftmlp.cli.options import Parser, output_file, output_folder
+from raftmlp.cli.options import Parser, option_type, output_file, output_folder
 from raftmlp.cli.train import build_parser
 from raftmlp.config import ModelSettings
 from raftmlp.errors import UserError
@@ -93,6 +93,19 @@ def test_wrong_values(parser, tmp_path, name, value, named):
     with pytest.raises(UserError, match=f"run.yaml: {name} ") as error:
         parser.parse_args(["-c", str(tmp_path / "run.yaml")])
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["modes: [eager, fast]", "modes: 3", "count: many", "flag: 1"])
+def test_options_that_are_no_settings(parser, tmp_path, text):
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compile"))
+    parser.add_argument("--count", type=option_type(Count))
+    parser.add_argument("--flag", action="store_true")
+    (tmp_path / "run.yaml").write_text("modes: eager\ncount: 3\nflag: true\n")
+    args = parser.parse_args(["-c", str(tmp_path / "run.yaml")])
+    assert (args.modes, args.count, args.flag) == (["eager"], 3, True)
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"run.yaml: {text.partition(':')[0]} "):
+        parser.parse_args(["-c", str(tmp_path / "run.yaml")])
 
 
 @pytest.mark.parametrize("entry", fields(TrainSettings), ids=lambda entry: entry.name)

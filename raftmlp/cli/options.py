@@ -205,11 +205,13 @@ class Parser(argparse.ArgumentParser):
             return action.const
         if action.nargs == 0 and not isinstance(value, bool):
             raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
-        if not action.type:  # a field of settings, which check it
-            return value
+        if any(action.dest == entry.name for kind in self.kinds for entry in fields(kind)):
+            return value  # the settings check it
         values = value if isinstance(value, list) and action.nargs else [value]
         try:
             values = [self._get_value(action, str(single)) for single in values]
+            for single in values:
+                self._check_value(action, single)
         except argparse.ArgumentError as error:
             raise UserError(f"{path}: {action.dest} {error.message}") from error
         return values if action.nargs else values[0]
