@@ -203,8 +203,10 @@ class Parser(argparse.ArgumentParser):
         """Return a YAML value as the command line would have given it."""
         if value is True and action.nargs == "?":
             return action.const
-        if action.nargs == 0 and not isinstance(value, bool):
-            raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {action.dest} must be true or false, not {value!r}")
+            return value
         if any(action.dest == entry.name for kind in self.kinds for entry in fields(kind)):
             return value  # the settings check it
         values = value if isinstance(value, list) and action.nargs else [value]
