@@ -8,21 +8,18 @@ Images that cannot be read are named and left out; the exit status is then 2.
 
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ..config import DeviceSettings, ModelSettings
 from ..data.find import find_images
 from ..data.settings import ImageSettings
 from ..errors import UserError
-from ..files import write_json
 from ..settings import Count, between
 from ..sizes import check_memory
 from .console import say
 from .options import PICTURES, Parser, option_type, output_file
+from .predict_onnx import report, show
 
 MAX_IMAGES = 16  # of the picture
 
@@ -67,16 +64,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def show(result: dict, width: int) -> None:
-    """Print an image's lines of the table, or why it has none; width is that of the first column."""
-    if "error" in result:
-        tqdm.write(f"cannot read {result['file']}: {result['error']}", file=sys.stderr)
-        return
-    for i, prediction in enumerate(result["predictions"]):
-        file = "" if i else result["file"]
-        say(f"{file:<{width}}  {100 * prediction['probability']:9.2f} %  {prediction['name']}")
-
-
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
@@ -87,6 +74,7 @@ def main() -> None:
     parser.load_and_check(args)
     import torch
     from torch.utils.data import DataLoader
+    from tqdm import tqdm
 
     from ..device import find_device
     from ..evaluate.evaluation import prepare_model, warn_of_random_weights
@@ -115,10 +103,6 @@ def main() -> None:
         if args.picture and "error" not in result and len(shown) < MAX_IMAGES:
             shown.append((result, image))
 
-    if args.results_file:
-        content = dict(model=prepared.name, weights=prepared.weights, settings=prepared.config, images=results)
-        write_json(args.results_file, content)
-        say(f"predictions: {args.results_file}")
     if shown:
         maps = []
         if args.saliency:
@@ -127,5 +111,4 @@ def main() -> None:
         title = f"{prepared.name}, weights: {Path(prepared.weights).name}"
         draw_predictions(args.picture, title, shown, maps, prepared.config)
         say(f"picture: {args.picture}, {len(shown)} of {len(files)} images")
-    if unreadable := sum("error" in result for result in results):
-        raise UserError(f"{unreadable} of {len(files)} images could not be read")
+    report(results, args.results_file, dict(model=prepared.name, weights=prepared.weights, settings=prepared.config))
