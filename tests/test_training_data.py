@@ -87,21 +87,17 @@ def test_one_size_needs_no_schedule(monkeypatch):
         choices(make_updates(), 0)
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        (dict(img_sizes=[24, 0]), "'0' must be"),
-        (dict(img_sizes=[24, 32, "24x24"]), "--train-img-sizes must differ"),
-        (dict(batch_sizes=[8]), "--train-batch-sizes takes .* not 1: 8"),
-        (dict(size_probs=[1, math.nan]), "train_size_probs"),
-        (dict(size_probs=[0, 0.0]), "--train-size-probs must add up to"),
-        (dict(img_sizes=[24], size_schedule="progressive"), "two --train-img-sizes or more"),
-    ],
-)
-def test_size_settings_that_cannot_be(given, message):
-    assert SizeSettings(train_img_sizes=(24, "32x32", "40x48")).train_img_sizes == ["24", "32", "40x48"]
-    with pytest.raises(UserError, match=message):
-        SizeSettings(**{f"train_{key}": value for key, value in {"img_sizes": [24, 32], **given}.items()})
+def test_size_settings_that_cannot_be():
+    sizes = dict(train_img_sizes=(24, "32x32", "40x48"))
+    assert SizeSettings(**sizes).train_img_sizes == ["24", "32", "40x48"]
+    for given, message in (
+        (dict(train_img_sizes=[24, 32, "24x24"]), "must differ"),
+        (dict(train_batch_sizes=[8]), "not 1: 8"),
+        (dict(train_size_probs=[0, 0.0, 0]), "above 0"),
+        (dict(train_img_sizes=[24], train_size_schedule="progressive"), "two --train-img-sizes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SizeSettings(**sizes | given)
 
 
 # Batches
@@ -157,23 +153,15 @@ def test_an_epoch_that_needs_more_images_begins_again():
 def test_augmentation_depends_on_seed_epoch_and_image_alone():
     settings = AugmentationSettings(aa="rand-m9-n2", cutout=0.5, affine=(10, 0.1, 0.1))
     config = dict(input_size=(3, 32, 32), interpolation="bilinear", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
-    transform = training_transform(settings, config)
+    transforms = [training_transform(settings, config), lambda image: torch.rand(3), lambda image: torch.rand(3)]
     images, reseeded = (
-        TrainingImages(Digits("train"), [transform], PixelReader(3), seed, Path("bad"), 1) for seed in (0, 1)
+        TrainingImages(Digits("train"), transforms, PixelReader(3), seed, Path("bad"), 1) for seed in (0, 1)
     )
     first, _ = images[(0, 5, 0)]
     others = [images[(1, 5, 0)][0], images[(0, 6, 0)][0], reseeded[(0, 5, 0)][0]]
     assert torch.equal(images[(0, 5, 0)][0], first)
     assert not any(torch.equal(first, image) for image in others)
-
-
-def test_every_size_has_its_transform_and_the_same_random_numbers():
-    transforms = [lambda image: (8, torch.rand(3)), lambda image: (16, torch.rand(3))]
-    images = TrainingImages(Digits("train"), transforms, PixelReader(3), 0, Path("bad"), 1)
-    (small, numbers), _ = images[(2, 5, 0)]
-    (large, same), _ = images[(2, 5, 1)]
-    assert (small, large) == (8, 16) and torch.equal(numbers, same)
-    assert not torch.equal(images[(3, 5, 1)][0][1], numbers)
+    assert torch.equal(images[(2, 5, 1)][0], images[(2, 5, 2)][0])  # the same numbers for every size
 
 
 # Through the command
@@ -203,18 +191,14 @@ def test_corrupt_images_are_named_and_counted(run_command, image_folder):
     summary = json.loads(Path("out/summary.json").read_text())
     assert summary["bad_images"] == 2
     assert (summary["last"]["eval_images"], summary["last"]["eval_unread"]) == (5, 1)
-    assert {line.split("\t")[0] for line in Path("out/bad_images.txt").read_text().splitlines()} == {
-        str(image_folder / "train/bright/3.jpg"), str(image_folder / "train/dark/0.jpg"),
-    }  # fmt: skip
-
+    named = {line.split("\t")[0] for line in Path("out/bad_images.txt").read_text().splitlines()}
+    assert named == {str(image_folder / "train" / name) for name in ("bright/3.jpg", "dark/0.jpg")}
     status, _, err = run_command(train, *options, "--overwrite", "--max-bad-images", 1)
-    assert status == 2
-    assert "2 images could not be read, more than --max-bad-images 1" in err and "out/bad_images.txt names them" in err
+    assert status == 2 and "2 images could not be read, more than --max-bad-images 1" in err
     for path in intact:
         path.write_bytes(b"")
     status, _, err = run_command(train, *options, "--overwrite", "--max-bad-images", 3)
-    assert status == 2
-    assert "--max-bad-images 3" in err and "Traceback" not in err
+    assert status == 2 and "in a row than --max-bad-images 3" in err
     for path, content in intact.items():
         path.write_bytes(content)
     status, out, err = run_command(train, *options, "--max-bad-images", 0)  # what was damaged does not count any more
@@ -241,16 +225,13 @@ def test_fewer_classes_to_evaluate_on_than_to_train_on(run_command, image_folder
     row = json.loads(Path("r.json").read_text())["rows"][0]
     assert row["top1"] == 100 and row["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
 
-    (image_folder / "train/dark").rename(image_folder / "train/cow")
-    (image_folder / "train/zebra").rename(image_folder / "train/dark")
-    status, _, err = run_command(train, *folder_options(image_folder, "--output", "other"))
-    assert status == 2 and "['cow', 'dark', 'zebra'] belong to one of them only" in err
 
-
-@pytest.mark.parametrize("val, expected", [("ab", None), ("ba", [1, 0]), ("b", [1])])
-def test_classes_to_evaluate_on_are_found_by_name(val, expected):
-    data = [SimpleNamespace(classes=list(names)) for names in ("ab", val)]
-    assert check_splits(*data) == expected
+def test_classes_to_evaluate_on_are_found_by_name():
+    trained = SimpleNamespace(classes=["a", "b"])
+    for val, expected in (("ab", None), ("ba", [1, 0]), ("b", [1])):
+        assert check_splits(trained, SimpleNamespace(classes=list(val))) == expected
+    with pytest.raises(UserError, match="'c'"):
+        check_splits(trained, SimpleNamespace(classes=["a", "c"]))
 
 
 def test_names_that_are_no_unicode(run_command, image_folder):
@@ -265,12 +246,8 @@ def test_names_that_are_no_unicode(run_command, image_folder):
     assert status == 0, err
     assert load_checkpoint("out/last.pth.tar")["pretrained_cfg"]["label_names"] == ["bright", "caf\\udce9"]
     assert yaml.safe_load(Path("out/args.yaml").read_text())["data_dir"] == str(folder)
-    options = ["--checkpoint", "out/last.pth.tar", "--workers", 0, "--device", "cpu", "--picture", "p.png"]
-    more = ["--predictions", "p.csv", "--confusion", "c.png", "--results-file", "r.json"]
-    status, out, err = run_command(validate, "--data-dir", folder, *options, *more)
-    assert status == 0 and "worst classes" in out, err
-    assert "/caf\\udce9/val/caf\\udce9/caf\\udce9.jpg,1,caf\\udce9," in Path("p.csv").read_text(encoding="utf-8")
-    status, out, err = run_command(predict, folder / "val", *options[:2], *options[-2:], "--results-file", "p.json")
+    options = ["--checkpoint", "out/last.pth.tar", "--picture", "p.png", "--results-file", "p.json"]
+    status, out, err = run_command(predict, folder / "val", *options)
     assert status == 2 and err.splitlines()[-1] == "raftmlp predict: error: 1 of 6 images could not be read"
     assert "/caf\\udce9/val/caf\\udce9/caf\\udce9.jpg  " in out.encode().decode()
     files = [entry["file"] for entry in json.loads(Path("p.json").read_text())["images"]]
