@@ -62,6 +62,7 @@ def test_workers_that_are_not_forked(tmp_path):
     given = dict(reprob=0.5, mixup=0.2, cutout=0.5, affine=[10, 0.1, 0.1], warmup_epochs=0, aa="augmix-m3-w3")
     given |= dict(model="raftmlp_digits", data_dir=str(data), output=str(tmp_path / "run"), batch_size=8)
     loader = Trainer.from_settings(TrainSettings(**given)).loader
-    spawn = dict(num_workers=1, multiprocessing_context="spawn", worker_init_fn=loader.loader.loader.worker_init_fn)
-    batches = DataLoader(loader.loader.dataset, sampler=[(0, 0, 0)], collate_fn=loader.loader.collate_fn, **spawn)
-    assert next(iter(batches))[0].dtype == torch.uint8 and loader.pixels.transparent.value
+    batches = loader.loader.loader
+    spawn = dict(num_workers=1, multiprocessing_context="spawn", worker_init_fn=batches.worker_init_fn)
+    spawned = DataLoader(batches.dataset, sampler=[(0, 0, 0)], collate_fn=batches.collate_fn, **spawn)
+    assert next(iter(spawned))[0].dtype == torch.uint8 and loader.pixels.transparent.value

@@ -32,35 +32,19 @@ def build_parser() -> Parser:
     for settings in (ImageSettings, ModelSettings, DeviceSettings):
         parser.add_settings(settings)
     group, count = parser.group("run"), option_type(Count)
-    group.add_argument("-b", "--batch-size", type=count, default=32, metavar="N", help="images a batch")
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=option_type(between(0)),
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that load images if there are several batches; 0 to load them in this one",
-    )
-    group = parser.group("output")
-    group.add_argument("--topk", type=count, default=5, metavar="K", help="classes an image")
-    group.add_argument(
-        "--class-names", metavar="FILE", help="text file, one name a line (default: the model's, ImageNet's, numbers)"
-    )
-    group.add_argument(
-        "--results-file", type=output_file(".json"), metavar="FILE", help="write the predictions, a .json file"
-    )
-    group.add_argument(
-        "--picture",
-        type=output_file(*PICTURES),
-        metavar="FILE",
-        help=f"draw the first {MAX_IMAGES} images, as the model sees them, with their first classes",
-    )
-    group.add_argument(
-        "--saliency",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="in the picture, colour what the first class depends on: where a grey square makes it less probable",
-    )
+    group.add_argument("-b", "--batch-size", type=count, default=32, metavar="N", help="batch size")
+    workers = "processes that load images if there are several batches; 0 to load them in this one"
+    jobs = dict(type=option_type(between(0)), default=min(8, os.cpu_count() or 1), metavar="N")
+    group.add_argument("-j", "--workers", **jobs, help=workers)
+    group, file = parser.group("output"), dict(metavar="FILE")
+    group.add_argument("--topk", type=count, default=5, metavar="K", help="classes per image")
+    names = "text file, one name per line (default: the model's, ImageNet's, numbers)"
+    group.add_argument("--class-names", **file, help=names)
+    group.add_argument("--results-file", type=output_file(".json"), **file, help="write the predictions, a .json file")
+    picture = f"draw the first {MAX_IMAGES} images, as the model sees them, with their first classes"
+    group.add_argument("--picture", type=output_file(*PICTURES), **file, help=picture)
+    saliency = "in the picture, color what the first class depends on: where a gray square makes it less probable"
+    group.add_argument("--saliency", action=argparse.BooleanOptionalAction, default=False, help=saliency)
     return parser
 
 
@@ -69,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     options = vars(args)
     if args.saliency and not args.picture:
-        raise UserError("--saliency colours the picture: name its file with --picture")
+        raise UserError("--saliency colors the picture: name its file with --picture")
     files = find_images(args.images)
     parser.load_and_check(args)
     import torch

@@ -127,8 +127,7 @@ class BatchAugmentation:
 class MixupThenCutmix:
     """Mixup and, on its result, cutmix, each with partners of its own: the recipe of the authors' 2021 release.
 
-    ``mixup`` and ``cutmix`` are the alphas of their Beta distributions. The box of cutmix lies wholly inside the image;
-    label smoothing is spread over the mixed shares.
+    ``mixup`` and ``cutmix`` are the alphas of their Beta distributions. The box of cutmix lies wholly inside the image.
     """
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int):

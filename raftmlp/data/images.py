@@ -107,15 +107,10 @@ def open_image(file: str | Path | BinaryIO, pixels: PixelReader) -> Image.Image:
 
 
 class EvaluationImages(Dataset):
-    """The images of a dataset as uint8 tensors (C, H, W); one that cannot be read is black, its class UNREADABLE.
+    """The images of these numbers in a dataset as uint8 tensors of a shape (C, H, W).
 
-    Args:
-        dataset: Any dataset of images and classes.
-        indices: The ones to take, in their order.
-        pixels: Reads the images.
-        transform: Makes a tensor of an image.
-        shape: Shape (C, H, W) of the tensors.
-        classes: The class that counts for each class of the dataset; None where these are the same.
+    An image that cannot be read is black, its class UNREADABLE. ``classes`` are the classes that count for those of the
+    dataset; None where these are the same.
     """
 
     def __init__(

@@ -47,26 +47,16 @@ VERSION = 2  # rises when a seed makes other scenes
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, and the digits in it from back to front.
+    """An image, and the digits in it from back to front."""
 
-    Args:
-        image: Pixels (H, W, 3) of 8 bits.
-        masks: The visible pixels of each digit, (N, H, W), True or False.
-        digits: The digits, 0 to 9.
-    """
-
-    image: np.ndarray
-    masks: np.ndarray
+    image: np.ndarray  # (H, W, 3) of 8 bits
+    masks: np.ndarray  # the visible pixels of each digit, (N, H, W) of bool
     digits: tuple[int, ...]
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """Return the boxes around the masks, each left, top, width and height in pixels."""
-        boxes = []
-        for mask in self.masks:
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            left, top = int(columns[0]), int(rows[0])
-            boxes.append((left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top))
-        return boxes
+        boxes = [Image.fromarray(mask).getbbox() for mask in self.masks]
+        return [(left, top, right - left, bottom - top) for left, top, right, bottom in boxes]
 
     def label_map(self) -> np.ndarray:
         """Return a label for each pixel, (H, W) of 8 bits: 0 for the background, 1 to 10 for the digits 0 to 9."""
@@ -77,12 +67,9 @@ class Scene:
 
 
 class SceneMaker:
-    """Makes the scenes of a split: scene i is a function of the seed, the split and i alone.
+    """Makes the scenes of a split, "training" or "validation": scene i depends on the seed, the split and i alone.
 
-    Args:
-        split: "training" or "validation".
-        size: Height and width of the scenes in pixels.
-        seed: Any number of 0 or more.
+    ``size`` is the height and width of the scenes in pixels.
     """
 
     def __init__(self, split: str, size: int = 256, seed: int = 0):
@@ -93,9 +80,7 @@ class SceneMaker:
     def make(self, index: int) -> Scene:
         """Return the scene of that number: two to five digits; none covers more than a tenth of another."""
         rng = np.random.default_rng([self.seed, self.split, index])
-        image = self._background(rng)
-        masks: list[np.ndarray] = []
-        digits: list[int] = []
+        image, masks, digits = self._background(rng), [], []
         count = rng.integers(2, 6)
         for _ in range(8 * count):  # some do not find room
             if len(masks) == count:
@@ -174,14 +159,12 @@ def _photographs(split: str) -> list[Image.Image]:
 
 
 def write_scenes(root: str | Path, train: int = 400, val: int = 100, size: int = 256, seed: int = 0) -> bool:
-    """Write a folder of scenes, complete or not at all; returns False where exactly these are there already.
+    """Write a folder of scenes, complete or not at all; return False where exactly these are there already.
 
-    Args:
-        root: The folder; if it holds anything else, a UserError is raised.
-        train: Number of scenes to train on.
-        val: Number of scenes to evaluate on.
-        size: Height and width of the scenes in pixels.
-        seed: Any number of 0 or more.
+    ``train`` and ``val`` are the numbers of scenes, ``size`` is their height and width in pixels.
+
+    Raises:
+        UserError: If the folder holds anything else.
     """
     root = Path(root)
     description = dict(train=train, val=val, size=size, seed=seed, version=VERSION)

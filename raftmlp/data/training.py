@@ -190,7 +190,7 @@ class TrainingLoader:
     ):
         self.dataset, self.updates, self.seed = dataset, updates, seed
         self.bad_images, self.max_bad_images = bad_images, settings.max_bad_images
-        self._named, self._read_bytes = set(), 0
+        self._named, self._size = set(), 0
         workers, channels = settings.workers, config["input_size"][0]
         for size, share in zip(updates.sizes, updates.shares):
             check_memory((channels, *size), share.batch_size)
@@ -262,17 +262,16 @@ class TrainingLoader:
     def check_bad_images(self) -> None:
         """Name the images that could not be read since the last call; a UserError is raised if they are too many."""
         size = self.bad_images.stat().st_size if self.bad_images.exists() else 0
-        if size <= self._read_bytes:
+        if size == self._size:
             return
-        with self.bad_images.open("rb") as file:
-            file.seek(self._read_bytes)
-            complete = file.read().rpartition(b"\n")[0]
-        self._read_bytes += len(complete) + 1
-        for line in complete.decode(errors="backslashreplace").splitlines():
+        self._size, text = size, self.bad_images.read_text(errors="backslashreplace")
+        for line in text.splitlines(keepends=True):
             name, _, reason = line.partition("\t")
-            if name not in self._named:
+            if line.endswith("\n") and name not in self._named:  # not a line that is being written
                 self._named.add(name)
-                _logger.info(f"cannot read {name}: {reason}; the next image replaces it ({len(self._named)} so far)")
+                _logger.info(
+                    f"cannot read {name}: {reason[:-1]}; the next image replaces it ({len(self._named)} so far)"
+                )
         if len(self._named) > self.max_bad_images:
             raise UserError(
                 f"{len(self._named)} images could not be read, more than --max-bad-images {self.max_bad_images}: "

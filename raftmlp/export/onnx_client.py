@@ -60,39 +60,33 @@ class Preparation:
         self.resized = tuple(math.floor(side / crop_pct) for side in self.size)
         self.crop_mode, self.resample = crop_mode, Image.Resampling[interpolation.upper()]
         self.mean, self.std = (np.asarray(values, np.float32).reshape(channels, 1, 1) for values in (mean, std))
+        self.color = tuple(round(255 * float(value)) for value in self.mean.flat)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Return an image as an array of shape (C, H, W), float32, normalized."""
         image = self.reader(image)
-        height, width = self._resized_size(image.height, image.width)
-        if (height, width) != (image.height, image.width):
-            image = image.resize((width, height), self.resample)
+        image = image.resize(self._resized_size(*image.size), self.resample)
         pixels = np.asarray(self._cropped(image), np.float32)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return (pixels / np.float32(255) - self.mean) / self.std
 
-    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
         if self.crop_mode == "squash":
-            return self.resized
+            return self.resized[1], self.resized[0]
         if self.crop_mode == "center" and self.resized[0] == self.resized[1]:
-            side, short, long = self.resized[0], min(height, width), max(height, width)
-            long = int(side * long / short)
-            return (side, long) if height <= width else (long, side)
+            side, long = self.resized[0], int(self.resized[0] * max(height, width) / min(height, width))
+            return (side, long) if width < height else (long, side)
         ratios = height / self.resized[0], width / self.resized[1]
         ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
-        return round(height / ratio), round(width / ratio)
+        return round(width / ratio), round(height / ratio)
 
     def _cropped(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        more_height, more_width = max(height - image.height, 0), max(width - image.width, 0)
-        if more_height or more_width:  # a border, the larger half of it below and to the right
-            is_mean = self.crop_mode == "border"
-            color = tuple(round(255 * float(value)) if is_mean else 0 for value in self.mean.flat)
-            border = Image.new(image.mode, (image.width + more_width, image.height + more_height), color)
-            border.paste(image, (more_width // 2, more_height // 2))
-            image = border
-        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-        return image.crop((left, top, left + width, top + height))
+        """Return the middle of an image, or an image with a border, the larger half of it below and to the right."""
+        is_mean = self.crop_mode == "border"
+        canvas = Image.new(image.mode, (self.size[1], self.size[0]), self.color if is_mean else 0)
+        offsets = [size - side for size, side in zip(reversed(self.size), image.size)]
+        canvas.paste(image, tuple(offset // 2 if offset > 0 else -round(-offset / 2) for offset in offsets))
+        return canvas
 
 
 class Classifier:
