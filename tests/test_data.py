@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from helpers import make_image_folder
 from raftmlp.data import Digits, INaturalist, SceneDigits, class_names, create_dataset
@@ -19,7 +19,7 @@ from raftmlp.data.find import find_images
 from raftmlp.data.images import check_classes, evaluation_loader, file_name, read_image
 from raftmlp.data.pixels import PixelReader
 from raftmlp.data.scenes import LENGTHS, PHOTOGRAPHS
-from raftmlp.data.subset import Part, balanced_order, hold_out, take_images
+from raftmlp.data.subset import balanced_order, hold_out, take_images
 from raftmlp.errors import UserError
 
 
@@ -321,7 +321,7 @@ def test_a_share_of_every_class_is_held_out():
     assert np.abs(counts[1] - 0.2 * (counts[0] + counts[1])).max() <= 0.5
     again, other = (hold_out(digits, 0.2, seed)[1].indices for seed in (3, 4))
     assert set(again) == set(held_out.indices) != set(other)
-    small = Part([], np.arange(17))
+    small = Subset([], range(17))
     small.labels = np.array([0] * 1 + [1] * 2 + [2] * 5 + [3] * 9)
     for share in (0.01, 0.9):  # every class is on both sides where it can be
         train, held_out = (small.labels[part.indices] for part in hold_out(small, share, 0))

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import IterableImageDataset, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
 
 from ..checkpoints.description import EXIF_NOTES
@@ -21,7 +21,6 @@ from .datasets import class_names
 from .folders import wanted_layout
 from .pixels import PixelReader
 from .settings import ImageSettings
-from .subset import Part
 from .workers import ignore_signals
 
 __all__ = [
@@ -82,8 +81,8 @@ def image_count(dataset: Dataset) -> int:
 
 def file_name(dataset: Dataset, index: int) -> str:
     """Return the file of an image, escaped where it is not Unicode, or its number if the dataset knows no files."""
-    if isinstance(dataset, Part):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
     try:
         return printable(dataset.filename(index, absolute=True))
     except Exception:  # datasets of torchvision and of Hugging Face name no files

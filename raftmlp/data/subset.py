@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ..errors import UserError
 
-__all__ = ["SPLITS", "Part", "balanced_order", "hold_out", "is_training_split", "take_images"]
+__all__ = ["SPLITS", "balanced_order", "hold_out", "is_training_split", "take_images"]
 
 SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))  # names of each kind
 
@@ -19,25 +18,6 @@ def is_training_split(split: str) -> bool:
     if split not in sum(SPLITS, ()):
         raise UserError(f"no split {split!r}: take 'train' or 'validation'")
     return split in SPLITS[0]
-
-
-class Part(Dataset):
-    """Some of a dataset's images, by their numbers.
-
-    Args:
-        dataset: Any dataset of images and classes that has a length.
-        indices: The numbers of the images.
-        classes: The names of the classes by index, None where they are not known.
-    """
-
-    def __init__(self, dataset: Dataset, indices: np.ndarray, classes: Sequence[str] | None = None):
-        self.dataset, self.indices, self.classes = dataset, indices, classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.indices[index])]
 
 
 def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] | None = None) -> Dataset:
@@ -82,7 +62,9 @@ def hold_out(
 def _part(dataset: Dataset, indices: np.ndarray, classes: Sequence[str] | None) -> Dataset:
     reader = getattr(dataset, "reader", None)
     if getattr(reader, "samples", None) is None:
-        return Part(dataset, indices, classes)
+        part = Subset(dataset, indices.tolist())
+        part.classes = classes
+        return part
     part = copy.copy(dataset)  # a reader names the files of damaged images, and finds images shared by two splits
     part.reader = copy.copy(reader)
     for name in {"samples", "targets"} & vars(reader).keys():
