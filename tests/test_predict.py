@@ -14,8 +14,7 @@ from timm.data import create_transform
 from helpers import DIGITS, make_run_folder
 from raftmlp.cli import predict
 from raftmlp.data import Digits
-from raftmlp.data.images import evaluation_loader
-from raftmlp.evaluate.prediction import ImageFiles, draw_predictions, occlusion_map
+from raftmlp.evaluate.prediction import draw_predictions, occlusion_map
 
 
 @pytest.fixture
@@ -178,28 +177,7 @@ def test_names_options_of_a_file_and_the_folder_of_a_run(run, digits):
     assert run(*options)[0] == 0 and results()["weights"] == str(folder / "last.pth.tar")
 
 
-def test_imagenet_names_and_random_weights(run):
-    Image.new("RGB", (60, 80), "green").save("green.png")
-    status, _, err = run("green.png", "--topk", 1000, "--results-file", "out.json")
-    assert status == 0 and "the weights of raftmlp_s are random" in err
-    assert (results()["model"], results()["weights"]) == ("raftmlp_s", "random")
-    names = {p["class"]: p["name"] for p in results()["images"][0]["predictions"]}
-    assert (len(names), names[0]) == (1000, "tench, Tinca tinca")
-
-
 # What it is made of
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_prepared_as_in_evaluation(channels, tmp_path):
-    config = dict(input_size=(channels, 24, 40), interpolation="bicubic", crop_pct=0.9, crop_mode="center")
-    config |= dict(mean=(0.4,) * channels, std=(0.3,) * channels)
-    digits, files = Digits("validation"), [tmp_path / f"{i}.png" for i in range(8)]
-    for i, file in enumerate(files):
-        digits[i][0].save(file)
-    evaluated, _ = next(iter(evaluation_loader(digits, config, torch.device("cpu"), 8)))
-    seen = torch.stack([image for image, _, _ in map(ImageFiles(files, config).__getitem__, range(8))])
-    torch.testing.assert_close(seen, evaluated, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 90)])

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -151,15 +150,6 @@ print(classifier(classifier.prepare(Image.open({image!r}))[None]).argmax())
     assert shown[0] == shown[1]
     assert done.stderr.splitlines()[0].startswith("cannot read broken.png: ") and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[1] == "raftmlp predict-onnx: error: 1 of 2 images could not be read"
-
-
-def test_names_that_the_terminal_cannot_show(files, tmp_path):
-    change(files / "fixed.onnx", tmp_path / "greek.onnx", class_names=["zéro", *"αβγδεζηθι"])
-    shutil.copy(files / "images" / "1.png", tmp_path / "Ψηφίο.png")
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "raftmlp", "predict-onnx", "greek.onnx", "Ψηφίο.png", "--topk", "10"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0 and done.stdout.isascii() and len(done.stdout.splitlines()) == 10
 
 
 @pytest.mark.parametrize(

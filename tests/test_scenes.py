@@ -61,19 +61,6 @@ def test_a_scene_depends_on_seed_split_and_number_alone():
     assert not np.array_equal(scene.image, other_split.image)
 
 
-def test_digits_can_be_seen():
-    """What is visible of a digit differs from what was there before."""
-    maker = SceneMaker("validation", 128)
-    for index in range(5):
-        scene = maker.make(index)
-        for mask in scene.masks:
-            ring = np.pad(mask, 2)
-            around = sum(np.roll(ring, (i, j), (0, 1)) for i in range(-2, 3) for j in range(-2, 3))[2:-2, 2:-2] > 0
-            around &= ~scene.masks.any(0)
-            inside, outside = scene.image[mask].mean(0), scene.image[around].mean(0)
-            assert np.abs(inside - outside).max() > 10
-
-
 def test_the_command(run_command, tmp_path, folder):
     out = tmp_path / "new" / "scenes"
     options = [out, "--train", 2, "--val", 1, "--size", SIZE]
