@@ -1,10 +1,12 @@
 """RaftMLP, an MLP vision backbone, for timm: importing this package registers its models.
 
-The console command alone imports it without them, and so without torch, to parse its options first.
+The console command imports it without them, and so without torch, to parse its options first; so it is where torch is
+not installed, for ``raftmlp.export.onnx_client``.
 """
 
 import os
 import sys
+from importlib.util import find_spec
 
 __version__ = "0.2.0"
 
@@ -15,7 +17,7 @@ def _is_command() -> bool:
     return module == ["raftmlp"] or os.path.basename(sys.argv[0]) in ("raftmlp", "raftmlp.exe")
 
 
-is_command = _is_command()
+is_command = _is_command() or find_spec("torch") is None
 
 if not is_command:
     from .checkpoints.pretrained import list_pretrained

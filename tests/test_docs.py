@@ -145,9 +145,7 @@ def run_line(run_command, things, tmp_path, monkeypatch):
 
 def command_module(name):
     """Return the module of a command."""
-    return importlib.import_module(
-        "raftmlp_onnx" if name == "predict-onnx" else f"raftmlp.cli.{name.replace('-', '_')}"
-    )
+    return importlib.import_module(f"raftmlp.cli.{name.replace('-', '_')}")
 
 
 def parse(name, module, args):

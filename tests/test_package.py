@@ -20,7 +20,7 @@ from raftmlp.cli.launcher import NAMES
 from raftmlp.errors import install_command
 
 FOLDERS = ("weights", "configs", "raftmlp")
-FILES = ("LICENSE", "README.md", "pyproject.toml", "raftmlp_onnx.py")
+FILES = ("LICENSE", "README.md", "pyproject.toml")
 
 
 def run(*command, **kwargs):
@@ -60,7 +60,7 @@ def test_the_archives_are_whole(built):
     shipped = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "configs").rglob("*.py")]
     shipped += (ROOT / "weights").glob("raftmlp_*")
     inside |= {"raftmlp" / path.relative_to(ROOT) for path in shipped}
-    assert len(inside) > 60 and {"raftmlp/py.typed", "raftmlp_onnx.py"} <= files
+    assert len(inside) > 60 and "raftmlp/py.typed" in files
     assert {path.as_posix() for path in inside} <= files
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}

@@ -1,4 +1,4 @@
-"""Pixels of every mode as 8 bits a channel, the same in training, evaluation and prediction."""
+"""Pixels of every mode as 8 bits a channel, upright, the same in training, evaluation and prediction."""
 
 import io
 import tarfile
@@ -15,8 +15,7 @@ from raftmlp.data import create_dataset
 from raftmlp.data.images import UNREADABLE, ImageSettings, data_config, evaluation_loader, open_image
 from raftmlp.data.pixels import PixelReader, _say_once
 from raftmlp.data.training import TrainingDataSettings, TrainingLoader
-from raftmlp.data.updates import Share, Updates
-from raftmlp.errors import UserError
+from raftmlp.data.updates import BatchSplit, Updates
 from raftmlp.evaluate.prediction import ImageFiles, predict
 
 CPU = torch.device("cpu")
@@ -27,19 +26,19 @@ CONFIG = dict(
 
 
 def wide(kind):
-    """The grey pixels with 16 bits."""
+    """Return the gray pixels with 16 bits."""
     return (GRAY.astype(np.int64) * 257).astype(kind)
 
 
 def with_alpha(mode, alpha):
-    """The grey pixels with an alpha of its own each."""
+    """Return the gray pixels with an alpha of its own each."""
     image = Image.fromarray(GRAY).convert(mode[:-1]).convert(mode)
     image.putalpha(Image.fromarray(np.array([alpha], dtype=np.uint8)))
     return image
 
 
 def with_key(image, key):
-    """An image as read from a PNG file whose pixels of one value are transparent."""
+    """Return an image as read from a PNG file whose pixels of one value are transparent."""
     file = io.BytesIO()
     image.save(file, "png", transparency=key)
     return Image.open(file)
@@ -54,13 +53,10 @@ def with_key(image, key):
         (Image.fromarray(GRAY.astype("i4")), [0, 127, 255]),
         (Image.fromarray(np.array([[128, 129, 65535]], "<u2")), [0, 1, 255]),
         (Image.fromarray(GRAY), [0, 127, 255]),
-        (with_alpha("LA", (255, 255, 255)), [0, 127, 255]),
         (with_alpha("LA", (0, 255, 0)), [255, 127, 255]),
-        (with_alpha("RGBA", (0, 255, 0)), [255, 127, 255]),
         (with_alpha("RGBA", (51, 255, 255)), [204, 127, 255]),
         (with_alpha("PA", (0, 255, 255)), [255, 127, 255]),
         (with_key(Image.fromarray(GRAY).convert("P"), 0), [255, 127, 255]),
-        (with_key(Image.fromarray(GRAY), 127), [0, 255, 255]),
         (with_key(Image.fromarray(wide("<u2")), 127 * 257), [0, 255, 255]),
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
@@ -72,78 +68,12 @@ def test_modes(image, expected):
         assert np.asarray(read).reshape(3, channels).tolist() == [[value] * channels for value in expected]
 
 
-@pytest.mark.parametrize("pixels", [np.int32([[-1, 9]]), np.int32([[70000, 9]]), np.float32([[0.5, 0.1]])])
-def test_pixels_of_no_known_range_are_refused(pixels):
-    with pytest.raises(ValueError, match="neither whole numbers of 8 nor of 16 bits"):
-        PixelReader(3)(Image.fromarray(pixels))
-
-
-@pytest.mark.parametrize("colour", ["whiet", "", "#12", "#ffffff80", "none", 3])
-def test_colours_that_are_none(colour):
-    with pytest.raises(UserError, match="must be the name of a colour or #rrggbb"):
-        PixelReader(3, colour)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Images of 16 bits and with transparency in a folder of one class."""
-    (tmp_path / "val" / "a").mkdir(parents=True)
-    Image.fromarray(wide("<u2")).save(tmp_path / "val/a/0.png")
-    with_alpha("RGBA", (0, 255, 255)).save(tmp_path / "val/a/1.png")
-    return tmp_path
-
-
-def test_the_same_pixels_in_training_evaluation_and_prediction(folder, caplog):
-    _say_once.cache_clear()
-    config = {**CONFIG, "background": "#ff0000"}
-    expected = [[[0, 127, 255]] * 3, [[255, 127, 255], [0, 127, 255], [0, 127, 255]]]
-    with tarfile.open(folder / "images.tar", "w") as tar:
-        tar.add(folder / "val", arcname=".")
-    with tarfile.open(folder / "shard.tar", "w") as tar:
-        for i in range(2):
-            tar.add(folder / f"val/a/{i}.png", arcname=f"{i}.png")
-            label = tarfile.TarInfo(f"{i}.cls")
-            label.size = 1
-            tar.addfile(label, io.BytesIO(b"0"))
-    sources = {
-        "folder": create_dataset("", str(folder), "val"),
-        "tar": create_dataset("", str(folder / "images.tar"), "train"),
-        "torchvision": create_dataset("torch/folder", str(folder), "val"),
-        "stream": create_dataset("wds/", str(folder), "shard.tar|2"),
-    }
-    read = {}
-    for name, dataset in sources.items():
-        workers = 0 if name == "stream" else 2
-        read[name] = next(iter(evaluation_loader(dataset, config, CPU, 2, workers)))[0]
-    settings = TrainingDataSettings(workers=1)
-    for name in ("folder", "stream"):
-        loader = TrainingLoader(
-            sources[name], [lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)], config, CPU,
-            Updates(2, [(1, 3)], [Share(2)]), settings, 0, folder / "bad",
-        )  # fmt: skip
-        images, _ = next(loader.epoch(0))
-        loader.end_workers()
-        read[f"training on a {name}"] = images[images.mean((1, 2, 3)).argsort(stable=True)]
-    files = ImageFiles([folder / "val/a/0.png", folder / "val/a/1.png"], config)
-    shown = predict(DataLoader(files, 2, collate_fn=default_collate), lambda x: torch.ones(len(x), 1), ["a"], 1)
-    read["prediction"] = torch.stack([image for _, image in shown])
-    for name, images in read.items():
-        assert (images[:, :, 0] * 255).round().int().tolist() == expected, name
-    (note,) = (record.getMessage() for record in caplog.records if record.name.startswith("raftmlp"))
-    assert note == "note: some images have transparency: #ff0000 shows through (--background)"
-
-
-def test_opaque_images_need_no_note(folder, caplog):
-    _say_once.cache_clear()
-    with_alpha("RGBA", (255, 255, 255)).save(folder / "val/a/1.png")
-    list(evaluation_loader(create_dataset("", str(folder), "val"), CONFIG, CPU, 2))
-    assert not [record for record in caplog.records if record.name.startswith("raftmlp")]
-
-
-def test_an_image_of_no_known_range_does_not_count(folder):
-    Image.fromarray(np.float32(GRAY)).save(folder / "val/a/2.tif")
-    _, target = next(iter(evaluation_loader(create_dataset("", str(folder), "val"), CONFIG, CPU, 3)))
-    assert target.tolist() == [0, 0, UNREADABLE]
+def test_what_cannot_be_read():
+    for pixels in (np.int32([[-1, 9]]), np.int32([[70000, 9]]), np.float32([[0.5, 0.1]])):
+        with pytest.raises(ValueError, match="neither whole numbers of 8 nor of 16 bits"):
+            PixelReader(3)(Image.fromarray(pixels))
+    with pytest.raises(ValueError, match="unknown color specifier: 'whiet'"):
+        PixelReader(3, "whiet")
 
 
 # EXIF orientation
@@ -165,54 +95,19 @@ def save_turned(path, orientation, kind="u1"):
     return path
 
 
-@pytest.mark.parametrize("suffix, kind", [("jpg", "u1"), ("png", "u1"), ("png", "u2"), ("webp", "u1"), ("tif", "u1")])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_exif_says(orientation, suffix, kind, tmp_path):
-    read = np.asarray(open_image(save_turned(tmp_path / f"1.{suffix}", orientation, kind), PixelReader(1)))
-    assert read.shape == CORNERS.shape
-    assert np.abs(read[8::16, 8::16].astype(int) - CORNERS[8::16, 8::16]).max() < 12  # JPEG and WebP change pixels
+@pytest.mark.parametrize("suffix, kind", [("jpg", "u1"), ("png", "u2"), ("webp", "u1"), ("tif", "u1")])
+def test_images_are_turned_as_exif_says(suffix, kind, tmp_path):
+    for orientation in range(1, 9):
+        read = np.asarray(open_image(save_turned(tmp_path / f"1.{suffix}", orientation, kind), PixelReader(1)))
+        assert read.shape == CORNERS.shape
+        assert np.abs(read[8::16, 8::16].astype(int) - CORNERS[8::16, 8::16]).max() < 12  # JPEG and WebP change pixels
 
 
-def test_images_are_left_as_they_are_stored(tmp_path, caplog):
-    _say_once.cache_clear()
-    pixels = PixelReader(1, exif=False)
-    open_image(save_turned(tmp_path / "1.png", 1), pixels)
-    pixels.say_what_was_seen()
-    assert not caplog.records
-    read = np.asarray(open_image(save_turned(tmp_path / "6.png", 6), pixels))
-    assert (read == STORED[6](CORNERS)).all()
-    pixels.say_what_was_seen()
-    assert "--exif" in caplog.text
-
-
-@pytest.mark.parametrize("exif", [True, False])
-@pytest.mark.parametrize(
-    "data", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\xff" * 40, b"Exif\0\0II*\0" + b"\x12\1" * 30]
-)
-def test_damaged_exif_data_say_nothing(data, exif, tmp_path):
-    Image.fromarray(CORNERS).save(tmp_path / "1.jpg", exif=b"Exif\0\0" + data)
-    assert open_image(tmp_path / "1.jpg", PixelReader(1, exif=exif)).size == CORNERS.shape[::-1]
-
-
-@pytest.mark.parametrize("applied", [True, False])
-def test_one_orientation_in_training_evaluation_and_prediction(applied, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-        save_turned(tmp_path / f"val/{name}/1.png", 6)
-    with tarfile.open(tmp_path / "images.tar", "w") as tar:
-        tar.add(tmp_path / "val", arcname=".")
-    upright = CORNERS if applied else STORED[6](CORNERS)
-    config = {**CONFIG, "input_size": (3, *upright.shape), "exif": applied}
-    folder, tar = (create_dataset("", str(tmp_path / name), "val") for name in ("", "images.tar"))
-    read = [next(iter(evaluation_loader(data, config, CPU, 2, 1)))[0] for data in (folder, tar)]
-    updates, settings = Updates(2, [upright.shape], [Share(2)]), TrainingDataSettings(workers=1)
-    to_tensor = [lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)]
-    loader = TrainingLoader(folder, to_tensor, config, CPU, updates, settings, 0, tmp_path / "bad")
-    read.append(next(loader.epoch(0))[0])
-    loader.end_workers()
-    read.append(torch.stack([image for image, _, _ in ImageFiles([tmp_path / "val/a/1.png"], config)]))
-    for images in read:
-        assert ((images[:, 0] * 255).round().numpy() == upright).all()
+def test_damaged_exif_data_say_nothing(tmp_path):
+    for data in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\xff" * 40, b"Exif\0\0II*\0" + b"\x12\1" * 30):
+        Image.fromarray(CORNERS).save(tmp_path / "1.jpg", exif=b"Exif\0\0" + data)
+        for exif in (True, False):
+            assert open_image(tmp_path / "1.jpg", PixelReader(1, exif=exif)).size == CORNERS.shape[::-1]
 
 
 def test_what_weights_say_of_exif_and_what_options_say():
@@ -224,5 +119,74 @@ def test_what_weights_say_of_exif_and_what_options_say():
         assert data_config(ImageSettings(), model)["exif"] is expected
         for option in (True, False):
             assert data_config(ImageSettings(exif=option), model)["exif"] is option
-    with pytest.raises(UserError, match="exif must be true or false"):
-        ImageSettings(exif="yes")
+
+
+# Everywhere
+
+
+def read_everywhere(root, config, files):
+    """Yield what training, evaluation and prediction read of the files in root/val: the source, and images."""
+    with tarfile.open(root / "images.tar", "w") as tar:
+        tar.add(root / "val", arcname=".")
+    with tarfile.open(root / "shard.tar", "w") as tar:
+        for i, file in enumerate(files):
+            tar.add(file, arcname=f"{i}.png")
+            label = tarfile.TarInfo(f"{i}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"0"))
+    sources = {
+        "folder": create_dataset("", str(root), "val"),
+        "tar": create_dataset("", str(root / "images.tar"), "train"),
+        "torchvision": create_dataset("torch/folder", str(root), "val"),
+        "stream": create_dataset("wds/", str(root), "shard.tar|2"),
+    }
+    for name, dataset in sources.items():
+        workers = 1 if name == "folder" else 0
+        yield name, next(iter(evaluation_loader(dataset, config, CPU, 2, workers)))[0]
+    updates, to_tensor = (
+        Updates(2, [config["input_size"][1:]], [BatchSplit(2)]),
+        lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    )
+    for name in ("folder", "stream"):
+        settings = TrainingDataSettings(workers=1)
+        loader = TrainingLoader(sources[name], [to_tensor], config, CPU, updates, settings, 0, root / "bad")
+        images, _ = next(loader.epoch(0))
+        loader.end_workers()
+        yield f"training on a {name}", images[images.mean((1, 2, 3)).argsort(stable=True)]
+    loader = DataLoader(ImageFiles(files, config), 2, collate_fn=default_collate)
+    shown = predict(loader, lambda x: torch.ones(len(x), 1), ["a"], 1)
+    yield "prediction", torch.stack([image for _, image in shown])
+
+
+def test_the_same_pixels_everywhere(tmp_path, caplog):
+    """Images of 16 bits and with transparency; the processes that load images share what they saw."""
+    _say_once.cache_clear()
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    files = [tmp_path / f"val/a/{i}.png" for i in range(2)]
+    Image.fromarray(wide("<u2")).save(files[0])
+    with_alpha("RGBA", (255, 255, 255)).save(files[1])
+    list(evaluation_loader(create_dataset("", str(tmp_path), "val"), CONFIG, CPU, 2))
+    assert not [record for record in caplog.records if record.name.startswith("raftmlp")]  # opaque: no note
+    with_alpha("RGBA", (0, 255, 255)).save(files[1])
+    expected = [[[0, 127, 255]] * 3, [[255, 127, 255], [0, 127, 255], [0, 127, 255]]]
+    for name, images in read_everywhere(tmp_path, {**CONFIG, "background": "#ff0000"}, files):
+        assert (images[:, :, 0] * 255).round().int().tolist() == expected, name
+    (note,) = (record.getMessage() for record in caplog.records if record.name.startswith("raftmlp"))
+    assert "transparency: #ff0000" in note
+    Image.fromarray(np.float32(GRAY)).save(tmp_path / "val/a/2.tif")  # of no known range
+    _, target = next(iter(evaluation_loader(create_dataset("", str(tmp_path), "val"), CONFIG, CPU, 3)))
+    assert target.tolist() == [0, 0, UNREADABLE]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_one_orientation_everywhere(applied, tmp_path, caplog):
+    _say_once.cache_clear()
+    files = [tmp_path / "val" / name / "1.png" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        save_turned(file, 6)
+    upright = CORNERS if applied else STORED[6](CORNERS)
+    config = {**CONFIG, "input_size": (3, *upright.shape), "exif": applied}
+    for name, images in read_everywhere(tmp_path, config, files):
+        assert ((images[:, 0] * 255).round().numpy() == upright).all(), name
+    assert ("--exif" in caplog.text) != applied

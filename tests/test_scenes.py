@@ -8,7 +8,6 @@ from PIL import Image
 
 from raftmlp.cli import scenes as command
 from raftmlp.data import scenes
-from raftmlp.data.digits import Digits
 from raftmlp.data.scenes import SceneMaker, write_scenes
 
 SIZE = 96
@@ -62,27 +61,6 @@ def test_a_scene_depends_on_seed_split_and_number_alone():
     assert not np.array_equal(scene.image, other_split.image)
 
 
-def test_the_splits_share_nothing():
-    train, val = SceneMaker("training", SIZE), SceneMaker("validation", SIZE)
-    assert not {p.tobytes() for p in train.photographs} & {p.tobytes() for p in val.photographs}
-    assert len(train.digits.images) == len(Digits("train")) and len(val.digits.images) == len(Digits("validation"))
-    photographs = [name for kinds in scenes.PHOTOGRAPHS.values() for names in kinds.values() for name in names]
-    assert len(photographs) == len(set(photographs))
-
-
-def test_digits_can_be_seen():
-    """What is visible of a digit differs from what was there before."""
-    maker = SceneMaker("validation", 128)
-    for index in range(5):
-        scene = maker.make(index)
-        for mask in scene.masks:
-            ring = np.pad(mask, 2)
-            around = sum(np.roll(ring, (i, j), (0, 1)) for i in range(-2, 3) for j in range(-2, 3))[2:-2, 2:-2] > 0
-            around &= ~scene.masks.any(0)
-            inside, outside = scene.image[mask].mean(0), scene.image[around].mean(0)
-            assert np.abs(inside - outside).max() > 10
-
-
 def test_the_command(run_command, tmp_path, folder):
     out = tmp_path / "new" / "scenes"
     options = [out, "--train", 2, "--val", 1, "--size", SIZE]
@@ -97,27 +75,10 @@ def test_the_command(run_command, tmp_path, folder):
     assert (out / "scenes.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--train", "0"], "--train: must be a whole number of 1 or more, not '0'"),
-        (["--size", "31"], "--size: must be a whole number of 32 or more, not '31'"),
-        (["--seed", "x"], "--seed: must be a whole number of 0 or more, not 'x'"),
-        (["--sede", "1"], "did you mean --seed"),
-        (["--train", "3"], "holds something else: name another folder, or remove it"),
-    ],
-)
-def test_bad_input(run_command, folder, args, message):
-    status, _, error = run_command(command, folder, *args)
-    assert status == 2 and message in error and "Traceback" not in error
+def test_a_folder_of_something_else_is_kept_and_a_failure_leaves_nothing(run_command, folder, monkeypatch, tmp_path):
+    status, _, error = run_command(command, folder, "--train", "3")
+    assert status == 2 and "holds something else" in error
 
-
-def test_an_empty_folder_is_filled(tmp_path):
-    assert write_scenes(tmp_path, 1, 1, SIZE)
-    assert (tmp_path / "scenes.json").is_file()
-
-
-def test_a_failure_leaves_nothing(monkeypatch, tmp_path):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
@@ -125,3 +86,6 @@ def test_a_failure_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_scenes(tmp_path / "scenes", 1, 1, SIZE)
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    assert write_scenes(tmp_path / "empty", 1, 1, SIZE) and (tmp_path / "empty/scenes.json").is_file()

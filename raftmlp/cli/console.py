@@ -5,8 +5,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-
-from tqdm import tqdm
+from contextlib import nullcontext
+from typing import TextIO
 
 from ..data.workers import kill_workers
 from ..errors import UserError, first_words, install_command
@@ -48,19 +48,17 @@ class _Console(logging.Handler):
     """Prints what the package logs: warnings to stderr, the rest as a command's own lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING:
-            say(record.getMessage())
-        elif is_first_process():
-            tqdm.write(record.getMessage(), file=sys.stderr)
+        say(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else None)
 
 
-def say(*words: object) -> None:
+def say(*words: object, file: TextIO | None = None) -> None:
     """Print a line at once, above a progress bar; of several processes, the first prints."""
     if not is_first_process():
         return
+    bars = sys.modules.get("tqdm")  # where it is not loaded, there is no bar
     try:
-        with tqdm.external_write_mode():
-            print(*words, flush=True)
+        with bars.tqdm.external_write_mode(file) if bars else nullcontext():
+            print(*words, file=file, flush=True)
     except BrokenPipeError:  # the reader ("| head") has closed: the work goes on in silence
         discard_output()
 

@@ -59,19 +59,9 @@ def main() -> None:
     try:
         name = choose()
         sys.argv = [f"raftmlp {name}", *sys.argv[2:]]
-        if name == "predict-onnx":  # also runs where torch is not installed
-            import raftmlp_onnx
-
-            sys.exit(raftmlp_onnx.run())
-        module = importlib.import_module(f"raftmlp.cli.{name.replace('-', '_')}")
         from .console import run
 
-        run(module.main)
-    except ModuleNotFoundError as error:
-        from ..errors import install_command
-
-        print(f"{sys.argv[0]}: error: needs the package {error.name}: {install_command('demo')}", file=sys.stderr)
-        sys.exit(2)
+        run(lambda: importlib.import_module(f"raftmlp.cli.{name.replace('-', '_')}").main())
     except KeyboardInterrupt:  # later, the command handles it
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

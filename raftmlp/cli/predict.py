@@ -8,21 +8,18 @@ Images that cannot be read are named and left out; the exit status is then 2.
 
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ..config import DeviceSettings, ModelSettings
 from ..data.find import find_images
 from ..data.settings import ImageSettings
 from ..errors import UserError
-from ..files import write_json
 from ..settings import Count, between
 from ..sizes import check_memory
 from .console import say
 from .options import PICTURES, Parser, option_type, output_file
+from .predict_onnx import report, show
 
 MAX_IMAGES = 16  # of the picture
 
@@ -35,46 +32,20 @@ def build_parser() -> Parser:
     for settings in (ImageSettings, ModelSettings, DeviceSettings):
         parser.add_settings(settings)
     group, count = parser.group("run"), option_type(Count)
-    group.add_argument("-b", "--batch-size", type=count, default=32, metavar="N", help="images a batch")
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=option_type(between(0)),
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that load images if there are several batches; 0 to load them in this one",
-    )
-    group = parser.group("output")
-    group.add_argument("--topk", type=count, default=5, metavar="K", help="classes an image")
-    group.add_argument(
-        "--class-names", metavar="FILE", help="text file, one name a line (default: the model's, ImageNet's, numbers)"
-    )
-    group.add_argument(
-        "--results-file", type=output_file(".json"), metavar="FILE", help="write the predictions, a .json file"
-    )
-    group.add_argument(
-        "--picture",
-        type=output_file(*PICTURES),
-        metavar="FILE",
-        help=f"draw the first {MAX_IMAGES} images, as the model sees them, with their first classes",
-    )
-    group.add_argument(
-        "--saliency",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="in the picture, colour what the first class depends on: where a grey square makes it less probable",
-    )
+    group.add_argument("-b", "--batch-size", type=count, default=32, metavar="N", help="batch size")
+    workers = "processes that load images if there are several batches; 0 to load them in this one"
+    jobs = dict(type=option_type(between(0)), default=min(8, os.cpu_count() or 1), metavar="N")
+    group.add_argument("-j", "--workers", **jobs, help=workers)
+    group, file = parser.group("output"), dict(metavar="FILE")
+    group.add_argument("--topk", type=count, default=5, metavar="K", help="classes per image")
+    names = "text file, one name per line (default: the model's, ImageNet's, numbers)"
+    group.add_argument("--class-names", **file, help=names)
+    group.add_argument("--results-file", type=output_file(".json"), **file, help="write the predictions, a .json file")
+    picture = f"draw the first {MAX_IMAGES} images, as the model sees them, with their first classes"
+    group.add_argument("--picture", type=output_file(*PICTURES), **file, help=picture)
+    saliency = "in the picture, color what the first class depends on: where a gray square makes it less probable"
+    group.add_argument("--saliency", action=argparse.BooleanOptionalAction, default=False, help=saliency)
     return parser
-
-
-def show(result: dict, width: int) -> None:
-    """Print an image's lines of the table, or why it has none; width is that of the first column."""
-    if "error" in result:
-        tqdm.write(f"cannot read {result['file']}: {result['error']}", file=sys.stderr)
-        return
-    for i, prediction in enumerate(result["predictions"]):
-        file = "" if i else result["file"]
-        say(f"{file:<{width}}  {100 * prediction['probability']:9.2f} %  {prediction['name']}")
 
 
 def main() -> None:
@@ -82,11 +53,12 @@ def main() -> None:
     args = parser.parse_args()
     options = vars(args)
     if args.saliency and not args.picture:
-        raise UserError("--saliency colours the picture: name its file with --picture")
+        raise UserError("--saliency colors the picture: name its file with --picture")
     files = find_images(args.images)
     parser.load_and_check(args)
     import torch
     from torch.utils.data import DataLoader
+    from tqdm import tqdm
 
     from ..device import find_device
     from ..evaluate.evaluation import prepare_model, warn_of_random_weights
@@ -115,10 +87,6 @@ def main() -> None:
         if args.picture and "error" not in result and len(shown) < MAX_IMAGES:
             shown.append((result, image))
 
-    if args.results_file:
-        content = dict(model=prepared.name, weights=prepared.weights, settings=prepared.config, images=results)
-        write_json(args.results_file, content)
-        say(f"predictions: {args.results_file}")
     if shown:
         maps = []
         if args.saliency:
@@ -127,5 +95,4 @@ def main() -> None:
         title = f"{prepared.name}, weights: {Path(prepared.weights).name}"
         draw_predictions(args.picture, title, shown, maps, prepared.config)
         say(f"picture: {args.picture}, {len(shown)} of {len(files)} images")
-    if unreadable := sum("error" in result for result in results):
-        raise UserError(f"{unreadable} of {len(files)} images could not be read")
+    report(results, args.results_file, dict(model=prepared.name, weights=prepared.weights, settings=prepared.config))

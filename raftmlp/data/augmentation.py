@@ -29,51 +29,38 @@ def training_transform(settings: AugmentationSettings, config: dict) -> Callable
     Raises:
         UserError: If the settings do not fit each other.
     """
-    size = config["input_size"][-2:]
+    size, crop_mode = config["input_size"][-2:], settings.train_crop_mode
     for name in ("scale", "ratio"):
         low, high = getattr(settings, name)
         if low > high:
             raise UserError(f"--{name} takes the smaller number first, not {low} {high}")
-    if settings.train_crop_mode == "rrc" and settings.scale[1] > 1:
+    if crop_mode == "rrc" and settings.scale[1] > 1:
         raise UserError(f"--scale takes shares of the image's area, up to 1, not {settings.scale[1]}")
     _check_policy(settings.aa)
+    options = dict(use_prefetcher=True, interpolation=config["interpolation"], mean=config["mean"], std=config["std"])
+    options |= dict(scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip, auto_augment=settings.aa)
+    options |= dict(train_crop_mode="rrc" if crop_mode == "random" else crop_mode, color_jitter=settings.color_jitter)
     try:
-        crop, colours, tensor = create_transform(
-            size,
-            is_training=True,
-            separate=True,
-            use_prefetcher=True,
-            train_crop_mode="rrc" if settings.train_crop_mode == "random" else settings.train_crop_mode,
-            scale=settings.scale,
-            ratio=settings.ratio,
-            hflip=settings.hflip,
-            color_jitter=settings.color_jitter,
-            auto_augment=settings.aa,
-            interpolation=config["interpolation"],
-            mean=config["mean"],
-            std=config["std"],
-        )
-    except (AssertionError, KeyError, ValueError) as error:
+        parts = create_transform(size, is_training=True, separate=True, **options)
+    except (AssertionError, KeyError, ValueError) as error:  # timm's say little
         raise UserError(
             f"timm makes no augmentation of these options, --aa {settings.aa!r} perhaps: {error!r}"
         ) from error
-    crop, colours, tensor = crop.transforms, colours.transforms, tensor.transforms
+    crop, colors, tensor = (part.transforms for part in parts)
     if settings.aa:
-        _keep_one_bit(colours[0])
-    if settings.train_crop_mode == "random":  # no random resizing: the side that limits becomes size / crop_pct
+        _keep_one_bit(colors[0])
+    if crop_mode == "random":  # no random resizing: the side that limits becomes size / crop_pct
         resize = create_transform(size, interpolation=config["interpolation"], crop_pct=config["crop_pct"])
         crop[:1] = [resize.transforms[0], RandomCrop(size)]
     if settings.aa and settings.force_color_jitter:
-        colours.insert(0, ColorJitter(*[settings.color_jitter] * 3))
+        colors.insert(0, ColorJitter(*[settings.color_jitter] * 3))
     if settings.affine:
         degrees, shift, scale = settings.affine
-        if shift > 1 or scale >= 1:
-            raise UserError(f"--affine takes a SHIFT up to 1 and a SCALE below 1, not {shift} and {scale}")
-        affine = RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), interpolation=InterpolationMode.BILINEAR)
-        crop.insert(0, affine)
+        bilinear = InterpolationMode.BILINEAR
+        crop.insert(0, RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), interpolation=bilinear))
     if settings.cutout:
         tensor.append(RandomErasing(settings.cutout, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=0))
-    return Compose([*crop, *colours, *tensor])
+    return Compose([*crop, *colors, *tensor])
 
 
 def _check_policy(policy: str | None) -> None:
@@ -82,7 +69,7 @@ def _check_policy(policy: str | None) -> None:
     for part in parts:
         if not re.fullmatch(r"[a-z]+\d+(\.\d+)?", part) and not (name == "rand" and re.fullmatch("t[a-z0-9]+", part)):
             raise UserError(
-                f"--aa takes a policy's name and keys with numbers, as rand-m9-mstd0.5, not {policy!r}: {part!r}"
+                f"--aa takes a policy's name, keys and numbers, as rand-m9-mstd0.5, not {policy!r}: {part!r}"
             )
 
 
@@ -101,10 +88,8 @@ def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
 class BatchAugmentation:
     """Augmentation of whole batches on their device: random erasing, then mixup or cutmix, or mixup and then cutmix.
 
-    ``smoothing`` is the label smoothing of mixed targets.
-
-    Raises:
-        UserError: If the settings do not fit each other or one of the batch sizes.
+    ``smoothing`` is the label smoothing of mixed targets. Settings that do not fit each other or one of the batch sizes
+    are refused.
     """
 
     def __init__(
@@ -128,14 +113,9 @@ class BatchAugmentation:
                     f"mixup and cutmix pair the images of a batch, which must be even: {odd[0]} images, made of "
                     f"--batch-size or --train-batch-sizes and --global-batch-size, are not"
                 )
-            self.mix = Mixup(
-                settings.mixup,
-                settings.cutmix,
-                prob=settings.mixup_prob,
-                switch_prob=settings.mixup_switch_prob,
-                label_smoothing=smoothing,
-                num_classes=num_classes,
-            )
+            prob, switch_prob = settings.mixup_prob, settings.mixup_switch_prob
+            options = dict(prob=prob, switch_prob=switch_prob, label_smoothing=smoothing, num_classes=num_classes)
+            self.mix = Mixup(settings.mixup, settings.cutmix, **options)
 
     def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (B, C, H, W) and classes (B,), or shares of classes (B, num_classes) if they are mixed."""
@@ -147,8 +127,7 @@ class BatchAugmentation:
 class MixupThenCutmix:
     """Mixup and, on its result, cutmix, each with partners of its own: the recipe of the authors' 2021 release.
 
-    ``mixup`` and ``cutmix`` are the alphas of their Beta distributions. The box of cutmix lies wholly inside the image;
-    label smoothing is spread over the mixed shares.
+    ``mixup`` and ``cutmix`` are the alphas of their Beta distributions. The box of cutmix lies wholly inside the image.
     """
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int):

@@ -1,6 +1,6 @@
-"""Data sets by name: the embedded ones, those of the transfer experiments, and all that timm reads."""
+"""Datasets by name: the embedded ones, those of the transfer experiments, and all that timm reads."""
 
-import tarfile
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,16 @@ from typing import Any
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ..errors import MissingFileError, UserError
 from ..files import printable
-from .digits import Digits
-from .folders import SPLITS, FolderReader, TarReader
-from .mnist import MlxtendMnist
-from .scene_digits import SceneDigits
-from .transfer import create_transfer_dataset
+from .digits import Digits, MlxtendMnist
+from .folders import FolderReader, TarReader
+from .scenes import SceneDigits
+from .subset import SPLITS, is_training_split
 
-__all__ = ["class_names", "create_dataset", "lacks_split"]
+__all__ = ["INaturalist", "class_names", "create_dataset", "lacks_split"]
 
 FOLDERS = ("", "folder", "tar")  # names for images in folders or a tar
 EMBEDDED = {  # they come with installed packages
@@ -30,7 +29,7 @@ EMBEDDED = {  # they come with installed packages
 
 
 def create_dataset(name: str, root: str | None = None, split: str = "validation", **kwargs: Any) -> Dataset:
-    """Return a data set by name.
+    """Return a dataset by name.
 
     Args:
         name: One of the embedded ones, "digits", "scene-digits", "scene-digits-low" (500 images to train on) and
@@ -41,43 +40,46 @@ def create_dataset(name: str, root: str | None = None, split: str = "validation"
         **kwargs: Whatever else timm's create_dataset takes.
 
     Raises:
-        UserError: If there is no such data set, or no image in it.
+        UserError: If there is no such dataset or split, or no image in it.
         MissingFileError: If its folder is missing.
     """
     if name in EMBEDDED:
         if root:
             raise UserError(
-                f"the data set {name!r} is embedded and reads nothing in {root}: for a folder, --dataset folder"
+                f"the dataset {name!r} is embedded and reads nothing in {root}: for a folder, --dataset folder"
             )
         return EMBEDDED[name](split)
-    if "/" not in name:
-        if name not in FOLDERS:
-            raise UserError(
-                f"unknown data set {name!r}: take {', '.join(map(repr, EMBEDDED))}, '' (a folder of images), "
-                f"'torch/NAME', 'hfds/NAME', 'wds/NAME' or another of timm's prefixes"
-            )
-        if not root:
-            raise UserError("name the folder of images with --data-dir, or a data set with --dataset")
+    if "/" not in name and name not in FOLDERS:
+        raise UserError(
+            f"unknown dataset {name!r}: take {', '.join(map(repr, EMBEDDED))}, '' (a folder of images), "
+            f"'torch/NAME', 'hfds/NAME', 'wds/NAME' or another of timm's prefixes"
+        )
+    if not root and not name.startswith("hfds/"):
+        raise UserError(f"name the folder of {name or 'images'} with --data-dir, or a dataset with --dataset")
+    if name in FOLDERS:
         if not Path(root).exists():
             raise MissingFileError(f"no data at {root}: --data-dir takes a folder with CLASS/ or train/CLASS/ in it")
         root = str(_find_split(Path(root), split))
-    elif not root and not name.startswith("hfds/"):
-        raise UserError(f"name the folder of {name} with --data-dir")
-    try:
-        if found := create_transfer_dataset(name, root, split, kwargs.get("download", False)):
-            return found
-        if name in FOLDERS and not kwargs.get("class_map"):
+        if not kwargs.get("class_map"):
             reader = FolderReader(root) if Path(root).is_dir() else TarReader(root)
             return ImageDataset(root, reader=reader, **kwargs)
-        if name.startswith(("wds/", "hfids/")):
-            kwargs["input_img_mode"] = ""  # images as they are stored: a PixelReader converts them
+    if name in ("torch/flowers102", "torch/stanford_cars") or name.startswith("inat/"):
+        return _transfer_dataset(name, root, is_training_split(split), kwargs.get("download", False))
+    if name.startswith(("wds/", "hfids/")):
+        kwargs["input_img_mode"] = ""  # images as they are stored: a PixelReader converts them
+    try:
         dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
-        if hasattr(dataset, "loader"):  # torchvision's, of folders, which loses pixels
-            dataset.loader = _load
-        return dataset
-    except (AssertionError, RuntimeError, TypeError, ImportError, tarfile.TarError, EOFError) as error:
+    except (
+        AssertionError,
+        ImportError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # timm's and torchvision's, which may be without a word
         reason = str(error) or "not found"
-        raise UserError(f"no data set {name!r} with split {split!r} in {root}: {reason}") from error
+        raise UserError(f"no dataset {name!r} with split {split!r} in {root}: {reason}") from error
+    if hasattr(dataset, "loader"):  # torchvision's, of folders, which loses pixels
+        dataset.loader = _load
+    return dataset
 
 
 def _load(path: str) -> Image.Image:
@@ -120,13 +122,66 @@ def lacks_split(name: str, root: str | None, split: str, train_split: str = "tra
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """Return a data set's class names by index, with escapes for what is no Unicode, or None where it tells none."""
+    """Return a dataset's class names by index, with escapes for what is not Unicode, or None where it tells none."""
     reader = getattr(dataset, "reader", None)
     index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folder; tar
-    if getattr(dataset, "classes", None):
-        names = [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]  # ImageNet: synonyms
-    elif index:
-        names = sorted(index, key=index.get)
-    else:
+    names = getattr(dataset, "classes", None) or (index and sorted(index, key=index.get))
+    if not names:
         return None
-    return [printable(name) for name in names]
+    return [printable(name if isinstance(name, str) else ", ".join(name)) for name in names]  # ImageNet: synonyms
+
+
+# The transfer experiments
+
+
+def _transfer_dataset(name: str, root: str, is_training: bool, download: bool) -> Dataset:
+    """Return a dataset that timm has no name for; Flowers-102 is trained on "train" and "val", as is the custom."""
+    from torchvision.datasets import Flowers102, StanfordCars
+
+    if name == "torch/flowers102":
+        parts = ("train", "val") if is_training else ("test",)
+        return ConcatDataset([Flowers102(root, part, download=download) for part in parts])
+    if name == "torch/stanford_cars":
+        return StanfordCars(root, "train" if is_training else "test", download=download)
+    if name not in ("inat/2018", "inat/2019"):
+        raise UserError(f"unknown dataset {name!r}: take 'inat/2018' or 'inat/2019'")
+    return INaturalist(root, int(name[-4:]), "train" if is_training else "validation")
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018 or 2019 as PIL images and classes, in the layout of the competition.
+
+    ``root`` holds train2018.json and val2018.json (or ...2019.json), and the images where these say.
+
+    Args:
+        root: The folder.
+        year: 2018 or 2019.
+        split: "train" or "validation".
+    """
+
+    def __init__(self, root: str | Path, year: int, split: str = "train"):
+        self.root, self.transform = Path(root), None
+        path = self.root / f"{'train' if is_training_split(split) else 'val'}{year}.json"
+        if not path.is_file():
+            raise MissingFileError(f"no {path}: it comes with iNaturalist {year} and lists its images")
+        try:
+            content = json.loads(path.read_text())
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            self.samples = [(names[a["image_id"]], int(a["category_id"])) for a in content["annotations"]]
+            categories = sorted(content.get("categories", []), key=lambda category: category["id"])
+            self.classes = tuple(str(category["name"]) for category in categories)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a list of iNaturalist's images: {error!r}") from error
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        name, target = self.samples[index]
+        image = Image.open(self.root / name).convert("RGB")
+        return image if self.transform is None else self.transform(image), target
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Return the file of an image, as timm's datasets do."""
+        path = self.root / self.samples[index][0]
+        return path.name if basename else str(path if absolute else path.relative_to(self.root))

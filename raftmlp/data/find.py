@@ -1,4 +1,4 @@
-"""Image files by their names, by their folders and by patterns."""
+"""Image files by their names, by their folders and by patterns; needs neither torch nor timm."""
 
 import glob
 import logging
@@ -26,17 +26,15 @@ def find_images(names: Sequence[str]) -> list[Path]:
         raise UserError("name an image, a folder of images or a pattern")
     files: dict[Path, None] = {}
     for name in names:
-        if os.path.isfile(name):
-            matches = [name]
-        else:
+        found = [name]
+        if not os.path.isfile(name):
             found = walk_images(name) if os.path.isdir(name) else glob.glob(name, recursive=True)
-            matches = sorted(found, key=natural_order)
-            matches = [file for file in matches if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
-        if not matches:
+            found = [file for file in found if file.lower().endswith(SUFFIXES) and os.path.isfile(file)]
+        if not found:
             raise UserError(
                 f"no images at {name!r}: it must be an image, or a folder or a pattern of files {' '.join(SUFFIXES)}"
             )
-        files.update(dict.fromkeys(map(Path, matches)))
+        files.update(dict.fromkeys(map(Path, sorted(found, key=natural_order))))
     return list(files)
 
 
@@ -45,38 +43,30 @@ def walk_images(root: str) -> list[str]:
 
     Folders that cannot be read and links that lead to a folder above themselves are passed over, which is logged.
     """
-    files, passed_over = [], {}
-    waiting: list[tuple[str, frozenset]] = [(root, frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
-        try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if identity in above:
-                passed_over[folder] = "a link to a folder above it"
-                continue
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            passed_over[folder] = error.strerror
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                is_folder = entry.is_dir()
-            except OSError as error:  # a link to itself, or into a folder that may not be entered
-                passed_over[entry.path] = error.strerror
-                continue
-            if is_folder:
-                waiting.append((entry.path, above | {identity}))
-            elif entry.name.lower().endswith(SUFFIXES):
-                files.append(entry.path)
+    files: list[str] = []
+    passed_over: list[str] = []
+    walk = os.walk(root, onerror=lambda e: passed_over.append(f"{e.filename} ({e.strerror})"), followlinks=True)
+    for folder, subfolders, names in walk:
+        shown = sorted((name for name in subfolders if not name.startswith(".")), reverse=True)
+        paths = {name: os.path.join(folder, name) for name in shown}
+        circular = [name for name in shown if os.path.islink(paths[name]) and _leads_up(paths[name])]
+        passed_over += [f"{paths[name]} (a link to a folder above it)" for name in circular]
+        subfolders[:] = [name for name in shown if name not in circular]
+        files += [
+            os.path.join(folder, name)
+            for name in sorted(names)
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
     if passed_over:
-        named = [f"{folder} ({reason})" for folder, reason in sorted(passed_over.items())]
-        more = f" and {len(named) - 5} others" if len(named) > 5 else ""
-        plural = "s" * (len(named) > 1)
-        _logger.warning(f"note: {len(named)} folder{plural} passed over: {', '.join(named[:5])}{more}")
+        more = f" and {len(passed_over) - 5} others" if len(passed_over) > 5 else ""
+        plural = "s" * (len(passed_over) > 1)
+        shown = ", ".join(sorted(passed_over)[:5])
+        _logger.warning(f"note: {len(passed_over)} folder{plural} passed over: {shown}{more}")
     return files
+
+
+def _leads_up(link: str) -> bool:
+    return any(os.path.samefile(link, above) for above in Path(link).parents)
 
 
 def natural_order(name: str) -> list:

@@ -1,4 +1,4 @@
-"""Images in folders of classes, and in tar files of such folders."""
+"""Images in folders of classes, and in tar files of such folders: timm's readers with our classes and errors."""
 
 import logging
 import os
@@ -13,12 +13,11 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from ..errors import UserError
 from ..files import printable
 from .find import natural_order, walk_images
+from .subset import SPLITS
 
-__all__ = ["SPLITS", "FolderReader", "TarReader", "wanted_layout"]
+__all__ = ["FolderReader", "TarReader", "wanted_layout"]
 
 _logger = logging.getLogger(__name__)
-
-SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))  # names of each kind
 
 
 def wanted_layout(root: str) -> str:
@@ -26,16 +25,17 @@ def wanted_layout(root: str) -> str:
     return f"put the images into {printable(os.path.join(root, 'CLASS', 'IMAGE'))}, one folder for each class"
 
 
-def class_labels(names: Sequence[str], root: str) -> list[str]:
-    """Return the class of each image, which is the first folder of its name; it is logged if images lie deeper.
+def class_labels(names: Sequence[str], root: str) -> tuple[list[int], dict[str, int]]:
+    """Return the class of each image, which is the first folder of its name, and the index of each class by name.
+
+    The classes have timm's order; "A" and "a" come in the same order in every run.
 
     Args:
         names: The images, named from the root, with slashes.
         root: The folder or tar file that they are in, for messages.
-
-    Raises:
-        UserError: If an image lies outside of class folders.
     """
+    if not names:
+        raise UserError(f"0 images in {printable(root)}")
     if outside := [name for name in names if "/" not in name]:
         raise UserError(
             f"{len(outside)} of the {len(names)} images in {printable(root)} lie outside of class folders, "
@@ -46,35 +46,22 @@ def class_labels(names: Sequence[str], root: str) -> list[str]:
             f"note: {len(deeper)} of the {len(names)} images in {printable(root)} lie deeper than CLASS/IMAGE, "
             f"{printable(deeper[0])} for one: their class is the first folder, {printable(deeper[0].split('/')[0])!r}"
         )
-    return [name.partition("/")[0] for name in names]
-
-
-def class_indices(labels: Sequence[str]) -> dict[str, int]:
-    """Return the index of each class in timm's order; "A" and "a" come in the same order in every run."""
-    return {name: i for i, name in enumerate(sorted(sorted(set(labels)), key=natural_order))}
+    labels = [name.partition("/")[0] for name in names]
+    index = {name: i for i, name in enumerate(sorted(sorted(set(labels)), key=natural_order))}
+    return [index[label] for label in labels], index
 
 
 class FolderReader(ReaderImageFolder):
     """timm's reader of a folder, with its order of images and classes, which finds the files of ``walk_images``.
 
-    Args:
-        root: The folder; an image's class is the folder below it, however deep in that the image lies.
-
-    Raises:
-        RuntimeError: If there is no image in it.
-        UserError: If an image lies outside of class folders.
+    ``root`` is the folder; an image's class is the folder below it, however deep in that the image lies.
     """
 
     def __init__(self, root: str):
         self.root = root
-        files = walk_images(root)
-        if not files:
-            raise RuntimeError("0 images in it")
-        start = len(os.path.join(root, ""))
-        labels = class_labels([file[start:].replace(os.sep, "/") for file in files], root)
-        self.class_to_idx = class_indices(labels)
-        samples = [(file, self.class_to_idx[label]) for file, label in zip(files, labels)]
-        self.samples = sorted(samples, key=lambda sample: natural_order(sample[0]))
+        files, start = walk_images(root), len(os.path.join(root, ""))
+        targets, self.class_to_idx = class_labels([file[start:].replace(os.sep, "/") for file in files], root)
+        self.samples = sorted(zip(files, targets), key=lambda sample: natural_order(sample[0]))
 
 
 class TarReader(ReaderImageInTar):
@@ -82,30 +69,20 @@ class TarReader(ReaderImageInTar):
 
     A tar file inside counts as a folder. A folder around all others is passed over if it has the name of a split or of
     the tar file: train/ in train.tar.
-
-    Args:
-        root: The tar file.
-
-    Raises:
-        RuntimeError: If there is no image in it.
-        UserError: If an image lies outside of class folders.
     """
 
     def __init__(self, root: str):
         try:
             super().__init__(root)
-        except ValueError as error:  # timm's, if there is none
-            raise RuntimeError("0 images in it") from error
+        except Exception as error:  # timm and tarfile name no file
+            raise UserError(f"0 images in {printable(root)}: {error}") from error
         names = [_name_in_tar(sample) for sample in self.samples]
         shown = [i for i, name in enumerate(names) if not any(part.startswith(".") for part in name.split("/"))]
-        if not shown:
-            raise RuntimeError("0 images in it")
         names, passed_over = [names[i] for i in shown], {Path(root).stem, *sum(SPLITS, ())}
         while len(tops := {name.partition("/")[0] for name in names}) == 1 and tops <= passed_over:
             names = [name.partition("/")[2] for name in names]
-        labels = class_labels(names, root)
-        self.samples, self.class_name_to_idx = self.samples[shown], class_indices(labels)
-        self.targets = np.array([self.class_name_to_idx[label] for label in labels])
+        targets, self.class_name_to_idx = class_labels(names, root)
+        self.samples, self.targets = self.samples[shown], np.array(targets)
 
 
 def _name_in_tar(sample: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Images of a data set as a model takes them: how they are prepared, and batches to evaluate on."""
+"""Images of a dataset as a model takes them: how they are prepared, and batches to evaluate on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import IterableImageDataset, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
 
 from ..checkpoints.description import EXIF_NOTES
@@ -21,21 +21,12 @@ from .datasets import class_names
 from .folders import wanted_layout
 from .pixels import PixelReader
 from .settings import ImageSettings
-from .subset import Part
 from .workers import ignore_signals
 
 __all__ = [
-    "UNREADABLE",
-    "EvaluationImages",
-    "check_classes",
-    "data_config",
-    "evaluation_loader",
-    "file_name",
-    "image_count",
-    "open_image",
-    "read_image",
-    "read_stream",
-]
+    "UNREADABLE", "EvaluationImages", "check_classes", "data_config", "evaluation_loader", "file_name", "image_count",
+    "open_image", "read_image", "read_stream",
+]  # fmt: skip
 
 UNREADABLE = -1  # the class of an image that cannot be read, in evaluation
 
@@ -51,9 +42,6 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
     Returns:
         input_size (channels, height, width), interpolation, crop_pct, crop_mode, mean, std, background, and exif:
         whether the EXIF orientation is applied.
-
-    Raises:
-        UserError: If the model takes other than 1 or 3 channels, or the settings do not fit them.
     """
     resizing = {name: getattr(settings, name) for name in ("interpolation", "crop_pct", "crop_mode")}
     config = resolve_data_config(resizing, model=model)
@@ -76,15 +64,11 @@ def data_config(settings: ImageSettings, model: nn.Module, size: tuple[int, int]
 
 
 def check_classes(dataset: Dataset, model: nn.Module) -> None:
-    """Refuse to train on more classes than the model has, or on a single one.
-
-    Raises:
-        UserError: If the data has more, or one.
-    """
+    """Refuse to train on more classes than the model has, or on a single one."""
     names, root = class_names(dataset), getattr(getattr(dataset, "reader", None), "root", "")
     if names and len(names) == 1:
         layout = f": {wanted_layout(root)}" if root else ""
-        raise UserError(f"the images to train on have one class alone, {names[0]!r}{layout}")
+        raise UserError(f"the images to train on have only one class, {names[0]!r}{layout}")
     if names and len(names) > model.num_classes:
         raise UserError(f"the data has {len(names)} classes, the model {model.num_classes}")
 
@@ -96,21 +80,17 @@ def image_count(dataset: Dataset) -> int:
 
 
 def file_name(dataset: Dataset, index: int) -> str:
-    """Return the file of an image, escaped where it is no Unicode, or its number if the data set knows no files."""
-    if isinstance(dataset, Part):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
+    """Return the file of an image, escaped where it is not Unicode, or its number if the dataset knows no files."""
+    if isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
     try:
         return printable(dataset.filename(index, absolute=True))
-    except Exception:  # data sets of torchvision and of Hugging Face name no files
+    except Exception:  # datasets of torchvision and of Hugging Face name no files
         return f"image {index}"
 
 
 def read_image(dataset: Dataset, index: int, pixels: PixelReader) -> tuple[Image.Image, int]:
-    """Return one image of a data set, decoded, and its class.
-
-    Raises:
-        Exception: Of any kind, as PIL does on bytes that are no image.
-    """
+    """Return one image of a dataset, decoded, and its class; PIL raises anything on bytes that are not an image."""
     reader = getattr(dataset, "reader", None)
     if reader is None:
         image, target = dataset[index][:2]
@@ -120,25 +100,16 @@ def read_image(dataset: Dataset, index: int, pixels: PixelReader) -> tuple[Image
 
 
 def open_image(file: str | Path | BinaryIO, pixels: PixelReader) -> Image.Image:
-    """Return the image in a file, decoded.
-
-    Raises:
-        Exception: Of any kind, as PIL does on bytes that are no image.
-    """
+    """Return the image in a file, decoded."""
     with Image.open(file) as image:
         return pixels(image)
 
 
 class EvaluationImages(Dataset):
-    """The images of a data set as uint8 tensors (C, H, W); one that cannot be read is black, its class UNREADABLE.
+    """The images of these numbers in a dataset as uint8 tensors of a shape (C, H, W).
 
-    Args:
-        dataset: Any data set of images and classes.
-        indices: The ones to take, in their order.
-        pixels: Reads the images.
-        transform: Makes a tensor of an image.
-        shape: Shape (C, H, W) of the tensors.
-        classes: The class that counts for each class of the data set; None where these are the same.
+    An image that cannot be read is black, its class UNREADABLE. ``classes`` are the classes that count for those of the
+    dataset; None where these are the same.
     """
 
     def __init__(
@@ -159,7 +130,7 @@ class EvaluationImages(Dataset):
     def __getitem__(self, i: int):
         try:
             image, target = read_image(self.dataset, self.indices[i], self.pixels)
-        except Exception:  # PIL raises anything on bytes that are no image
+        except Exception:  # PIL raises anything on bytes that are not an image
             return torch.zeros(self.shape, dtype=torch.uint8), UNREADABLE
         return self.transform(image), target if self.classes is None else self.classes[target]
 
@@ -167,9 +138,7 @@ class EvaluationImages(Dataset):
 class _EvaluationLoader(PrefetchLoader):
     """A loader that says once what the reader of pixels has to say."""
 
-    def __init__(self, loader: DataLoader, config: dict, device: torch.device, pixels: PixelReader):
-        super().__init__(loader, config["mean"], config["std"], channels=config["input_size"][0], device=device)
-        self.pixels = pixels
+    pixels: PixelReader
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().__iter__():
@@ -187,35 +156,32 @@ def evaluation_loader(
     world_size: int = 1,
     classes: Sequence[int] | None = None,
 ) -> PrefetchLoader:
-    """Return batches of normalised images (B, C, H, W) and classes (B,), in the data set's order, every image once.
+    """Return batches of normalized images (B, C, H, W) and classes (B,), in the dataset's order, every image once.
 
     Args:
-        dataset: Any data set of images and classes.
+        dataset: Any dataset of images and classes.
         config: How images are prepared, see ``data_config``.
         device: Where the batches go.
-        batch_size: Images a batch.
+        batch_size: Images per batch; a UserError is raised if they are larger than the memory.
         workers: Processes that load images; 0 to load them in this one.
         rank: Number of this process, which gets the images rank, rank + world_size, ...
         world_size: Number of processes.
-        classes: The class that counts for each class of the data set; None where these are the same.
-
-    Raises:
-        UserError: If a batch is larger than the memory.
+        classes: The class that counts for each class of the dataset; None where these are the same.
     """
-    shape = config["input_size"]
+    shape, mean, std = config["input_size"], config["mean"], config["std"]
     check_memory(shape, min(batch_size, image_count(dataset)))
-    common = dict(num_workers=workers, pin_memory=pins_memory(device), worker_init_fn=ignore_signals)
     preparation = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
-    pixels = PixelReader.from_config(config)
-    transform = create_transform(shape, use_prefetcher=True, **preparation)
+    pixels, transform = PixelReader.from_config(config), create_transform(shape, use_prefetcher=True, **preparation)
     if isinstance(dataset, IterableDataset):  # its reader shares the images out
         images = read_stream(dataset, pixels, transform, workers)
         images.target_transform = None if classes is None else classes.__getitem__  # another model may have set it
     else:
-        indices = range(rank, len(dataset), world_size)
-        images = EvaluationImages(dataset, indices, pixels, transform, shape, classes)
-    loader = DataLoader(images, batch_size, collate_fn=fast_collate, **common)
-    return _EvaluationLoader(loader, config, device, pixels)
+        images = EvaluationImages(dataset, range(rank, len(dataset), world_size), pixels, transform, shape, classes)
+    loading = dict(num_workers=workers, pin_memory=pins_memory(device), worker_init_fn=ignore_signals)
+    batches = DataLoader(images, batch_size, collate_fn=fast_collate, **loading)
+    loader = _EvaluationLoader(batches, mean, std, channels=shape[0], device=device)
+    loader.pixels = pixels
+    return loader
 
 
 def read_stream(dataset: IterableDataset, pixels: PixelReader, transform: Callable, workers: int) -> IterableDataset:

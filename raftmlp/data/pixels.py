@@ -1,16 +1,15 @@
-"""Any image upright, with 8 bits a channel: 16 bits are scaled, what is transparent lies over a background."""
+"""Any image upright, with 8 bits a channel; needs neither torch nor timm."""
 
 import functools
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from ctypes import c_bool
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageOps
-
-from .settings import known_color
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
 __all__ = ["PixelReader"]
 
@@ -31,17 +30,14 @@ class PixelReader:
 
     Args:
         channels: 1 or 3.
-        background: A colour as Pillow names it.
+        background: A color as Pillow names it.
         exif: Whether the EXIF orientation is applied.
-
-    Raises:
-        UserError: If there is no such colour.
     """
 
     def __init__(self, channels: int, background: str = "white", exif: bool = True):
         self.mode = "L" if channels == 1 else "RGB"
-        self.background, self.exif = known_color(background), exif
-        self.transparent, self.lying = (torch.zeros(1, dtype=torch.bool).share_memory_() for _ in range(2))
+        self.background, self.color, self.exif = background, ImageColor.getcolor(background, "RGB"), exif
+        self.transparent, self.lying = RawValue(c_bool), RawValue(c_bool)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "PixelReader":
@@ -53,28 +49,27 @@ class PixelReader:
 
         Raises:
             ValueError: If the range of its pixels is not known.
-            Exception: Of any kind, as PIL does on bytes that are no image.
+            Exception: Of any kind, as PIL does on bytes that are not an image.
         """
         image.load()
         with suppress(Exception):  # damaged EXIF data, which say nothing, raise anything
             if self.exif:
                 ImageOps.exif_transpose(image, in_place=True)
             elif image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
-                self.lying.fill_(True)
+                self.lying.value = True
         image = _as_8_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if image.getchannel("A").getextrema()[0] < 255:
-                self.transparent.fill_(True)
-                canvas = Image.new("RGBA", image.size, self.background)
-                image = Image.alpha_composite(canvas, image)
+                self.transparent.value = True
+                image = Image.alpha_composite(Image.new("RGBA", image.size, self.color), image)
         return image.convert(self.mode)
 
     def say_what_was_seen(self) -> None:
         """Log a note, once in a process, if an image had transparency, or an EXIF orientation that was not applied."""
-        if self.transparent.item():
+        if self.transparent.value:
             _say_once(f"note: some images have transparency: {self.background} shows through (--background)")
-        if self.lying.item():
+        if self.lying.value:
             _say_once("note: some images have an EXIF orientation, which is not applied (--exif applies it)")
 
 

@@ -1,72 +1,39 @@
-"""Parts of a data set, with as many images of every class as its share of all: splits, and so many of its images."""
+"""Parts of a dataset in which every class has its share: splits, and stratified subsets."""
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ..errors import UserError
 
-__all__ = ["Part", "balanced_order", "hold_out", "is_training_split", "split_images", "take_images"]
+__all__ = ["SPLITS", "balanced_order", "hold_out", "is_training_split", "take_images"]
+
+SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))  # names of each kind
 
 
-def is_training_split(split: str, owner: str) -> bool:
-    """Return whether a split of embedded images is "train", and not "validation" (also "val", "test").
-
-    Raises:
-        UserError: If it is none of these; the message begins with the owner, "the digits have".
-    """
-    if split not in ("train", "validation", "val", "test"):
-        raise UserError(f"{owner} no split {split!r}: take 'train' or 'validation'")
-    return split == "train"
-
-
-def split_images(labels: np.ndarray, is_training: bool) -> np.ndarray:
-    """Return the numbers of four fifths of the images, or of the other fifth; the same on every machine."""
-    from sklearn.model_selection import train_test_split
-
-    parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    return parts[0] if is_training else parts[1]
-
-
-class Part(Dataset):
-    """Some of a data set's images, by their numbers.
-
-    Args:
-        dataset: Any data set of images and classes that has a length.
-        indices: The numbers of the images.
-        classes: The names of the classes by index, None where they are not known.
-    """
-
-    def __init__(self, dataset: Dataset, indices: np.ndarray, classes: Sequence[str] | None = None):
-        self.dataset, self.indices, self.classes = dataset, indices, classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.indices[index])]
+def is_training_split(split: str) -> bool:
+    """Return whether the name of a split is one of training, and not one of evaluation."""
+    if split not in sum(SPLITS, ()):
+        raise UserError(f"no split {split!r}: take 'train' or 'validation'")
+    return split in SPLITS[0]
 
 
 def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] | None = None) -> Dataset:
-    """Return a data set of ``count`` images of another, every class in its share, chosen by seed.
+    """Return a stratified subset of ``count`` images, chosen by seed.
 
-    Of the same seed, fewer images are among the more ones. Where the data set does not tell its classes without reading
-    all images, the images are chosen whatever their class.
+    With the same seed, a smaller subset is part of a larger one. Where the dataset does not tell its classes without
+    reading all images, the images are chosen whatever their class.
 
     Args:
-        dataset: Any data set of images and classes that has a length.
+        dataset: Any dataset of images and classes that has a length.
         count: Number of images.
         seed: Another one chooses others.
         classes: The names of the classes by index, None where they are not known.
-
-    Raises:
-        UserError: If there are fewer images, or the data set is a stream.
     """
     if isinstance(dataset, IterableDataset):
-        raise UserError(f"--train-num-samples {count}: of a stream no images can be chosen")
+        raise UserError(f"--train-num-samples {count}: no images of a stream can be chosen")
     if count > len(dataset):
         raise UserError(f"--train-num-samples {count}: there are {len(dataset)} images to train on")
     return _part(dataset, np.sort(balanced_order(_labels(dataset), seed)[:count]), classes)
@@ -75,13 +42,10 @@ def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] 
 def hold_out(
     dataset: Dataset, share: float, seed: int, classes: Sequence[str] | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Return the images of a data set to train on, and those held out to evaluate on: a share of every class.
+    """Return the images of a dataset to train on, and those held out to evaluate on: a share of every class.
 
     Both have at least one image of each class that has two or more; a class with one image is trained on. Arguments are
     those of ``take_images``.
-
-    Raises:
-        UserError: If the data set is a stream, or no class has two images.
     """
     if isinstance(dataset, IterableDataset):
         raise UserError(f"--val-share {share}: no images of a stream can be held out, name a split with --val-split")
@@ -96,10 +60,11 @@ def hold_out(
 
 
 def _part(dataset: Dataset, indices: np.ndarray, classes: Sequence[str] | None) -> Dataset:
-    """Return the images of these numbers as a data set."""
     reader = getattr(dataset, "reader", None)
     if getattr(reader, "samples", None) is None:
-        return Part(dataset, indices, classes)
+        part = Subset(dataset, indices.tolist())
+        part.classes = classes
+        return part
     part = copy.copy(dataset)  # a reader names the files of damaged images, and finds images shared by two splits
     part.reader = copy.copy(reader)
     for name in {"samples", "targets"} & vars(reader).keys():

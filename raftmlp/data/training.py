@@ -30,9 +30,7 @@ from .settings import TrainingDataSettings
 from .updates import Updates
 from .workers import ignore_signals
 
-__all__ = [
-    "Batches", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything",
-]  # fmt: skip
+__all__ = ["Batches", "TrainingImages", "TrainingLoader", "check_splits", "seed_everything"]
 
 _logger = logging.getLogger(__name__)
 
@@ -58,25 +56,22 @@ def check_splits(train_data: Dataset, val_data: Dataset, share_root: bool = Fals
 
     Returns:
         The number in training of each class to evaluate on, where these are fewer; None where they are the same.
-
-    Raises:
-        UserError: If the images are the same, or there is a class that is not trained on.
     """
     train_names, val_names = class_names(train_data), class_names(val_data)
     classes = None
-    if train_names and val_names and train_names != val_names and set(val_names) <= set(train_names):
+    if train_names and val_names and train_names != val_names:
+        if not set(val_names) <= set(train_names):
+            odd = sorted(set(train_names) ^ set(val_names))
+            raise UserError(
+                f"the {len(train_names)} classes to train on are not the {len(val_names)} to evaluate on: {odd[:5]} "
+                f"{'and others ' if len(odd) > 5 else ''}belong to one of them only"
+            )
         classes = [train_names.index(name) for name in val_names]
         if missing := [name for name in train_names if name not in val_names]:
             _logger.warning(
                 f"note: no images to evaluate on of {len(missing)} of the {len(train_names)} classes: {missing[:5]}"
                 f"{' and others' if len(missing) > 5 else ''}; the model chooses among all classes of training"
             )
-    elif train_names and val_names and train_names != val_names:
-        odd = sorted(set(train_names) ^ set(val_names))
-        raise UserError(
-            f"the {len(train_names)} classes to train on are not the {len(val_names)} to evaluate on: {odd[:5]} "
-            f"{'and others ' if len(odd) > 5 else ''}belong to one of them only"
-        )
     readers = [getattr(data, "reader", None) for data in (train_data, val_data)]
     if not share_root and all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
         train_root, val_root = (Path(reader.root).resolve() for reader in readers)
@@ -129,11 +124,11 @@ class Batches(Sampler):
 
 
 class TooManyUnreadable(Exception):
-    """A row of images could not be read."""
+    """Several images in a row could not be read."""
 
 
 class TrainingImages(Dataset):
-    """The augmented images of a data set as uint8 tensors (C, H, W), by (epoch, index, size): the same at every call.
+    """The augmented images of a dataset as uint8 tensors (C, H, W), by (epoch, index, size): the same at every call.
 
     Each size has a transform of its own; the random numbers of an image are the same for all of them.
     An image that cannot be read is replaced by the next one, ``max_bad_images`` in a row at most; a line in the file
@@ -158,9 +153,9 @@ class TrainingImages(Dataset):
             candidate = (index + offset) % len(self.dataset)
             try:
                 image, target = read_image(self.dataset, candidate, self.pixels)
-            except Exception as error:  # PIL raises anything on bytes that are no image
+            except Exception as error:  # PIL raises anything on bytes that are not an image
+                reason = re.sub(r" <_io\S* name=.*?>", "", first_words(error))
                 with self.bad_images.open("a", errors="backslashreplace") as file:  # one write a line: they do not mix
-                    reason = re.sub(r" <_io\S* name=.*?>", "", first_words(error))
                     file.write(f"{file_name(self.dataset, candidate)}\t{reason}\n")
                 continue
             seed_everything(self.seed, 0, epoch, index)
@@ -169,10 +164,10 @@ class TrainingImages(Dataset):
 
 
 class TrainingLoader:
-    """Batches of normalised, augmented images (B, C, H, W) on the device and classes (B,), reproducible by seed.
+    """Batches of normalized, augmented images (B, C, H, W) on the device and classes (B,), reproducible by seed.
 
     Args:
-        dataset: Any data set of images and classes.
+        dataset: Any dataset of images and classes.
         transforms: For each size of the updates, what makes an augmented uint8 tensor (C, H, W) of an image.
         config: How images are prepared, see ``data_config``; its size does not count.
         device: Where the batches go.
@@ -180,10 +175,6 @@ class TrainingLoader:
         settings: Those of the workers, and of images that cannot be read.
         seed: Random seed.
         bad_images: The file that names the images that could not be read.
-
-    Raises:
-        UserError: If the processes are more than the shards of a stream, a stream is to have several sizes, or a batch
-            is larger than the memory.
     """
 
     def __init__(
@@ -199,16 +190,15 @@ class TrainingLoader:
     ):
         self.dataset, self.updates, self.seed = dataset, updates, seed
         self.bad_images, self.max_bad_images = bad_images, settings.max_bad_images
-        self._named, self._read_bytes = set(), 0
-        workers = settings.workers
-        channels = config["input_size"][0]
+        self._named, self._size = set(), 0
+        workers, channels = settings.workers, config["input_size"][0]
         for size, share in zip(updates.sizes, updates.shares):
             check_memory((channels, *size), share.batch_size)
         self.pixels = PixelReader.from_config(config)
         common = dict(collate_fn=fast_collate, pin_memory=pins_memory(device), worker_init_fn=ignore_signals)
         self.batches = None
         if isinstance(dataset, IterableDataset):
-            # a stream: its order is its reader's; workers start anew every epoch, with seeds of that epoch
+            # a stream: its order is its reader's; workers start again every epoch, with seeds of that epoch
             if len(updates.sizes) > 1:
                 raise UserError("--train-img-sizes takes one size for a stream: its readers make batches of one size")
             workers = self._stream_workers(workers)
@@ -218,9 +208,8 @@ class TrainingLoader:
         else:
             self.batches = Batches(len(dataset), updates, seed)
             images = TrainingImages(dataset, transforms, self.pixels, seed, bad_images, self.max_bad_images)
-            loader = DataLoader(
-                images, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0, **common
-            )
+            workers = dict(num_workers=workers, persistent_workers=workers > 0)
+            loader = DataLoader(images, batch_sampler=self.batches, **workers, **common)
             self.updates_per_epoch = updates.per_epoch
         self.loader = PrefetchLoader(loader, config["mean"], config["std"], channels=channels, device=device)
 
@@ -228,7 +217,7 @@ class TrainingLoader:
         """Yield the batches of an epoch from one of its updates on, the ``steps`` of its share for every update.
 
         Raises:
-            UserError: If too many images cannot be read, a worker is killed, or the data set ends too early.
+            UserError: If too many images cannot be read, or the dataset ends too early.
         """
         seed_everything(self.seed, 1, epoch, self.updates.shares[0].rank)  # of the workers of a stream
         if self.batches is not None:
@@ -239,8 +228,8 @@ class TrainingLoader:
                 self.dataset.set_epoch(epoch)
             steps = self.updates.shares[0].steps
             count, skipped = (self.updates_per_epoch - first_update) * steps, first_update * steps
+        batches = iter(self.loader)
         try:
-            batches = iter(self.loader)
             for _ in range(skipped):
                 next(batches)
             for _ in range(count):
@@ -252,15 +241,8 @@ class TrainingLoader:
             raise UserError(
                 f"more images in a row than --max-bad-images {self.max_bad_images} cannot be read; the last one: {last}"
             ) from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that loads images was killed, for want of memory perhaps: fewer --workers than "
-                f"{self.loader.loader.num_workers} or a smaller --batch-size may help ({first_words(error)})"
-            ) from error
         except StopIteration as error:
-            raise UserError("the data set ended before the epoch did: it has fewer images than it says") from error
+            raise UserError("the dataset ended before the epoch did: it has fewer images than it says") from error
 
     def end_workers(self) -> None:
         """End the processes that load images; the next epoch starts others."""
@@ -278,23 +260,18 @@ class TrainingLoader:
         return max(1, min(wanted, shards // processes))
 
     def check_bad_images(self) -> None:
-        """Name the images that could not be read since the last call.
-
-        Raises:
-            UserError: If there are too many.
-        """
+        """Name the images that could not be read since the last call; a UserError is raised if they are too many."""
         size = self.bad_images.stat().st_size if self.bad_images.exists() else 0
-        if size <= self._read_bytes:
+        if size == self._size:
             return
-        with self.bad_images.open("rb") as file:
-            file.seek(self._read_bytes)
-            complete = file.read().rpartition(b"\n")[0]
-        self._read_bytes += len(complete) + 1
-        for line in complete.decode(errors="backslashreplace").splitlines():
+        self._size, text = size, self.bad_images.read_text(errors="backslashreplace")
+        for line in text.splitlines(keepends=True):
             name, _, reason = line.partition("\t")
-            if name not in self._named:
+            if line.endswith("\n") and name not in self._named:  # not a line that is being written
                 self._named.add(name)
-                _logger.info(f"cannot read {name}: {reason}; the next image replaces it ({len(self._named)} so far)")
+                _logger.info(
+                    f"cannot read {name}: {reason[:-1]}; the next image replaces it ({len(self._named)} so far)"
+                )
         if len(self._named) > self.max_bad_images:
             raise UserError(
                 f"{len(self._named)} images could not be read, more than --max-bad-images {self.max_bad_images}: "

@@ -1,4 +1,4 @@
-"""The updates of a run: which image size each has, and how its images are shared among the processes.
+"""The updates of a run: which image size each has, and how its images are split among the processes.
 
 Both are functions of the seed, the epoch and the update alone, so that they are the same in every process, and in a run
 that is resumed.
@@ -17,7 +17,7 @@ from ..errors import MissingPackageError, UserError
 from ..settings import Count, NonNegative, Settings, option, settings, several
 from ..sizes import parse_size, size_name
 
-__all__ = ["Share", "SizeSettings", "Updates", "share_batches"]
+__all__ = ["BatchSplit", "SizeSettings", "Updates", "share_batches"]
 
 _logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class SizeSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Share:
-    """How the images of an update are shared: ``steps`` batches of ``batch_size`` for each process."""
+class BatchSplit:
+    """How the images of an update are split: ``steps`` batches of ``batch_size`` for each process."""
 
     batch_size: int
     steps: int = 1
@@ -96,12 +96,12 @@ class Share:
 
     @property
     def images(self) -> int:
-        """Images an update, those of all processes."""
+        """Images of an update, those of all processes."""
         return self.batch_size * self.steps * self.world_size
 
 
-def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0, world_size: int = 1) -> Share:
-    """Return how an update's images are shared, in batches of ``batch_size`` or less; None is one batch a process.
+def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0, world_size: int = 1) -> BatchSplit:
+    """Return how an update's images are split, in batches of ``batch_size`` or less; None is one batch per process.
 
     Raises:
         UserError: If the processes cannot have equal shares.
@@ -118,7 +118,7 @@ def share_batches(batch_size: int, global_batch_size: int | None, rank: int = 0,
             f"note: batches of {size} images, not of {batch_size}: a process's share of an update, {images} images, "
             f"divides into no others"
         )
-    return Share(size, images // size, rank, world_size)
+    return BatchSplit(size, images // size, rank, world_size)
 
 
 class Updates:
@@ -129,7 +129,7 @@ class Updates:
     Args:
         images: Images to train on.
         sizes: The sizes, as (height, width).
-        shares: How an update's images are shared, for each size.
+        shares: How an update's images are split, for each size.
         probs: How probable each size is; None for all alike.
         schedule: "constant", or "progressive" from the first size to the last over the epochs.
         epochs: Epochs of the run.
@@ -143,7 +143,7 @@ class Updates:
         self,
         images: int,
         sizes: Sequence[tuple[int, int]],
-        shares: Sequence[Share],
+        shares: Sequence[BatchSplit],
         probs: Sequence[float] | None = None,
         schedule: str = "constant",
         epochs: int = 1,
@@ -163,15 +163,9 @@ class Updates:
             from timm.data import ScheduledBatchSampler
         except ImportError as error:
             raise MissingPackageError("--train-img-sizes needs a newer timm: pip install 'timm>=1.0.31'") from error
-        return ScheduledBatchSampler(
-            range(self.images),
-            [share.images for share in self.shares],
-            self.probs,
-            self.seed,
-            num_batches=updates,
-            choice_schedule=self.schedule,
-            schedule_epochs=self.epochs,
-        )
+        batch_sizes = [share.images for share in self.shares]
+        schedule = dict(num_batches=updates, choice_schedule=self.schedule, schedule_epochs=self.epochs)
+        return ScheduledBatchSampler(range(self.images), batch_sizes, self.probs, self.seed, **schedule)
 
     def choice(self, epoch: int, update: int) -> int:
         """Return which of the sizes an update has."""
@@ -183,8 +177,8 @@ class Updates:
             self._epoch, self._choices = epoch, [choice for choice, _ in sampler.schedule]
         return self._choices[update]
 
-    def share(self, epoch: int, update: int) -> Share:
-        """Return how the images of an update are shared."""
+    def share(self, epoch: int, update: int) -> BatchSplit:
+        """Return how the images of an update are split."""
         return self.shares[self.choice(epoch, update)]
 
     def counts(self, epoch: int) -> dict[str, int]:

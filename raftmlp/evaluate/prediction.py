@@ -52,11 +52,7 @@ class ImageFiles(Dataset):
 def class_probabilities(
     images: Tensor, model: nn.Module, device: torch.device, autocast: AbstractContextManager
 ) -> Tensor:
-    """Return a model's probabilities (B, num_classes), on the CPU, of normalised images (B, C, H, W).
-
-    Raises:
-        UserError: If the model gives another shape, or numbers that are not finite.
-    """
+    """Return a model's probabilities (B, num_classes), on the CPU, of normalized images (B, C, H, W)."""
     with autocast:
         logits = model(images.to(device))
     if logits.shape != (len(images), model.num_classes):
@@ -89,16 +85,16 @@ def predict(
 def occlusion_map(
     image: Tensor, label: int, classify: Callable[[Tensor], Tensor], batch_size: int = 32, cells: int = 8
 ) -> Tensor:
-    """Return how much a class's probability depends on each part: how far it falls if a grey square covers the part.
+    """Return how much a class's probability depends on each part: how far it falls if a gray square covers the part.
 
     The image is a grid of cells. A square covers 2x2 cells and moves by one; at the border it covers fewer, so that
     every cell is covered four times. A cell's value is the mean of the four.
 
     Args:
-        image: Normalised image (C, H, W); grey is its 0.
+        image: Normalized image (C, H, W); gray is its 0.
         label: The class.
         classify: Makes probabilities (B, num_classes) of images (B, C, H, W).
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         cells: Cells along each axis.
 
     Returns:
@@ -142,7 +138,7 @@ def draw_predictions(
     bars = min(MAX_BARS, len(shown[0][0]["predictions"]))
     figure = Figure(figsize=(5.2 * columns, max(1.7, 0.25 * bars + 0.4) * rows + 0.5), layout="constrained")
     if maps:
-        title += "\nred: how far the first class's probability falls under a grey square"
+        title += "\nred: how far the first class's probability falls under a gray square"
     figure.suptitle(title, fontsize=9, parse_math=False)
     pairs = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(2, 3) * columns).reshape(-1, 2)
     for axis in pairs.flat:
