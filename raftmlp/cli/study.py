@@ -23,13 +23,15 @@ command resumes a study that was interrupted, and tries runs again that failed; 
 seeds give the same figures on one machine, but for seconds.
 """
 
-from collections.abc import Mapping
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..config import ModelSettings
+from ..data.settings import ImageSettings
 from ..data.workers import processor_count
-from ..errors import MissingFileError, UserError, first_words
+from ..errors import UserError, first_words
 from ..settings import between
 from ..study.plan import PREPARATION, Cell, Plan
 from ..train.settings import TrainSettings
@@ -38,6 +40,9 @@ from .console import say
 from .launcher import load_package
 from .options import Parser, option_type
 from .train import build_parser as build_train_parser
+
+if TYPE_CHECKING:
+    from ..study.runner import StudyFolder
 
 
 def build_parser() -> Parser:
@@ -68,100 +73,82 @@ def read_plan(path: Path) -> Plan:
     """Return the study that a file describes.
 
     Raises:
-        UserError: If it cannot be read, is no study, or an arm has an unknown option or a wrong value; the message
-            names the file.
+        UserError: If it is no study; the message names the file.
     """
     content = read_config(path)
     recipe = content.get("recipe")
     if isinstance(recipe, dict) and "base" in recipe:
         base = recipe.pop("base")
-        if not isinstance(base, str):
-            raise UserError(f"{path}: the recipe's base must be the name of a config, not {base!r}")
         beside = path.parent / base
-        try:
-            content["recipe"] = {**read_config(beside if beside.is_file() else find_config(base)), **recipe}
-        except MissingFileError as error:
-            raise MissingFileError(f"{path}: recipe: {error}") from error
+        below = read_config(beside if beside.is_file() else find_config(base))
         for name in ("export", "output", "seed"):  # the study gives every run its own
-            content["recipe"].pop(name, None)
+            below.pop(name, None)
+        content["recipe"] = {**below, **recipe}
     try:
-        plan = Plan.from_content(content)
-    except UserError as error:
+        return Plan(**content)
+    except (UserError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
-    for cell in plan.cells():
-        build_train_parser().parse_options(cell.options, f"{path}: {cell.name}")
-    return plan
 
 
-def own_preparation(cell: Cell, path: Path) -> dict[str, Any]:
-    """Return how the model of a cell prepares images where no option says it: the values of PREPARATION.
+class Arms:
+    """The options of every arm at every point, parsed as `raftmlp train` does.
 
-    Raises:
-        UserError: If the model cannot be built; the message names the cell.
+    Args:
+        plan: The study.
+        path: Its file, which messages name.
     """
-    from ..config import ModelSettings
-    from ..data.images import data_config
-    from ..data.settings import ImageSettings
-    from ..model.create import create_model
 
-    where = f"{path}: {cell.name}"
-    args = build_train_parser().parse_options(cell.options, where)
-    try:
-        settings = replace(ModelSettings.select(vars(args)), img_size=None, pretrained=False)
-        return as_options(data_config(ImageSettings(), create_model(settings, to_train=True)))
-    except Exception as error:  # constructors raise anything on arguments that they cannot take
-        raise UserError(f"{where}: {first_words(error)}") from error
+    def __init__(self, plan: Plan, path: Path):
+        self.path, self._parsed = path, {}
+        for cell in plan.cells():
+            parser = build_train_parser()
+            self._parsed[cell.name] = parser, parser.parse_options(cell.options, self.where(cell))
+
+    def where(self, cell: Cell) -> str:
+        """Return the beginning of a message on a cell."""
+        return f"{self.path}: {cell.name}"
+
+    def settings(self, cell: Cell, **changes: Any) -> TrainSettings:
+        """Return the settings of a cell, checked, with the preparation of its options where they set none itself."""
+        parser, args = self._parsed[cell.name]
+        parser.load_and_check(args)
+        settings = TrainSettings.select({**vars(args), **changes})
+        unset = [key for key in PREPARATION if getattr(settings, key) is None]
+        return replace(settings, **{key: cell.options.get(key) for key in unset})
+
+    def own_preparation(self, cell: Cell) -> dict[str, Any]:
+        """Return how the model of a cell prepares images where no option says it: the values of PREPARATION."""
+        from ..data.images import data_config
+        from ..model.create import create_model
+
+        settings = ModelSettings.select({**vars(self.settings(cell)), "img_size": None, "pretrained": False})
+        try:
+            return as_options(data_config(ImageSettings(), create_model(settings, to_train=True)))
+        except Exception as error:  # constructors raise anything on arguments that they cannot take
+            raise UserError(f"{self.where(cell)}: {first_words(error)}") from error
+
+    def facts(self, cell: Cell, seed: int) -> tuple[dict[str, Any], int]:
+        """Build a cell with its data; return its cost and how images are prepared, and how many epochs a run has."""
+        from ..evaluate.speed import count_macs
+        from ..train.trainer import Trainer
+
+        settings = self.settings(cell, seed=seed)
+        try:
+            model = Trainer.from_settings(settings).learner.model.to("cpu")
+            channels, *own = model.pretrained_cfg["input_size"]
+            shape = (channels, *(settings.size or own))
+            macs = count_macs(model, shape)
+        except Exception as error:  # models of timm's list raise anything on sizes that they cannot take
+            raise UserError(f"{self.where(cell)}: {first_words(error)}") from error
+        preparation = as_options({**model.pretrained_cfg, "input_size": shape})
+        parameters = sum(p.numel() for p in model.parameters())
+        return dict(parameters=parameters, macs=macs, preparation=preparation), settings.epochs
 
 
-def pin_preparation(plan: Plan, path: Path) -> Plan:
-    """Return the plan with the preparation of the first arm's model for all arms, where no option says it.
-
-    Raises:
-        UserError: If that model cannot be built.
-    """
-    if all(plan.recipe.get(key) is not None for key in PREPARATION):
-        return plan
-    return plan.with_preparation(own_preparation(plan.cells()[0], path))
-
-
-def as_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def as_options(config: dict[str, Any]) -> dict[str, Any]:
     """Return the values of PREPARATION in a data config."""
     values = {**config, "img_size": config["input_size"][-2:]}
     return {key: list(values[key]) if isinstance(values[key], tuple) else values[key] for key in PREPARATION}
-
-
-def check_cells(plan: Plan, path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[int, int]]]:
-    """Build every arm at every point, with its data, and return what is known of them, by the names of the cells.
-
-    Returns:
-        Parameters, multiply-accumulates an image and how images are prepared; epochs, and the updates of one.
-
-    Raises:
-        UserError: If one cannot be built; the message names it.
-    """
-    from ..evaluate.speed import count_macs
-    from ..train.trainer import Trainer
-
-    facts, lengths = {}, {}
-    for cell in plan.cells():
-        where, parser = f"{path}: {cell.name}", build_train_parser()
-        args = parser.parse_options(cell.options, where)
-        parser.load_and_check(args)
-        try:
-            settings = TrainSettings.select({**vars(args), "seed": plan.seeds[0]})
-            trainer = Trainer.from_settings(settings)
-            shape = trainer.learner.model.pretrained_cfg["input_size"]
-            size = settings.size or shape[-2:]
-            model = trainer.learner.model.to("cpu")
-            facts[cell.name] = dict(
-                parameters=sum(p.numel() for p in model.parameters()),
-                macs=count_macs(model, (shape[0], *size)),
-                preparation=as_options({**model.pretrained_cfg, "input_size": (shape[0], *size)}),
-            )
-            lengths[cell.name] = settings.epochs, trainer.updates_per_epoch
-        except Exception as error:  # models of timm's list raise anything on sizes that they cannot take
-            raise UserError(f"{where}: {first_words(error)}") from error
-    return facts, lengths
 
 
 def default_folder(name: str) -> Path:
@@ -177,37 +164,15 @@ def default_jobs() -> int:
     return processor_count() if find_device(None).type == "cpu" else 1
 
 
-def show(rows: list[dict]) -> None:
-    """Print a table and its notes."""
-    from ..study import make_notes, make_table
+def run(args: Namespace, plan: Plan, name: str, folder: "StudyFolder", facts: dict[str, tuple], jobs: int) -> int:
+    """Run a study, show its table, and return the exit status."""
+    from ..study.report import make_rows, write_results
+    from ..study.runner import run_study
 
-    say(make_table(rows))
-    for note in make_notes(rows):
-        say(note)
-
-
-def main() -> int:
-    args = build_parser().parse_args()
-    path = find_config(args.study)
-    plan, name = read_plan(path), path.stem
-    load_package()
-    import torch
-
-    from ..study import StudyFolder, make_rows, run_study, write_results
-
-    torch.set_num_threads(1)
-    plan = pin_preparation(plan, path)
-    folder = StudyFolder(args.output or default_folder(name), lambda cell: own_preparation(cell, path))
-    folder.check(plan)
-    facts, lengths = check_cells(plan, path)
-    runs, jobs = len(plan.runs()), args.jobs or default_jobs()
-    say(f"{name}: {len(plan.cells())} arms x {len(plan.seeds)} seeds, {runs} runs of raftmlp train, {jobs} at a time")
-    if args.dry_run:
-        show(make_rows(folder, plan, facts, {}))
-        return 0
+    costs, epochs = ({cell: known[i] for cell, known in facts.items()} for i in (0, 1))
 
     def report(failures: dict[str, str]) -> list[dict]:
-        rows = make_rows(folder, plan, facts, failures)
+        rows = make_rows(folder, plan, costs, failures)
         write_results(folder, name, plan, rows)
         return rows
 
@@ -215,19 +180,50 @@ def main() -> int:
     try:
         if args.keep == "best":
             folder.keep_best(plan.runs())
-        failures = run_study(folder, plan, lengths, jobs, report, args.keep or "best")
-        rows = report(failures or {})
+        failures = run_study(folder, plan, epochs, jobs, report, args.keep or "best")
+        show(report(failures or {}))
     finally:
         folder.close()
-    show(rows)
     say(f"in {folder.path}: study.md, study.csv, study.json, study.png, runs/")
     if failures is None:
         say("stopped, and saved: the same command continues")
         return 130
     if failures:
         first = next(iter(failures))
+        log = folder.path / "runs" / first / "train.log"
         raise UserError(
-            f"{len(failures)} of {runs} runs failed, which the table marks; {first}: {failures[first]} (more in "
-            f"{folder.path / 'runs' / first / 'train.log'}); the same command tries them again"
+            f"{len(failures)} of {len(plan.runs())} runs failed, which the table marks; {first}: {failures[first]} "
+            f"(more in {log}); the same command tries them again"
         )
     return 0
+
+
+def show(rows: list[dict]) -> None:
+    """Print a table and its notes."""
+    from ..study.report import make_notes, make_table
+
+    say("\n".join([make_table(rows), *make_notes(rows)]))
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    path = find_config(args.study)
+    plan, name = read_plan(path), path.stem
+    arms = Arms(plan, path)
+    load_package()
+    import torch
+
+    from ..study.report import make_rows
+    from ..study.runner import StudyFolder
+
+    torch.set_num_threads(1)
+    plan = plan.with_preparation(arms.own_preparation(plan.cells()[0]))
+    folder = StudyFolder(args.output or default_folder(name), arms.own_preparation)
+    folder.check(plan)
+    facts = {cell.name: arms.facts(cell, plan.seeds[0]) for cell in plan.cells()}
+    runs, jobs = len(plan.runs()), args.jobs or default_jobs()
+    say(f"{name}: {len(facts)} arms x {len(plan.seeds)} seeds, {runs} runs of raftmlp train, {jobs} at a time")
+    if args.dry_run:
+        show(make_rows(folder, plan, {cell: known[0] for cell, known in facts.items()}, {}))
+        return 0
+    return run(args, plan, name, folder, facts, jobs)

@@ -25,16 +25,9 @@ from .labels import RealLabels, are_synsets, matching_outputs, model_class_names
 _logger = logging.getLogger(__name__)
 
 __all__ = [
-    "ClassifierView",
-    "PreparedModel",
-    "SizeError",
-    "check_sizes",
-    "evaluate",
-    "evaluate_prepared",
-    "prepare_model",
-    "run_once",
+    "ClassifierView", "PreparedModel", "check_sizes", "evaluate", "evaluate_prepared", "prepare_model", "run_once",
     "warn_of_random_weights",
-]
+]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -51,7 +44,7 @@ def evaluate(
 
     Args:
         model: Any classifier; it is put into eval mode.
-        loader: Batches of normalised images (B, C, H, W) and classes (B,); those of class UNREADABLE do not count.
+        loader: Batches of normalized images (B, C, H, W) and classes (B,); those of class UNREADABLE do not count.
         device: Where the model is.
         autocast: The context that the model runs in; None for none.
         on_batch: Called with every batch's images, classes and logits (B, num_classes).
@@ -120,10 +113,6 @@ class ClassifierView(nn.Module):
 # Models at an image size
 
 
-class SizeError(UserError):
-    """A model cannot take images of a size, or not as many at once."""
-
-
 @dataclass
 class PreparedModel:
     """A model ready for images of one size.
@@ -137,7 +126,7 @@ class PreparedModel:
         classes: The model's class for each class of the data, where all outputs count; None where these are the same.
         names: Names of the classes that are evaluated, None where the data tell none.
         real_labels: Counts against the labels of ImageNet-ReaL, if that is asked for.
-        failure: Why it cannot take images of this size.
+        failure: Why it cannot take images of this size, or so many at once.
     """
 
     name: str
@@ -196,14 +185,14 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
     """Return what a model gives for one black image of shape input_size (C, H, W).
 
     Raises:
-        SizeError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
+        UserError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
     """
     try:
         check_memory(input_size, batch_size)
         return model(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     except Exception as error:  # models raise anything on sizes that they cannot take
         size = size_name(input_size[1:])
-        raise SizeError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
+        raise UserError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
 
 
 def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]], where: str) -> None:
@@ -231,12 +220,14 @@ def evaluate_prepared(
 ) -> dict[str, Any]:
     """Return a row of results: what the model is, how images are prepared, and the figures of ``evaluate``.
 
-    ``collectors`` are objects whose ``add`` takes every batch's images, classes and logits.
+    A model that cannot take the images has a ``failure`` in place of figures. ``collectors`` are objects whose ``add``
+    takes every batch's images, classes and logits.
 
     Raises:
-        SizeError: If a batch is too large for the memory.
         UserError: If no image can be read.
     """
+    if prepared.failure:
+        return {**prepared.description(), "failure": prepared.failure}
     collectors = [*collectors, prepared.real_labels] if prepared.real_labels else collectors
     model = prepared.model.to(device, memory_format=settings.memory_format)
     if settings.compile:
@@ -251,16 +242,13 @@ def evaluate_prepared(
 
     try:
         figures = evaluate(classifier, loader, device, settings.autocast(device), on_batch)
-    except torch.OutOfMemoryError as error:
-        raise SizeError(f"{prepared.name}: --batch-size {batch_size} is too much for the memory") from error
+    except torch.OutOfMemoryError:
+        prepared.failure = f"{prepared.name}: --batch-size {batch_size} is too much for the memory"
+        return {**prepared.description(), "failure": prepared.failure}
     finally:
         prepared.model.to("cpu")
     if not figures["images"]:
         raise UserError(f"none of the {figures['unread']} images can be read: {file_name(dataset, 0)} ...")
-    return dict(
-        **prepared.description(),
-        crop_pct=prepared.config["crop_pct"],
-        interpolation=prepared.config["interpolation"],
-        **figures,
-        **(prepared.real_labels.figures() if prepared.real_labels else {}),
-    )
+    preparation = {key: prepared.config[key] for key in ("crop_pct", "interpolation")}
+    real = prepared.real_labels.figures() if prepared.real_labels else {}
+    return {**prepared.description(), **preparation, **figures, **real}

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -24,13 +25,12 @@ from ..files import write_text
 from ..train.run_folder import RunFolder, opening
 from ..train.signals import StopSignals
 from .plan import PREPARATION, Cell, Plan, Run
-from .progress import StudyProgress, epochs_in_log
 
 __all__ = ["StudyFolder", "run_study"]
 
 _logger = logging.getLogger(__name__)
 PACKAGE_PARENT = Path(__file__).parents[2]
-LOG_LINES = 20  # of progress in an epoch of a run
+LINE_SECONDS = 60  # between lines where there is no terminal
 HINT = "name another folder with --output"
 
 
@@ -60,7 +60,7 @@ class StudyFolder:
             content = dict(recipe=plan.recipe, arms=plan.arms, seeds=list(plan.seeds), points=list(plan.points))
             write_text(self.path / "study.yaml", yaml.safe_dump(content, sort_keys=False))
             for cell in plan.cells():
-                file = self.options_file(cell.name)
+                file = self.options_file(cell)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_text(file, yaml.safe_dump(cell.options, sort_keys=False))
 
@@ -69,24 +69,18 @@ class StudyFolder:
         self._lock.release()
 
     def check(self, plan: Plan) -> None:
-        """Refuse a folder that is not this study's, or not empty.
+        """Refuse a folder that is not this study's, and not empty.
 
         Raises:
             UserError: If it is so; the message names the difference.
         """
-        if not self.path.exists():
+        file = self.path / "study.yaml"
+        if not file.exists():
+            if self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise UserError(f"{self.path} holds something else than a study: {HINT}")
             return
-        if not self.path.is_dir():
-            raise UserError(f"cannot write into {self.path}: it is a file")
-        if all(entry.name == ".lock" for entry in self.path.iterdir()):
-            return
-        try:
-            before = Plan.from_content(yaml.safe_load((self.path / "study.yaml").read_text()))
-        except FileNotFoundError as error:
-            what = "a training run" if RunFolder(self.path).holds_run() else "something else than a study"
-            raise UserError(f"{self.path} holds {what}: {HINT}") from error
-        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise UserError(f"{self.path / 'study.yaml'} is damaged: {HINT}") from error
+        with file.open() as stream:
+            before = Plan(**yaml.safe_load(stream))
         then, now = ({cell.name: cell for cell in p.cells()} for p in (before, plan))
         common = sorted(then.keys() & now.keys())
         if not common:
@@ -96,23 +90,20 @@ class StudyFolder:
 
     def _check_cell(self, then: Cell, now: Cell) -> None:
         """Refuse an arm that is in the folder with other options, or whose images were prepared in another way."""
-        unset = [key for key in PREPARATION if then.options.get(key) is None and self.own_preparation]
-        for key in sorted({*then.options, *now.options} - {*unset}):
-            self._compare(now, key, then.options.get(key), now.options.get(key))
-        if any(now.options.get(key) is not None for key in unset):
-            own = self.own_preparation(then)
-            for key in unset:
-                hint = f"set {key} in the arm to continue it, or {HINT}"
-                new = now.options.get(key)
-                self._compare(now, key, own[key], own[key] if new is None else new, hint)
+        old, new = then.options, now.options
+        unset = [key for key in PREPARATION if old.get(key) is None and new.get(key) is not None]
+        if unset and self.own_preparation:
+            own = self.own_preparation(now)  # whose model is the same, or another difference is found first
+            old = {**old, **{key: own[key] for key in unset}}
+        for key in [*sorted({*old, *new} - {*PREPARATION}), *PREPARATION]:
+            before, after = old.get(key), new.get(key)
+            if _comparable(key, before) != _comparable(key, after):
+                difference = f"in it, {key} of {now.name} is {before}, not {after}"
+                raise UserError(f"{self.path} holds another study: {difference}; set it in the arm, or {HINT}")
 
-    def _compare(self, cell: Cell, key: str, old: Any, new: Any, hint: str = HINT) -> None:
-        if _comparable(key, old) != _comparable(key, new):
-            raise UserError(f"{self.path} holds another study: in it, {key} of {cell.name} is {old}, not {new}; {hint}")
-
-    def options_file(self, cell: str) -> Path:
+    def options_file(self, cell: Cell) -> Path:
         """Return the file with the options of an arm at a point."""
-        return self.path / "options" / f"{cell}.yaml"
+        return self.path / "options" / f"{cell.name}.yaml"
 
     def run_folder(self, run: Run) -> Path:
         """Return the folder of a run."""
@@ -149,6 +140,53 @@ def _comparable(key: str, value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+class _Progress:
+    """A bar over all runs, or a line a minute where there is no terminal; a line for every run that ends.
+
+    Args:
+        epochs: How many epochs each run has, by its name.
+        done: How many of them are done.
+        ended: How many runs have ended.
+    """
+
+    def __init__(self, epochs: Mapping[str, int], done: Mapping[str, int], ended: int):
+        self.epochs, self.done, self.ended_runs = epochs, dict(done), ended
+        self.first, self.start = self._runs_done(), time.monotonic()
+        self.logged = self.start
+        form = "{percentage:3.0f}%|{bar:10}| {desc}"
+        self.bar = tqdm(total=len(epochs), bar_format=form, leave=False, disable=None, dynamic_ncols=True)
+
+    def _runs_done(self) -> float:
+        return sum(min(1, done / self.epochs[name]) for name, done in self.done.items())
+
+    def show(self, done: Mapping[str, int]) -> None:
+        """Show how many epochs the runs that are under way have done."""
+        self.done |= done
+        positions = (f"{name} epoch {min(n + 1, self.epochs[name])}/{self.epochs[name]}" for name, n in done.items())
+        self.bar.n = self._runs_done()
+        words = "; ".join([f"{self.ended_runs} of {len(self.epochs)} runs ended{self._time_left()}", *positions])
+        self.bar.set_description_str(words)
+        if self.bar.disable and time.monotonic() > self.logged + LINE_SECONDS:
+            self.logged = time.monotonic()
+            _logger.info(f"study: {self.bar.n / len(self.epochs):.0%}, {words}")
+
+    def ended(self, name: str, summary: dict | None, failure: str) -> None:
+        """Print a line for a run that has ended, with the summary of one that is finished."""
+        self.ended_runs += 1
+        self.done[name] = self.epochs[name]
+        words = f"failed: {failure}"
+        if summary:
+            words = f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
+        _logger.info(f"run {self.ended_runs}/{len(self.epochs)}, {name}: {words}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        """Return the time that is left in words, if it can be told from the runs of this process."""
+        done, left = self._runs_done() - self.first, len(self.epochs) - self._runs_done()
+        if done <= 0 or left <= 0:
+            return ""
+        return f", {tqdm.format_interval(left / done * (time.monotonic() - self.start))} left"
+
+
 def _claim(path: Path) -> int | None:
     """Return a lock on a run's folder, an open file; None where another process has it.
 
@@ -166,50 +204,36 @@ def _claim(path: Path) -> int | None:
     return handle
 
 
-class _Process:
-    """A run that is under way; it has the lock on its folder."""
+def _start(folder: StudyFolder, run: Run, lock: int) -> subprocess.Popen:
+    """Start a run in one thread; it has the lock on its folder."""
+    path = folder.run_folder(run)
+    command = [sys.executable, "-m", "raftmlp", "train", "-c", folder.options_file(run.cell)]
+    command += ["--seed", run.seed, "--output", path, "--resume"]
+    paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # also: the same sums at every run
+    with (path / "train.log").open("ab") as log:
+        return subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            pass_fds=[lock] if fcntl else [],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
+        )
 
-    def __init__(self, folder: StudyFolder, run: Run, updates: int, lock: int):
-        self.run, self.folder, self.path = run, folder, folder.run_folder(run)
-        command = [sys.executable, "-m", "raftmlp", "train", "-c", folder.options_file(run.cell.name)]
-        command += ["--seed", run.seed, "--output", self.path]
-        if "log_interval" not in run.cell.options:
-            command += ["--log-interval", max(1, updates // LOG_LINES)]
-        command += ["--resume"]
-        paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # also: the same sums at every run
-        with (self.path / "train.log").open("ab") as log:
-            self.log_start = log.tell()
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[lock] if fcntl else [],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
-            )
 
-    def epochs_done(self) -> float:
-        """Return how many epochs are done, with the part of the one that is under way."""
-        with (self.path / "train.log").open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self.log_start, end - 4096))
-            text = log.read().decode(errors="replace")
-        return max(self.folder.epochs_done(self.run), epochs_in_log(text))
-
-    def failure(self) -> str:
-        """Return why the run ended without a summary: what it said last."""
-        if self.process.returncode < 0:
-            return f"it was killed by signal {-self.process.returncode}, for want of memory perhaps"
-        text = (self.path / "train.log").read_text(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it ended without a word"]
-        return next((line.split("error: ", 1)[1] for line in reversed(lines) if "error: " in line), lines[-1])
+def _failure(status: int, log: Path) -> str:
+    """Return why a run ended without a summary: what it said last."""
+    if status < 0:
+        return f"it was killed by signal {-status}, for want of memory perhaps"
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it ended without a word"]
+    return lines[-1].split("error: ", 1)[-1]
 
 
 def run_study(
     folder: StudyFolder,
     plan: Plan,
-    lengths: Mapping[str, tuple[int, int]],
+    epochs: Mapping[str, int],
     jobs: int,
     report: Callable[[dict[str, str]], None],
     keep: str = "all",
@@ -221,7 +245,7 @@ def run_study(
     Args:
         folder: The study's folder, opened.
         plan: The study.
-        lengths: The epochs of a run and the updates of an epoch, by the names of the cells.
+        epochs: The epochs of a run, by the names of the cells.
         jobs: Processes at a time.
         report: Called with the failures so far whenever a run has ended.
         keep: "all" the checkpoints of the runs that end now, or the "best" weights of each.
@@ -230,13 +254,23 @@ def run_study(
         The reasons of the runs that failed, by the names of the runs; None if it was asked to stop.
     """
     runs = plan.runs()
-    finished = {run.name: summary for run in runs if (summary := folder.summary(run)) is not None}
-    waiting = [run for run in runs if run.name not in finished]
-    if finished:
-        _logger.info(f"{len(finished)} of {len(runs)} runs are done already")
+    waiting = [run for run in runs if folder.summary(run) is None]
+    if done := len(runs) - len(waiting):
+        _logger.info(f"{done} of {len(runs)} runs are done already")
     failures: dict[str, str] = {}
-    active: list[_Process] = []
-    progress = StudyProgress(runs, {name: epochs for name, (epochs, _) in lengths.items()}, finished, jobs)
+    active: list[tuple[Run, subprocess.Popen]] = []
+    lengths = {run.name: epochs[run.cell.name] for run in runs}
+    progress = _Progress(lengths, {run.name: folder.epochs_done(run) for run in runs}, done)
+
+    def end(run: Run, status: int) -> None:
+        summary = folder.summary(run)
+        if summary is None:
+            failures[run.name] = _failure(status, folder.run_folder(run) / "train.log")
+        elif keep == "best":
+            folder.keep_best([run])
+        progress.ended(run.name, summary, failures.get(run.name, ""))
+        report(failures)
+
     with (stop := StopSignals()), progress.bar:
         try:
             while (waiting or active) and stop.number is None:
@@ -245,32 +279,19 @@ def run_study(
                     if lock is None:  # a process that a killed study left behind may still be writing
                         continue
                     waiting.remove(run)
-                    if summary := folder.summary(run):  # such a process has finished it
-                        progress.ended(run, summary, "")
+                    if folder.summary(run):  # such a process has finished it
+                        end(run, 0)
                     else:
-                        active.append(_Process(folder, run, lengths[run.cell.name][1], lock))
+                        active.append((run, _start(folder, run, lock)))
                     os.close(lock)
                 time.sleep(0.2)
-                for process in [process for process in active if process.process.poll() is not None]:
-                    active.remove(process)
-                    if stop.number is not None:
-                        continue
-                    summary = folder.summary(process.run)
-                    if summary is None:
-                        failures[process.run.name] = process.failure()
-                    elif keep == "best":
-                        folder.keep_best([process.run])
-                    progress.ended(process.run, summary, failures.get(process.run.name, ""))
-                    report(failures)
-                progress.show([(process.run, process.epochs_done()) for process in active])
+                for run, process in [pair for pair in active if pair[1].poll() is not None and stop.number is None]:
+                    active.remove((run, process))
+                    end(run, process.returncode)
+                progress.show({run.name: folder.epochs_done(run) for run, _ in active})
         finally:
-            _end(active)
+            for _, process in active:  # they save, and end
+                process.terminate()
+            for _, process in active:
+                process.wait()
     return failures if stop.number is None else None
-
-
-def _end(active: Sequence[_Process]) -> None:
-    """Let the runs save and end."""
-    for process in active:
-        process.process.terminate()
-    for process in active:
-        process.process.wait()
