@@ -11,7 +11,8 @@ from PIL import Image
 
 from helpers import ROOT
 from raftmlp.cli import inspect as command
-from raftmlp.evaluate.inspection import draw_weights, mixing_weights, receptive_fields, smallest_share, update_norms
+from raftmlp.evaluate.inspection import mixing_weights, receptive_fields, smallest_share, update_norms
+from raftmlp.evaluate.plots import draw_weights
 
 SHIPPED = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
 
@@ -104,12 +105,6 @@ def test_groups_of_several_numbers_in_one_picture(tmp_path):
         assert Image.open(tmp_path / f"{kind}.png").width > 500
 
 
-def test_bad_input(run_command):
-    for options, message in (
-        (["--model", "resnet18", "--out", "out"], "resnet18 is no RaftMLP"),
-        (["--checkpoint", "missing.safetensors", "--out", "out"], "no checkpoint at missing.safetensors"),
-        (["--model", "raftmlp_s"], "the following arguments are required: --out"),
-        (["--model", "raftmlp_s", "--out", "out", "--images", 0], "must be a whole number of 1 or more, not '0'"),
-    ):
-        status, _, err = run_command(command, *options)
-        assert status == 2 and message in err and err.count("\n") == 1
+def test_another_model_has_no_token_mixing(run_command):
+    status, _, err = run_command(command, "--model", "resnet18", "--out", "out")
+    assert status == 2 and "resnet18 is no RaftMLP" in err and err.count("\n") == 1
