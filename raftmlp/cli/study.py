@@ -23,10 +23,11 @@ command resumes a study that was interrupted, and tries runs again that failed; 
 seeds give the same figures on one machine, but for seconds.
 """
 
-from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import ModelSettings
 from ..data.settings import ImageSettings
@@ -40,9 +41,6 @@ from .console import say
 from .launcher import load_package
 from .options import Parser, option_type
 from .train import build_parser as build_train_parser
-
-if TYPE_CHECKING:
-    from ..study.runner import StudyFolder
 
 
 def build_parser() -> Parser:
@@ -69,6 +67,15 @@ def build_parser() -> Parser:
     return parser
 
 
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Let an error that is raised inside begin with where it comes from."""
+    try:
+        yield
+    except Exception as error:  # models of timm's list raise anything
+        raise UserError(f"{where}: {first_words(error)}") from error
+
+
 def read_plan(path: Path) -> Plan:
     """Return the study that a file describes.
 
@@ -81,74 +88,43 @@ def read_plan(path: Path) -> Plan:
         base = recipe.pop("base")
         beside = path.parent / base
         below = read_config(beside if beside.is_file() else find_config(base))
-        for name in ("export", "output", "seed"):  # the study gives every run its own
-            below.pop(name, None)
-        content["recipe"] = {**below, **recipe}
-    try:
+        ours = ("export", "output", "seed")  # the study gives every run its own
+        content["recipe"] = {**{key: value for key, value in below.items() if key not in ours}, **recipe}
+    with naming(str(path)):
         return Plan(**content)
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
 
 
-class Arms:
-    """The options of every arm at every point, parsed as `raftmlp train` does.
+def own_preparation(settings: TrainSettings) -> dict[str, Any]:
+    """Return how a model prepares images where no option says it: the values of PREPARATION."""
+    from ..data.images import data_config
+    from ..model.create import create_model
 
-    Args:
-        plan: The study.
-        path: Its file, which messages name.
-    """
-
-    def __init__(self, plan: Plan, path: Path):
-        self.path, self._parsed = path, {}
-        for cell in plan.cells():
-            parser = build_train_parser()
-            self._parsed[cell.name] = parser, parser.parse_options(cell.options, self.where(cell))
-
-    def where(self, cell: Cell) -> str:
-        """Return the beginning of a message on a cell."""
-        return f"{self.path}: {cell.name}"
-
-    def settings(self, cell: Cell, **changes: Any) -> TrainSettings:
-        """Return the settings of a cell, checked, with the preparation of its options where they set none itself."""
-        parser, args = self._parsed[cell.name]
-        parser.load_and_check(args)
-        settings = TrainSettings.select({**vars(args), **changes})
-        unset = [key for key in PREPARATION if getattr(settings, key) is None]
-        return replace(settings, **{key: cell.options.get(key) for key in unset})
-
-    def own_preparation(self, cell: Cell) -> dict[str, Any]:
-        """Return how the model of a cell prepares images where no option says it: the values of PREPARATION."""
-        from ..data.images import data_config
-        from ..model.create import create_model
-
-        settings = ModelSettings.select({**vars(self.settings(cell)), "img_size": None, "pretrained": False})
-        try:
-            return as_options(data_config(ImageSettings(), create_model(settings, to_train=True)))
-        except Exception as error:  # constructors raise anything on arguments that they cannot take
-            raise UserError(f"{self.where(cell)}: {first_words(error)}") from error
-
-    def facts(self, cell: Cell, seed: int) -> tuple[dict[str, Any], int]:
-        """Build a cell with its data; return its cost and how images are prepared, and how many epochs a run has."""
-        from ..evaluate.speed import count_macs
-        from ..train.trainer import Trainer
-
-        settings = self.settings(cell, seed=seed)
-        try:
-            model = Trainer.from_settings(settings).learner.model.to("cpu")
-            channels, *own = model.pretrained_cfg["input_size"]
-            shape = (channels, *(settings.size or own))
-            macs = count_macs(model, shape)
-        except Exception as error:  # models of timm's list raise anything on sizes that they cannot take
-            raise UserError(f"{self.where(cell)}: {first_words(error)}") from error
-        preparation = as_options({**model.pretrained_cfg, "input_size": shape})
-        parameters = sum(p.numel() for p in model.parameters())
-        return dict(parameters=parameters, macs=macs, preparation=preparation), settings.epochs
+    settings = replace(ModelSettings.select(vars(settings)), img_size=None, pretrained=False)
+    return as_options(data_config(ImageSettings(), create_model(settings, to_train=True)))
 
 
-def as_options(config: dict[str, Any]) -> dict[str, Any]:
+def as_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of PREPARATION in a data config."""
     values = {**config, "img_size": config["input_size"][-2:]}
     return {key: list(values[key]) if isinstance(values[key], tuple) else values[key] for key in PREPARATION}
+
+
+def build(cell: Cell, settings: TrainSettings, seed: int) -> tuple[dict[str, Any], int]:
+    """Build a cell with its data; return its cost and how images are prepared, and how many epochs a run has."""
+    from ..evaluate.speed import count_macs
+    from ..train.trainer import Trainer
+
+    unset = [key for key in PREPARATION if getattr(settings, key) is None]
+    settings = replace(settings, seed=seed, **{key: cell.options.get(key) for key in unset})
+    model = Trainer.from_settings(settings).learner.model.to("cpu")
+    channels, *own = model.pretrained_cfg["input_size"]
+    shape = (channels, *(settings.size or own))
+    facts = dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(model, shape),
+        preparation=as_options({**model.pretrained_cfg, "input_size": shape}),
+    )
+    return facts, settings.epochs
 
 
 def default_folder(name: str) -> Path:
@@ -164,66 +140,58 @@ def default_jobs() -> int:
     return processor_count() if find_device(None).type == "cpu" else 1
 
 
-def run(args: Namespace, plan: Plan, name: str, folder: "StudyFolder", facts: dict[str, tuple], jobs: int) -> int:
-    """Run a study, show its table, and return the exit status."""
-    from ..study.report import make_rows, write_results
-    from ..study.runner import run_study
-
-    costs, epochs = ({cell: known[i] for cell, known in facts.items()} for i in (0, 1))
-
-    def report(failures: dict[str, str]) -> list[dict]:
-        rows = make_rows(folder, plan, costs, failures)
-        write_results(folder, name, plan, rows)
-        return rows
-
-    folder.open(plan)
-    try:
-        if args.keep == "best":
-            folder.keep_best(plan.runs())
-        failures = run_study(folder, plan, epochs, jobs, report, args.keep or "best")
-        show(report(failures or {}))
-    finally:
-        folder.close()
-    say(f"in {folder.path}: study.md, study.csv, study.json, study.png, runs/")
-    if failures is None:
-        say("stopped, and saved: the same command continues")
-        return 130
-    if failures:
-        first = next(iter(failures))
-        log = folder.path / "runs" / first / "train.log"
-        raise UserError(
-            f"{len(failures)} of {len(plan.runs())} runs failed, which the table marks; {first}: {failures[first]} "
-            f"(more in {log}); the same command tries them again"
-        )
-    return 0
-
-
-def show(rows: list[dict]) -> None:
-    """Print a table and its notes."""
-    from ..study.report import make_notes, make_table
-
-    say("\n".join([make_table(rows), *make_notes(rows)]))
-
-
 def main() -> int:
     args = build_parser().parse_args()
     path = find_config(args.study)
     plan, name = read_plan(path), path.stem
-    arms = Arms(plan, path)
+    settings = {}
+    for cell in plan.cells():
+        options = build_train_parser().parse_options(cell.options, f"{path}: {cell.name}")
+        settings[cell.name] = TrainSettings.select(vars(options))
     load_package()
     import torch
 
-    from ..study.report import make_rows
-    from ..study.runner import StudyFolder
+    from ..study.report import make_notes, make_rows, make_table, write_results
+    from ..study.runner import StudyFolder, run_study
 
     torch.set_num_threads(1)
-    plan = plan.with_preparation(arms.own_preparation(plan.cells()[0]))
-    folder = StudyFolder(args.output or default_folder(name), arms.own_preparation)
+    first = plan.cells()[0].name
+    with naming(f"{path}: {first}"):
+        plan = plan.with_preparation(own_preparation(settings[first]))
+    folder = StudyFolder(args.output or default_folder(name), lambda cell: own_preparation(settings[cell.name]))
     folder.check(plan)
-    facts = {cell.name: arms.facts(cell, plan.seeds[0]) for cell in plan.cells()}
-    runs, jobs = len(plan.runs()), args.jobs or default_jobs()
-    say(f"{name}: {len(facts)} arms x {len(plan.seeds)} seeds, {runs} runs of raftmlp train, {jobs} at a time")
+    facts, epochs = {}, {}
+    for cell in plan.cells():
+        with naming(f"{path}: {cell.name}"):
+            facts[cell.name], epochs[cell.name] = build(cell, settings[cell.name], plan.seeds[0])
+    runs, jobs = plan.runs(), args.jobs or default_jobs()
+    say(f"{name}: {len(facts)} arms x {len(plan.seeds)} seeds, {len(runs)} runs of raftmlp train, {jobs} at a time")
+
+    def report(failures: dict[str, str]) -> list[dict]:
+        rows = make_rows(folder, plan, facts, failures)
+        if not args.dry_run:
+            write_results(folder, name, plan, rows)
+        return rows
+
     if args.dry_run:
-        show(make_rows(folder, plan, {cell: known[0] for cell, known in facts.items()}, {}))
+        rows, failures = report({}), {}
+    else:
+        with folder.open(plan):
+            if args.keep == "best":
+                folder.keep_best(runs)
+            failures = run_study(folder, runs, epochs, jobs, report, args.keep or "best")
+            rows = report(failures or {})
+    say("\n".join([make_table(rows), *make_notes(rows)]))
+    if args.dry_run:
         return 0
-    return run(args, plan, name, folder, facts, jobs)
+    say(f"in {folder.path}: study.md, study.csv, study.json, study.png, runs/")
+    if failures is None:
+        say("stopped, and saved: the same command continues")
+        return 130
+    for run, reason in failures.items():
+        log = folder.path / "runs" / run / "train.log"
+        raise UserError(
+            f"{len(failures)} of {len(runs)} runs failed, which the table marks; {run}: {reason} (more in {log}); "
+            f"the same command tries them again"
+        )
+    return 0

@@ -1,17 +1,20 @@
 """What a study runs: arms, points and seeds, each combination an ordinary training run."""
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..errors import UserError
+from ..settings import Settings, between, settings
 
 __all__ = ["PREPARATION", "Cell", "Plan", "Run"]
 
-NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]{0,58}[A-Za-z0-9_+-])?")  # of an arm, which is a folder's too
 PREPARATION = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # which models set differently
 OURS = ("base", "export", "output", "overwrite", "resume", "seed")  # options that the study itself gives
+Options = dict[str, Any]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9 ._+-]{0,58}[A-Za-z0-9_+-])?$")]  # of a folder too
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Cell:
         return "/".join([self.arm, *(f"{key}-{value}" for key, value in list(self.point.items())[:1])])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A training run of a study."""
 
@@ -47,8 +50,8 @@ class Run:
         return f"{self.cell.name}/seed-{self.seed}"
 
 
-@dataclass(frozen=True)
-class Plan:
+@settings
+class Plan(Settings):
     """A study: every arm at every point with every seed.
 
     A run's options are those of the recipe, over them those of the point, over them those of the arm. ``model_kwargs``
@@ -66,36 +69,24 @@ class Plan:
         UserError: If one of them is not so.
     """
 
-    recipe: dict[str, Any]
-    arms: dict[str, dict[str, Any]]
-    seeds: Sequence[int]
-    points: Sequence[dict[str, Any]] = ({},)
+    recipe: Options
+    arms: Annotated[dict[Name, Options], Field(min_length=1)]
+    seeds: Annotated[list[between(0, 2**32 - 1)], Field(min_length=1)]
+    points: Annotated[list[Options], Field(min_length=1)] = field(default_factory=lambda: [{}])
 
     def __post_init__(self):
-        seeds, points = self.seeds, self.points
-        for name, value in dict(seeds=seeds, points=points).items():
-            if not isinstance(value, list | tuple) or not value:
-                raise UserError(f"{name} must be a list, not {value!r}")
-        if not isinstance(self.arms, Mapping) or not self.arms:
-            raise UserError(f"arms must be a mapping from names to options, not {self.arms!r}")
-        for name in self.arms:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
-                raise UserError(f"arm {name!r}: a name has 1 to 60 letters, digits and any of ' ._+-'")
-        arms = {f"arm {name}": options for name, options in self.arms.items()}
-        for where, options in [("recipe", self.recipe), *arms.items(), *(("points", point) for point in points)]:
-            if not isinstance(options, Mapping) or not isinstance(options.get("model_kwargs", {}), Mapping):
-                raise UserError(f"{where}: it, and its model_kwargs, must be a mapping, not {options!r}")
-            if ours := options.keys() & {*OURS}:
+        shared = {key for point in self.points for key in point}
+        for where, options in {"recipe": self.recipe, **self.arms, "points": shared}.items():
+            if ours := {*options} & {*OURS}:
                 raise UserError(f"{where}: {min(ours)} is no option here: the study gives it to every run")
-            if where in arms and (common := options.keys() & {key for point in points for key in point}):
+            if where in self.arms and (common := {*options} & shared):
                 raise UserError(f"{where}: {min(common)} is an option of the points, which every arm is tried at")
-        if len({*seeds}) < len(seeds) or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
-            raise UserError(f"seeds must be different whole numbers from 0 to {2**32 - 1}, not {seeds}")
-        axis = [next(iter(point.items()), (None, 0)) for point in points]
+        axis = [next(iter(point.items()), (None, 0)) for point in self.points]
         if len({key for key, _ in axis}) > 1 or not all(type(value) in (int, float) for _, value in axis):
             raise UserError(f"points must all begin with the same option, the picture's axis, and a number, not {axis}")
-        if len({cell.name.lower() for cell in self.cells()}) < len(arms) * len(points):
-            raise UserError("the names of arms must differ in more than capital letters, points in their first option")
+        names = [run.name.lower() for run in self.runs()]
+        if len({*names}) < len(names):
+            raise UserError("seeds and points must differ, and arms in more than capital letters")
 
     def with_preparation(self, preparation: Mapping[str, Any]) -> "Plan":
         """Return the plan with values for PREPARATION, which count where neither recipe, point nor arm sets one."""

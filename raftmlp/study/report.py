@@ -17,17 +17,11 @@ __all__ = ["add_differences", "make_notes", "make_rows", "make_table", "write_re
 def make_rows(
     folder: StudyFolder, plan: Plan, facts: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Return the figures of every arm at every point.
+    """Return the figures of every arm at every point, of the summaries in the study's folder.
 
     The accuracy is that after the last epoch: the best epoch would be chosen on the images that it is measured on.
     The deviation is that of a sample (n - 1). All figures but ``seconds`` are the same at every run on one machine.
-
-    Args:
-        folder: The study's folder.
-        plan: The study.
-        facts: ``parameters``, ``macs`` (multiply-accumulates an image) and ``preparation`` (how images are prepared),
-            by the names of the cells.
-        failures: The reasons of runs that failed, by their names.
+    ``facts`` are more figures of the rows, by the names of the cells; ``failures`` the reasons of runs that failed.
     """
     rows = []
     for cell in plan.cells():
@@ -114,7 +108,8 @@ def make_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what a table of rows does not say: how images are prepared, and which arms differ from the first."""
     prepared: dict[str, list[str]] = {}
     for row in rows:
-        prepared.setdefault(_preparation_in_words(row["preparation"]), []).append(row["arm"] + _place(row))
+        words = ", ".join(f"{key} {_flat(value)}" for key, value in row["preparation"].items())
+        prepared.setdefault(words, []).append(row["arm"] + _place(row))
     notes = [
         f"Images of {'all arms' if len(prepared) == 1 else ', '.join(names)}: {words}."
         for words, names in prepared.items()
@@ -140,16 +135,6 @@ def make_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _place(row: Mapping[str, Any]) -> str:
     """Return the point of a row in words, as they follow an arm's name: " at train_num_samples 100"."""
     return "".join(f" at {key} {value}" for key, value in list(row["point"].items())[:1])
-
-
-def _preparation_in_words(preparation: Mapping[str, Any]) -> str:
-    def numbers(name: str, separator: str = " ") -> str:
-        values = preparation[name]
-        return separator.join(f"{value:g}" for value in (values[:1] if len({*values}) == 1 else values))
-
-    crop = f"crop {preparation['crop_pct']:g} ({preparation['crop_mode']})"
-    norm = f"mean {numbers('mean')}, std {numbers('std')}"
-    return f"{numbers('img_size', 'x')} pixels, {preparation['interpolation']}, {crop}, {norm}"
 
 
 def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:

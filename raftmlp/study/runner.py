@@ -1,13 +1,13 @@
 """The runs of a study as processes of `raftmlp train`, several at a time, and the folder that they are in."""
 
-import csv
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,16 @@ class StudyFolder:
 
     Args:
         path: The folder.
-        own_preparation: Returns how the model of a cell prepares images where no option sets it. A study of version
-            0.2 left that to the models; without this function such a study is one of other options.
+        own_preparation: Returns how the model of a cell prepares images where no option sets it, as in the studies of
+            version 0.2.
     """
 
-    def __init__(self, path: str | Path, own_preparation: Callable[[Cell], Mapping[str, Any]] | None = None):
+    def __init__(self, path: str | Path, own_preparation: Callable[[Cell], Mapping[str, Any]] = lambda cell: {}):
         self.path, self.own_preparation = Path(path), own_preparation
-        self._lock = FileLock(self.path / ".lock", timeout=0)
 
-    def open(self, plan: Plan) -> None:
-        """Make the folder this study's, and keep others out of it until ``close``.
+    @contextmanager
+    def open(self, plan: Plan) -> Iterator[None]:
+        """Make the folder this study's, and keep others out of it.
 
         A study that is there already may get more arms, points and seeds.
 
@@ -56,17 +56,17 @@ class StudyFolder:
             UserError: If the folder holds anything else, cannot be written into, or is in use.
         """
         self.check(plan)
-        with opening(self.path, self._lock, "study"):
-            content = dict(recipe=plan.recipe, arms=plan.arms, seeds=list(plan.seeds), points=list(plan.points))
+        lock = FileLock(self.path / ".lock", timeout=0)
+        with opening(self.path, lock, "study"):
+            content = dict(recipe=plan.recipe, arms=plan.arms, seeds=plan.seeds, points=plan.points)
             write_text(self.path / "study.yaml", yaml.safe_dump(content, sort_keys=False))
             for cell in plan.cells():
-                file = self.options_file(cell)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, yaml.safe_dump(cell.options, sort_keys=False))
-
-    def close(self) -> None:
-        """Let other processes into the folder."""
-        self._lock.release()
+                self.options_file(cell).parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.options_file(cell), yaml.safe_dump(cell.options, sort_keys=False))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(self, plan: Plan) -> None:
         """Refuse a folder that is not this study's, and not empty.
@@ -82,23 +82,20 @@ class StudyFolder:
         with file.open() as stream:
             before = Plan(**yaml.safe_load(stream))
         then, now = ({cell.name: cell for cell in p.cells()} for p in (before, plan))
-        common = sorted(then.keys() & now.keys())
-        if not common:
+        if not then.keys() & now.keys():
             raise UserError(f"{self.path} holds another study, with the arms {', '.join(before.arms)}: {HINT}")
-        for name in common:
-            self._check_cell(then[name], now[name])
+        for name in sorted(then.keys() & now.keys()):
+            self._check_cell(then[name].options, now[name])
 
-    def _check_cell(self, then: Cell, now: Cell) -> None:
+    def _check_cell(self, old: dict[str, Any], cell: Cell) -> None:
         """Refuse an arm that is in the folder with other options, or whose images were prepared in another way."""
-        old, new = then.options, now.options
-        unset = [key for key in PREPARATION if old.get(key) is None and new.get(key) is not None]
-        if unset and self.own_preparation:
-            own = self.own_preparation(now)  # whose model is the same, or another difference is found first
-            old = {**old, **{key: own[key] for key in unset}}
+        new = cell.options
         for key in [*sorted({*old, *new} - {*PREPARATION}), *PREPARATION]:
             before, after = old.get(key), new.get(key)
+            if key in PREPARATION and before is None and after is not None:
+                before = self.own_preparation(cell).get(key)  # its model is the same: that is compared before
             if _comparable(key, before) != _comparable(key, after):
-                difference = f"in it, {key} of {now.name} is {before}, not {after}"
+                difference = f"in it, {key} of {cell.name} is {before}, not {after}"
                 raise UserError(f"{self.path} holds another study: {difference}; set it in the arm, or {HINT}")
 
     def options_file(self, cell: Cell) -> Path:
@@ -125,12 +122,9 @@ class StudyFolder:
                     _logger.warning(f"{run.name}: all checkpoints are kept: {error}")
 
     def epochs_done(self, run: Run) -> int:
-        """Return how many epochs of a run are done."""
-        try:
-            with (self.run_folder(run) / "log.csv").open() as file:
-                return sum(1 for _ in csv.DictReader(file))
-        except FileNotFoundError:
-            return 0
+        """Return how many epochs of a run are done: lines of its log, but the first."""
+        log = self.run_folder(run) / "log.csv"
+        return max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
 
 
 def _comparable(key: str, value: Any) -> str:
@@ -141,50 +135,42 @@ def _comparable(key: str, value: Any) -> str:
 
 
 class _Progress:
-    """A bar over all runs, or a line a minute where there is no terminal; a line for every run that ends.
+    """A bar over all runs, or a line a minute where there is no terminal; a line for every run that ends."""
 
-    Args:
-        epochs: How many epochs each run has, by its name.
-        done: How many of them are done.
-        ended: How many runs have ended.
-    """
+    def __init__(self, runs: Sequence[Run], epochs: Mapping[str, int], folder: StudyFolder):
+        self.epochs, self.folder = {run: epochs[run.cell.name] for run in runs}, folder
+        self.shares = {run: folder.epochs_done(run) / self.epochs[run] for run in runs}
+        self.ended_runs, self.logged = sum(folder.summary(run) is not None for run in runs), time.monotonic()
+        file = None if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  the meter counts there too
+        counts = dict(total=len(runs), initial=sum(self.shares.values()), smoothing=0)
+        form = "{percentage:3.0f}%|{bar:10}| {desc}, {remaining} left"
+        self.bar = tqdm(**counts, bar_format=form, leave=False, dynamic_ncols=True, file=file)
+        self.is_hidden = file is not None
 
-    def __init__(self, epochs: Mapping[str, int], done: Mapping[str, int], ended: int):
-        self.epochs, self.done, self.ended_runs = epochs, dict(done), ended
-        self.first, self.start = self._runs_done(), time.monotonic()
-        self.logged = self.start
-        form = "{percentage:3.0f}%|{bar:10}| {desc}"
-        self.bar = tqdm(total=len(epochs), bar_format=form, leave=False, disable=None, dynamic_ncols=True)
-
-    def _runs_done(self) -> float:
-        return sum(min(1, done / self.epochs[name]) for name, done in self.done.items())
-
-    def show(self, done: Mapping[str, int]) -> None:
-        """Show how many epochs the runs that are under way have done."""
-        self.done |= done
-        positions = (f"{name} epoch {min(n + 1, self.epochs[name])}/{self.epochs[name]}" for name, n in done.items())
-        self.bar.n = self._runs_done()
-        words = "; ".join([f"{self.ended_runs} of {len(self.epochs)} runs ended{self._time_left()}", *positions])
-        self.bar.set_description_str(words)
-        if self.bar.disable and time.monotonic() > self.logged + LINE_SECONDS:
+    def show(self, active: Sequence[Run]) -> None:
+        """Show how far the runs are that are under way."""
+        done = {run: self.folder.epochs_done(run) for run in active}
+        self.shares |= {run: epochs / self.epochs[run] for run, epochs in done.items()}
+        positions = [f"{run.name} epoch {min(n + 1, self.epochs[run])}/{self.epochs[run]}" for run, n in done.items()]
+        self.bar.n = sum(self.shares.values())
+        self.bar.set_description_str("; ".join([f"{self.ended_runs} of {len(self.epochs)} runs ended", *positions]))
+        if self.is_hidden and time.monotonic() > self.logged + LINE_SECONDS:
             self.logged = time.monotonic()
-            _logger.info(f"study: {self.bar.n / len(self.epochs):.0%}, {words}")
+            _logger.info(f"study: {self._meter('{percentage:.0f}%, {desc}, {remaining} left')}")
 
-    def ended(self, name: str, summary: dict | None, failure: str) -> None:
+    def ended(self, run: Run, summary: dict | None, failure: str) -> None:
         """Print a line for a run that has ended, with the summary of one that is finished."""
         self.ended_runs += 1
-        self.done[name] = self.epochs[name]
+        self.shares[run] = 1
+        self.bar.n = sum(self.shares.values())
         words = f"failed: {failure}"
         if summary:
             words = f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
-        _logger.info(f"run {self.ended_runs}/{len(self.epochs)}, {name}: {words}{self._time_left()}")
+        left = self._meter("{remaining} left")
+        _logger.info(f"run {self.ended_runs}/{len(self.epochs)}, {run.name}: {words}; {left}")
 
-    def _time_left(self) -> str:
-        """Return the time that is left in words, if it can be told from the runs of this process."""
-        done, left = self._runs_done() - self.first, len(self.epochs) - self._runs_done()
-        if done <= 0 or left <= 0:
-            return ""
-        return f", {tqdm.format_interval(left / done * (time.monotonic() - self.start))} left"
+    def _meter(self, form: str) -> str:
+        return tqdm.format_meter(**{**self.bar.format_dict, "bar_format": form, "ncols": None})
 
 
 def _claim(path: Path) -> int | None:
@@ -232,10 +218,10 @@ def _failure(status: int, log: Path) -> str:
 
 def run_study(
     folder: StudyFolder,
-    plan: Plan,
+    runs: Sequence[Run],
     epochs: Mapping[str, int],
     jobs: int,
-    report: Callable[[dict[str, str]], None],
+    report: Callable[[dict[str, str]], object],
     keep: str = "all",
 ) -> dict[str, str] | None:
     """Run what is not done of a study, ``jobs`` runs at a time in one thread each.
@@ -244,7 +230,7 @@ def run_study(
 
     Args:
         folder: The study's folder, opened.
-        plan: The study.
+        runs: All runs of the study.
         epochs: The epochs of a run, by the names of the cells.
         jobs: Processes at a time.
         report: Called with the failures so far whenever a run has ended.
@@ -253,22 +239,20 @@ def run_study(
     Returns:
         The reasons of the runs that failed, by the names of the runs; None if it was asked to stop.
     """
-    runs = plan.runs()
     waiting = [run for run in runs if folder.summary(run) is None]
-    if done := len(runs) - len(waiting):
-        _logger.info(f"{done} of {len(runs)} runs are done already")
+    if len(waiting) < len(runs):
+        _logger.info(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
     failures: dict[str, str] = {}
-    active: list[tuple[Run, subprocess.Popen]] = []
-    lengths = {run.name: epochs[run.cell.name] for run in runs}
-    progress = _Progress(lengths, {run.name: folder.epochs_done(run) for run in runs}, done)
+    active: dict[Run, subprocess.Popen] = {}
+    progress = _Progress(runs, epochs, folder)
 
-    def end(run: Run, status: int) -> None:
+    def end(run: Run, status: int = 0) -> None:
         summary = folder.summary(run)
         if summary is None:
             failures[run.name] = _failure(status, folder.run_folder(run) / "train.log")
         elif keep == "best":
             folder.keep_best([run])
-        progress.ended(run.name, summary, failures.get(run.name, ""))
+        progress.ended(run, summary, failures.get(run.name, ""))
         report(failures)
 
     with (stop := StopSignals()), progress.bar:
@@ -280,18 +264,18 @@ def run_study(
                         continue
                     waiting.remove(run)
                     if folder.summary(run):  # such a process has finished it
-                        end(run, 0)
+                        end(run)
                     else:
-                        active.append((run, _start(folder, run, lock)))
+                        active[run] = _start(folder, run, lock)
                     os.close(lock)
                 time.sleep(0.2)
-                for run, process in [pair for pair in active if pair[1].poll() is not None and stop.number is None]:
-                    active.remove((run, process))
-                    end(run, process.returncode)
-                progress.show({run.name: folder.epochs_done(run) for run, _ in active})
+                ended = [run for run, process in active.items() if process.poll() is not None]
+                for run in ended if stop.number is None else ():
+                    end(run, active.pop(run).returncode)
+                progress.show([*active])
         finally:
-            for _, process in active:  # they save, and end
+            for process in active.values():  # they save, and end
                 process.terminate()
-            for _, process in active:
+            for process in active.values():
                 process.wait()
     return failures if stop.number is None else None
