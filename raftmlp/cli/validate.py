@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..config import DeviceSettings, ModelSettings, is_folder_name, known_model, weights_file
 from ..data.settings import DataSettings, ImageSettings
 from ..errors import UserError
@@ -124,7 +122,7 @@ def prepare_models(args: argparse.Namespace, dataset: Dataset) -> list[PreparedM
                 run_once(prepared.model, prepared.name, prepared.config["input_size"], batch_size)
             except UserError as error:
                 prepared.failure = str(error)
-            prepared.match(dataset, args.real_labels)
+            prepared.match(dataset)
             models.append(prepared)
     return models
 
@@ -185,17 +183,37 @@ def worst_table(worst: list[dict]) -> str:
 
 def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
-    import timm
-    import torch
+    from ..train.journal import versions
 
     data = dict(dataset=args.dataset or "folder", data_dir=args.data_dir, split=args.val_split)
-    data["classes"] = names and len(names)
     execution = dict(device=str(device), precision=args.amp_dtype if args.amp else "float32")
     execution |= {name: getattr(args, name) for name in ("batch_size", "channels_last", "compile", "mirror")}
-    versions = dict(
-        python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, raftmlp=__version__
-    )
-    return dict(data=data, run=execution, versions=versions)
+    return dict(data={**data, "classes": names and len(names)}, run=execution, versions=versions())
+
+
+def write_files(args: argparse.Namespace, rows: list[dict], about: dict, seen: tuple, dataset: Dataset) -> None:
+    """Write the files that are asked for, and say so; ``seen`` are the predictions, gallery and names of one model."""
+    from ..evaluate.plots import draw_accuracy, draw_confusion
+
+    predictions, gallery, names = seen
+    row, results = rows[-1], dict(rows=rows, **about)
+    title = f"{row['model']}: {row.get('top1', 0):.2f} % of {row.get('images')} images right"
+    if args.confusion:
+        confusion = predictions.confusion(names)
+        results["worst_classes"] = confusion.worst()
+        say(worst_table(results["worst_classes"]))
+        draw_confusion(args.confusion, title, confusion)
+    if args.results_file:
+        write_json(args.results_file, results)
+    if args.predictions:
+        predictions.write(args.predictions, dataset, names)
+    if args.picture:
+        gallery.draw(args.picture, f"{title}, the wrong ones first")
+    if args.size_plot:
+        draw_accuracy(args.size_plot, rows, len(args.sizes or [None]))
+    for name in ("results_file", "predictions", "confusion", "picture", "size_plot"):
+        if path := getattr(args, name):
+            say(f"{name.replace('_', ' ')}: {path}")
 
 
 def main() -> None:
@@ -207,7 +225,8 @@ def main() -> None:
     from ..data.images import file_name
     from ..device import find_device
     from ..evaluate.evaluation import evaluate_prepared
-    from ..evaluate.plots import Gallery, draw_accuracy, draw_confusion
+    from ..evaluate.labels import RealLabels
+    from ..evaluate.plots import Gallery
     from ..evaluate.results import Predictions
     from ..export.hub import training_options
 
@@ -217,43 +236,28 @@ def main() -> None:
     refuse_if_all_failed(models)
     announce(models)
 
-    rows, width = [], max(len(prepared.name) for prepared in models)
+    rows, width, unreadable = [], max(len(prepared.name) for prepared in models), []
     if len(models) > 1:
         real = "  ReaL-1 %  ReaL-5 %" if args.real_labels else ""
         say(f"{'model':<{width}}  parameters       size   crop  top-1 %  top-5 %     loss{real}  images/s")
     for prepared in models:
-        predictions = Predictions()
-        names, gallery = prepared.names, Gallery(prepared.config["mean"], prepared.config["std"], prepared.names)
-        collectors = [predictions, gallery] if args.picture else [predictions]
-        how = (device, settings, args.batch_size, args.workers, args.mirror, collectors)
-        rows.append(evaluate_prepared(prepared, dataset, *how))
+        predictions, real = Predictions(), RealLabels(dataset) if args.real_labels else None
+        gallery = Gallery(prepared.config["mean"], prepared.config["std"], prepared.names) if args.picture else None
+        collectors = [collector for collector in (predictions, real, gallery) if collector]
+        row = evaluate_prepared(
+            prepared, dataset, device, settings, args.batch_size, args.workers, args.mirror, collectors
+        )
         if not prepared.failure:
-            row, unreadable = rows[-1], predictions.unreadable()
+            row |= real.figures() if real else {}
+            unreadable = predictions.unreadable()
+        rows.append(row)
         if len(models) > 1:
-            say(table_line(rows[-1], width))
+            say(table_line(row, width))
     refuse_if_all_failed(models)
     if len(models) == 1:
         say(summary(row, device))
     if unreadable:
-        total = row["images"] + row["unread"]
-        print(f"{len(unreadable)} of {total} images could not be read and do not count:", file=sys.stderr)
-    for index in unreadable:
-        print(f"  {file_name(dataset, index)}", file=sys.stderr)
-
-    results, title = dict(rows=rows), f"{row['model']}: {row['top1']:.2f} % of {row['images']} images right"
-    if args.confusion:
-        confusion = predictions.confusion(names)
-        results["worst_classes"] = confusion.worst()
-        say(worst_table(results["worst_classes"]))
-        draw_confusion(args.confusion, title, confusion)
-    if args.results_file:
-        write_json(args.results_file, results | conditions(args, class_names(dataset), device))
-    if args.predictions:
-        predictions.write(args.predictions, dataset, names)
-    if args.picture:
-        gallery.draw(args.picture, f"{title}, the wrong ones first")
-    if args.size_plot:
-        draw_accuracy(args.size_plot, rows, len(args.sizes or [None]))
-    for name in ("results_file", "predictions", "confusion", "picture", "size_plot"):
-        if path := getattr(args, name):
-            say(f"{name.replace('_', ' ')}: {path}")
+        files = [f"{len(unreadable)} images could not be read and do not count:"]
+        print("\n  ".join(files + [file_name(dataset, index) for index in unreadable]), file=sys.stderr)
+    about = conditions(args, class_names(dataset), device)
+    write_files(args, rows, about, (predictions, gallery, prepared.names), dataset)

@@ -20,7 +20,7 @@ from ..data.settings import ImageSettings
 from ..errors import UserError, first_words
 from ..model.create import create_model
 from ..sizes import check_memory, size_name
-from .labels import RealLabels, are_synsets, matching_outputs, model_class_names, readable_names
+from .labels import are_synsets, matching_outputs, model_class_names, readable_names
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +125,6 @@ class PreparedModel:
         outputs: The model's outputs that count, one a class of the data; None for all.
         classes: The model's class for each class of the data, where all outputs count; None where these are the same.
         names: Names of the classes that are evaluated, None where the data tell none.
-        real_labels: Counts against the labels of ImageNet-ReaL, if that is asked for.
         failure: Why it cannot take images of this size, or so many at once.
     """
 
@@ -136,30 +135,26 @@ class PreparedModel:
     outputs: list[int] | None = None
     classes: list[int] | None = None
     names: list[str] | None = None
-    real_labels: RealLabels | None = None
     failure: str = ""
 
     def description(self) -> dict[str, Any]:
         """Return the part of a row of results that says what the model is."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        size = self.config["input_size"][-2:]
-        return dict(model=self.name, weights=self.weights, parameters=parameters, img_size=size)
+        about = dict(
+            model=self.name, weights=self.weights, parameters=parameters, img_size=self.config["input_size"][-2:]
+        )
+        return {**about, "failure": self.failure} if self.failure else about
 
-    def match(self, dataset: Dataset, with_real_labels: bool = False) -> None:
+    def match(self, dataset: Dataset) -> None:
         """Find the outputs for the classes of the data: all of them, or for a part of ImageNet those of the part.
 
         Raises:
-            UserError: If the model does not know these classes, or the labels of ImageNet-ReaL are not for it.
+            UserError: If the model does not know these classes.
         """
         names = class_names(dataset)
         self.outputs, self.names = matching_outputs(names, self.model), readable_names(names)
         if self.outputs and not are_synsets(names):  # as in training
             self.outputs, self.classes, self.names = None, self.outputs, model_class_names(self.model)
-        if with_real_labels:
-            self.real_labels = RealLabels(dataset)
-            count = len(self.outputs or range(self.model.num_classes))
-            if count != 1000:
-                raise UserError(f"--real-labels takes models of ImageNet-1k, {self.name} has {count} classes")
 
 
 def prepare_model(
@@ -196,16 +191,13 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
 
 
 def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]], where: str) -> None:
-    """Refuse images of shapes (C, H, W) that a model cannot take; it is in eval mode after that.
+    """Refuse images of shapes (C, H, W), which come from ``where``, that a model cannot take; it is in eval mode then.
 
     Raises:
-        UserError: If there is one; the message begins with ``where`` they come from.
+        UserError: If there is one.
     """
     for shape in shapes:
-        try:
-            run_once(model.eval(), name, shape)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        run_once(model.eval(), f"{where}: {name}", shape)
 
 
 def evaluate_prepared(
@@ -227,8 +219,7 @@ def evaluate_prepared(
         UserError: If no image can be read.
     """
     if prepared.failure:
-        return {**prepared.description(), "failure": prepared.failure}
-    collectors = [*collectors, prepared.real_labels] if prepared.real_labels else collectors
+        return prepared.description()
     model = prepared.model.to(device, memory_format=settings.memory_format)
     if settings.compile:
         torch.compiler.reset()  # every size is compiled for itself
@@ -244,11 +235,10 @@ def evaluate_prepared(
         figures = evaluate(classifier, loader, device, settings.autocast(device), on_batch)
     except torch.OutOfMemoryError:
         prepared.failure = f"{prepared.name}: --batch-size {batch_size} is too much for the memory"
-        return {**prepared.description(), "failure": prepared.failure}
+        return prepared.description()
     finally:
         prepared.model.to("cpu")
     if not figures["images"]:
         raise UserError(f"none of the {figures['unread']} images can be read: {file_name(dataset, 0)} ...")
     preparation = {key: prepared.config[key] for key in ("crop_pct", "interpolation")}
-    real = prepared.real_labels.figures() if prepared.real_labels else {}
-    return {**prepared.description(), **preparation, **figures, **real}
+    return {**prepared.description(), **preparation, **figures}

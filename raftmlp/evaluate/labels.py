@@ -134,6 +134,8 @@ class RealLabels:
 
     def add(self, images: Tensor, target: Tensor, logits: Tensor) -> None:
         """Count a batch: images (B, C, H, W), classes (B,) and logits (B, 1000)."""
+        if logits.shape[1] != 1000:
+            raise UserError(f"--real-labels takes models of ImageNet-1k, not of {logits.shape[1]} classes")
         for offset in (target == UNREADABLE).nonzero()[:, 0].tolist():
             self.evaluator.real_labels[self.evaluator.filenames[self.evaluator.sample_idx + offset]] = []
         self.evaluator.add_result(logits)
