@@ -34,7 +34,7 @@ def test_a_rehearsal_names_what_fails_and_measures_the_rest(measure, tmp_path, m
     monkeypatch.setattr(measure_gpu, "benchmarks", benchmarks)
     assert measure("--device", "cpu") == 1
     out = capfd.readouterr().out
-    assert "failed: the benchmark training (status 2)" in out and "images/s in the best mode" in out
+    assert "failed: the benchmark training (status 2)" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["tests"].startswith("1 passed, 1 skipped")
     assert [row["model"] for row in summary["rows"]] == ["reference:raftmlp_digits", "raftmlp_digits"]

@@ -105,17 +105,6 @@ def run_quietly(command: list[str]) -> None:
         say(f"not compiled beforehand: {' '.join(command)}")
 
 
-def say_speeds(rows: list[dict]) -> None:
-    """Say the images/s of every model in its best mode, at the first size of each task."""
-    best: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["size"] == rows[0]["size"] and row["images_per_second"]:
-            speeds = best.setdefault(row["task"], {})
-            speeds[row["model"]] = max(row["images_per_second"], speeds.get(row["model"], 0))
-    for task, speeds in best.items():
-        say(f"{task}, images/s in the best mode: " + ", ".join(f"{name} {value:.0f}" for name, value in speeds.items()))
-
-
 def build_parser() -> Parser:
     parser = Parser(yaml_config=False, description=__doc__)
     parser.add_argument("--device", metavar="NAME", help="cuda, or cpu for a rehearsal (default: cuda)")
@@ -162,7 +151,6 @@ def main() -> int:
         if results.exists():
             rows += [dict(row, benchmark=name) for row in json.loads(results.read_text())["rows"]]
         write_json(folder / "summary.json", dict(about, rows=rows), indent=1)
-    say_speeds(rows)
     say(f"{time.monotonic() - begun:.0f} s; tests, tables and pictures: {folder}")
     if failed:
         say(f"failed: {', '.join(failed)}")

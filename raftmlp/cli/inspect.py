@@ -9,6 +9,7 @@ every block changes the map; and inspection.json, the figures of the last two. T
 set, or of noise where none is named.
 """
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..config import ModelSettings
@@ -48,13 +49,9 @@ def read_images(dataset: "Dataset", config: dict, count: int, settings: DataSett
 
     if not isinstance(dataset, torch.utils.data.IterableDataset):
         dataset = take_images(dataset, min(count, image_count(dataset)), 0, class_names(dataset))
-    batches, found = [], 0
-    for images, _ in evaluation_loader(dataset, config, torch.device("cpu"), settings.batch_size, settings.workers):
-        batches.append(images)
-        found += len(images)
-        if found >= count:
-            break
-    return torch.cat(batches)[:count]
+    loader = evaluation_loader(dataset, config, torch.device("cpu"), settings.batch_size, settings.workers)
+    batches = islice((images for images, _ in loader), -(-count // settings.batch_size))
+    return torch.cat(list(batches))[:count]
 
 
 def main() -> None:
@@ -66,7 +63,7 @@ def main() -> None:
     from ..data.datasets import class_names
     from ..evaluate import plots
     from ..evaluate.evaluation import prepare_model, warn_of_random_weights
-    from ..evaluate.inspection import mixing_weights, receptive_fields, update_norms
+    from ..evaluate.inspection import mixing_weights, receptive_fields, smallest_share, update_norms
     from ..evaluate.labels import default_num_classes
     from ..model.raftmlp import RaftMLP
 
@@ -91,20 +88,14 @@ def main() -> None:
         title = f"{name}: first weights of the {kind} token mixing{axis}"
         plots.draw_weights(args.out / f"{kind}.png", kind, title, blocks)
     fields, norms = receptive_fields(model, images), update_norms(model, images)
+    halves = {layer: smallest_share(gradient) for layer, gradient in fields.items()}
     plots.draw_receptive_fields(args.out / "receptive_fields.png", f"effective receptive fields: {of}", fields)
     plots.draw_updates(args.out / "updates.png", of, norms)
-    content = dict(
-        model=name,
-        weights=settings.weights,
-        images=len(images),
-        data=source,
-        img_size=config["input_size"][-2:],
-        half_of_the_gradient_in={field.layer: field.half for field in fields},
-        updates=norms,
-    )
-    write_json(args.out / "inspection.json", content)
-    for field in fields:
-        say(f"{field.layer}: half of the gradient of its middle is in {field.half:.1%} of the pixels")
+    about = dict(model=name, weights=settings.weights, images=len(images), data=source)
+    figures = dict(img_size=config["input_size"][-2:], half_of_the_gradient_in=halves, updates=norms)
+    write_json(args.out / "inspection.json", about | figures)
+    for layer, half in halves.items():
+        say(f"{layer}: half of the gradient of its middle is in {half:.1%} of the pixels")
     for block, row in norms.items():
         say(f"{block}: updates of {', '.join(f'{kind} {value:.2f}' for kind, value in row.items())}")
     files = [*(f"{kind}.png" for kind in weights), "receptive_fields.png", "updates.png", "inspection.json"]

@@ -1,7 +1,5 @@
 """What a trained RaftMLP has learnt: weights of token mixing, receptive fields, how much each block changes the map."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,31 +7,21 @@ from torch import Tensor, nn
 from ..model.layers import TokenMixing
 from ..model.raftmlp import RaftMLP
 
-__all__ = ["MixingWeights", "ReceptiveField", "mixing_weights", "receptive_fields", "update_norms"]
+__all__ = ["mixing_weights", "receptive_fields", "smallest_share", "update_norms"]
 
 
-@dataclass(frozen=True)
-class MixingWeights:
-    """The first weights of a token mixing's MLP: what each hidden unit looks at.
+def mixing_weights(model: RaftMLP) -> dict[str, dict[str, np.ndarray]]:
+    """Return the first weights of all token mixings, what each hidden unit looks at, by kind and block.
 
-    Args:
-        block: The block's name, "stage 1, block 1".
-        weights: Of raft-token mixing, (units, r, L) for r raft groups and L positions; of plain token mixing,
-            (units, H, W).
+    Kinds are "vertical" and "horizontal", with weights (units, r, L) for r raft groups and L positions, or "plain",
+    with weights (units, H, W).
     """
-
-    block: str
-    weights: np.ndarray
-
-
-def mixing_weights(model: RaftMLP) -> dict[str, list[MixingWeights]]:
-    """Return the weights of all token mixings, in the order of the blocks: "vertical" and "horizontal", or "plain"."""
-    found: dict[str, list[MixingWeights]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for name, block in _blocks(model).items():
         for kind, layer in block.tokens.named_children():
             weight = layer.fc1.weight.detach().float().cpu().numpy()
             shape = block.grid if isinstance(layer, TokenMixing) else (layer.raft_size, -1)
-            found.setdefault(kind, []).append(MixingWeights(name, weight.reshape(len(weight), *shape)))
+            found.setdefault(kind, {})[name] = weight.reshape(len(weight), *shape)
     return found
 
 
@@ -45,26 +33,8 @@ def _blocks(model: RaftMLP) -> dict[str, nn.Module]:
     }
 
 
-# Receptive fields
-
-
-@dataclass(frozen=True)
-class ReceptiveField:
-    """The effective receptive field of the centre of a feature map.
-
-    Args:
-        layer: The layer's name, "stage 1".
-        gradient: The mean size of the gradient at every pixel (H, W).
-        half: The smallest share of the pixels that has half of it, 0 to 0.5.
-    """
-
-    layer: str
-    gradient: np.ndarray
-    half: float
-
-
-def receptive_fields(model: RaftMLP, images: Tensor, batch_size: int = 16) -> list[ReceptiveField]:
-    """Return the effective receptive field of every stage, or of every block in a network of one stage.
+def receptive_fields(model: RaftMLP, images: Tensor, batch_size: int = 16) -> dict[str, np.ndarray]:
+    """Return the effective receptive field (H, W) of every stage, or of every block in a network of one stage.
 
     It is the size of the gradient of the map's middle position, all channels added, at the pixels: the mean over the
     images (B, C, H, W).
@@ -72,29 +42,23 @@ def receptive_fields(model: RaftMLP, images: Tensor, batch_size: int = 16) -> li
     Source: W. Luo et al., Understanding the Effective Receptive Field in Deep Convolutional Neural Networks, 2016.
     """
     model.eval()
-    fields, size = [], images.shape[-2:]
-    single = len(model.stages) == 1
+    fields, kind = {}, "block" if len(model.stages) == 1 else "stage"
     for index in range(len(model.feature_info)):
-        total = torch.zeros(size)
+        total = torch.zeros(images.shape[-2:])
         for batch in images.split(batch_size):
             batch = batch.detach().requires_grad_()
             (features,) = model.forward_intermediates(batch, [index], stop_early=True, intermediates_only=True)
             middle = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
             (gradient,) = torch.autograd.grad(middle.sum(), batch)
             total += gradient.abs().sum((0, 1)).cpu()
-        gradient = (total / len(images)).numpy()
-        layer = f"block {index + 1}" if single else f"stage {index + 1}"
-        fields.append(ReceptiveField(layer, gradient, smallest_share(gradient, 0.5)))
+        fields[f"{kind} {index + 1}"] = (total / len(images)).numpy()
     return fields
 
 
-def smallest_share(values: np.ndarray, part: float) -> float:
+def smallest_share(values: np.ndarray, part: float = 0.5) -> float:
     """Return the smallest share of some values, none negative, whose sum is at least this part of all of them."""
     cumulated = np.cumsum(np.sort(values, axis=None)[::-1], dtype=np.float64)
     return float((np.searchsorted(cumulated, part * cumulated[-1]) + 1) / values.size) if cumulated[-1] else 0.0
-
-
-# Updates
 
 
 def update_norms(model: RaftMLP, images: Tensor, batch_size: int = 16) -> dict[str, dict[str, float]]:

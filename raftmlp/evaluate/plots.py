@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data.images import UNREADABLE
 from ..files import save_figure
 from ..sizes import parse_size, size_name
-from .inspection import MixingWeights, ReceptiveField
+from .inspection import smallest_share
 from .labels import class_name, drawable
 from .results import Confusion
 from .speed import Result
@@ -231,34 +231,33 @@ def draw_study(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
 # What a network has learnt
 
 
-def draw_weights(path: Path, kind: str, title: str, blocks: Sequence[MixingWeights]) -> None:
-    """Write a picture of the weights of one kind of token mixing, a row a block.
+def draw_weights(path: Path, kind: str, title: str, blocks: Mapping[str, np.ndarray]) -> None:
+    """Write a picture of one kind of ``mixing_weights``, a row a block.
 
     Of raft-token mixing, a panel a raft group: the positions of the grid along the axis that is mixed, the units beside
     each other, in the order of the place that they look at, the same in all groups. Of plain token mixing, the 32 units
     of the largest weights, each an image of the grid.
     """
     is_plain = kind == "plain"
-    columns = 32 if is_plain else max(block.weights.shape[1] for block in blocks)
+    columns = 32 if is_plain else max(weights.shape[1] for weights in blocks.values())
     width, height = {"plain": (0.45, 0.75), "vertical": (3.4, 1.25), "horizontal": (2.6, 1.9)}[kind]
     across = {"vertical": "\ndown: rows; across: units", "horizontal": "\nacross: columns; down: units"}.get(kind, "")
     figure, axes = _panels(len(blocks), columns, 1.6 + width * columns, 0.9 + height * len(blocks), title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], visible=False)
-    for row, block in zip(axes, blocks):
+    for row, (block, weights) in zip(axes, blocks.items()):
         if is_plain:
-            norms = np.linalg.norm(block.weights.reshape(len(block.weights), -1), axis=1)
-            panels = block.weights[np.argsort(-norms)[:columns]]
+            panels = weights[np.argsort(-np.linalg.norm(weights, axis=(1, 2)))[:columns]]
         else:  # (units, r, L) to r panels of positions and units
-            panels = _by_place(block.weights).transpose((1, 2, 0) if kind == "vertical" else (1, 0, 2))
-        limit = np.quantile(np.abs(block.weights), 0.995) or 1
+            panels = _by_place(weights).transpose((1, 2, 0) if kind == "vertical" else (1, 0, 2))
+        limit = np.quantile(np.abs(weights), 0.995) or 1
         look = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         for i, (axis, panel) in enumerate(zip(row, panels)):
             axis.set_visible(True)
             axis.imshow(panel, **look, aspect="equal" if is_plain else "auto")
             if not is_plain:
                 axis.set_title(f"raft group {i + 1}", fontsize=7, pad=2)
-        row[0].set_ylabel(f"{block.block}{across}", fontsize=7, rotation=0, ha="right", va="center")
+        row[0].set_ylabel(block + across, fontsize=7, rotation=0, ha="right", va="center")
     save_figure(figure, path)
 
 
@@ -269,16 +268,16 @@ def _by_place(weights: np.ndarray) -> np.ndarray:
     return weights[np.argsort(places, kind="stable")]
 
 
-def draw_receptive_fields(path: Path, title: str, fields: Sequence[ReceptiveField]) -> None:
+def draw_receptive_fields(path: Path, title: str, fields: Mapping[str, np.ndarray]) -> None:
     """Write a picture of receptive fields, each scaled to its largest gradient; the root makes small ones visible."""
     columns = min(len(fields), 6)
     rows = -(-len(fields) // columns)
     figure, axes = _panels(rows, columns, 0.4 + 2.2 * columns, 0.6 + 2.5 * rows, title)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, field in zip(axes.flat, fields):
-        axis.imshow(np.sqrt(field.gradient / (field.gradient.max() or 1)), cmap="magma", vmin=0, vmax=1)
-        axis.set_title(f"{field.layer}\nhalf of it in {field.half:.1%} of the pixels", fontsize=8)
+    for axis, (layer, gradient) in zip(axes.flat, fields.items()):
+        axis.imshow(np.sqrt(gradient / (gradient.max() or 1)), cmap="magma", vmin=0, vmax=1)
+        axis.set_title(f"{layer}\nhalf of it in {smallest_share(gradient):.1%} of the pixels", fontsize=8)
     save_figure(figure, path)
 
 
