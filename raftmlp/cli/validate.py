@@ -257,7 +257,7 @@ def main() -> None:
     if len(models) == 1:
         say(summary(row, device))
     if unreadable:
-        files = [f"{len(unreadable)} images could not be read and do not count:"]
-        print("\n  ".join(files + [file_name(dataset, index) for index in unreadable]), file=sys.stderr)
+        files = (file_name(dataset, index) for index in unreadable)
+        print("\n  ".join(["images that could not be read do not count:", *files]), file=sys.stderr)
     about = conditions(args, class_names(dataset), device)
     write_files(args, rows, about, (predictions, gallery, prepared.names), dataset)
