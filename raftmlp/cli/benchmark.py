@@ -50,33 +50,18 @@ def build_parser() -> Parser:
     )
     parser.checks["models"] = model_name
     for name, choices in (("mode", MODES), ("task", TASKS)):
-        group.add_argument(
-            f"--{name}s",
-            nargs="+",
-            choices=choices,
-            default=[choices[0]],
-            metavar=name.upper(),
-            help=f"of {', '.join(choices)} (default: {choices[0]})",
-        )
-    group.add_argument(
-        "--sizes",
-        nargs="+",
-        type=option_type(parse_size),
-        default=[(224, 224)],
-        metavar="SIZE",
-        help="image sizes, as 224 or 800x1333 (default: 224)",
-    )
+        text = f"of {', '.join(choices)} (default: {choices[0]})"
+        words = dict(nargs="+", choices=choices, default=[choices[0]], metavar=name.upper())
+        group.add_argument(f"--{name}s", **words, help=text)
+    text, words = "image sizes, as 224 or 800x1333 (default: 224)", dict(nargs="+", metavar="SIZE")
+    group.add_argument("--sizes", type=option_type(parse_size), default=[(224, 224)], **words, help=text)
     parser.add_settings(SpeedSettings)
     group = parser.group("how")
-    default = "the accelerator that torch finds, else cpu"
-    group.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... (default: {default})")
+    text = "cpu, cuda, cuda:1, mps, ... (default: the accelerator that torch finds, else cpu)"
+    group.add_argument("--device", metavar="NAME", help=text)
     group.add_argument("--threads", type=option_type(Count), metavar="N", help="threads on a CPU (default: PyTorch's)")
-    parser.group("output").add_argument(
-        "--output",
-        type=option_type(output_folder),
-        metavar="DIR",
-        help="write results.json and results.csv there, speed.png of several models, sizes.png of several sizes",
-    )
+    text = "write results.json and results.csv there, speed.png of several models, sizes.png of several sizes"
+    parser.group("output").add_argument("--output", type=option_type(output_folder), metavar="DIR", help=text)
     return parser
 
 
@@ -114,22 +99,14 @@ def table(results: list[Result]) -> str:
 
 def conditions(settings: SpeedSettings, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
-    import timm
     import torch
+
+    from ..train.journal import versions
 
     describe = getattr(torch.get_device_module(device), "get_device_name", None)
     name = describe(device) if describe else platform.processor() or platform.machine()
-    return dict(
-        device=f"{device.type}: {name}",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        precision=settings.precision,
-        channels_last=settings.channels_last,
-        compile_mode=settings.compile_mode,
-        rounds=settings.rounds,
-        command=command_line(),
-    )
+    about = dict(device=f"{device.type}: {name}", threads=torch.get_num_threads(), command=command_line())
+    return {**about, **versions(), **asdict(settings)}
 
 
 def write(folder: Path, results: list[Result], about: dict) -> None:

@@ -40,32 +40,22 @@ def build_parser() -> Parser:
     for settings in (ModelSettings, DataSettings, ImageSettings):
         parser.add_settings(settings)
     group = parser.group("evaluation")
-    group.add_argument(
-        "--sizes",
-        type=option_type(parse_size),
-        nargs="+",
-        metavar="N|HxW",
-        help="evaluate at each of these image sizes, in place of --img-size; a size that a model cannot take is a row "
-        "that says so",
+    text = (
+        "evaluate at each of these image sizes, in place of --img-size; a size that a model cannot take is a row that "
+        "says so"
     )
-    group.add_argument(
-        "--compare",
-        type=weights_file,
-        nargs="+",
-        metavar="NAME|FILE",
-        help="evaluate these models too, on the same images prepared as each needs them: checkpoints, folders of runs, "
+    group.add_argument("--sizes", type=option_type(parse_size), nargs="+", metavar="N|HxW", help=text)
+    text = (
+        "evaluate these models too, on the same images prepared as each needs them: checkpoints, folders of runs, "
         "folders as local-dir:FOLDER or hf-hub:USER/NAME, and models with their pretrained weights if --pretrained; "
-        "--checkpoint and --model-kwargs are for --model alone",
+        "--checkpoint and --model-kwargs are for --model alone"
     )
+    group.add_argument("--compare", type=weights_file, nargs="+", metavar="NAME|FILE", help=text)
     parser.checks["compare"] = lambda name: os.path.exists(name) or known_model(name)
-    group.add_argument(
-        "--mirror", action="store_true", help="average the probabilities of every image and its mirror image"
-    )
-    group.add_argument(
-        "--real-labels",
-        action="store_true",
-        help="top-1 and top-5 against the labels of ImageNet-ReaL too; for ImageNet's 50,000 validation images",
-    )
+    text = "average the probabilities of every image and its mirror image"
+    group.add_argument("--mirror", action="store_true", help=text)
+    text = "top-1 and top-5 against the labels of ImageNet-ReaL too; for ImageNet's 50,000 validation images"
+    group.add_argument("--real-labels", action="store_true", help=text)
     parser.add_settings(DeviceSettings)
     group = parser.group("output")
     for name, suffixes, text in (
@@ -163,11 +153,10 @@ def table_line(row: dict, width: int) -> str:
 
 def summary(row: dict, device: torch.device) -> str:
     """Return a single row of results in a sentence."""
-    real = f"ReaL top-1 {row['real_top1']:.2f} %, top-5 {row['real_top5']:.2f} %, " if "real_top1" in row else ""
-    return (
-        f"{row['model']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, {real}loss {row['loss']:.4f} over "
-        f"{row['images']} images, {row['images_per_second']:.0f} images/s on {device}"
-    )
+    kinds = {"": "top", "ReaL ": "real_top"} if "real_top1" in row else {"": "top"}
+    shares = [f"{words}top-1 {row[key + '1']:.2f} %, top-5 {row[key + '5']:.2f} %" for words, key in kinds.items()]
+    speed = f"{row['images']} images, {row['images_per_second']:.0f} images/s on {device}"
+    return f"{row['model']}: {', '.join(shares)}, loss {row['loss']:.4f} over {speed}"
 
 
 def worst_table(worst: list[dict]) -> str:
