@@ -46,24 +46,17 @@ from .train import build_parser as build_train_parser
 def build_parser() -> Parser:
     parser = Parser("%(prog)s CONFIG [OPTION ...]", yaml_config=False, description=__doc__)
     parser.add_argument("study", metavar="CONFIG", help="YAML file, or the name of a shipped one (studies/paper)")
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder of the study (default: runs/studies/ and the file's name)"
+    text = "folder of the study (default: runs/studies/ and the file's name)"
+    parser.add_argument("--output", metavar="DIR", help=text)
+    text = "runs at a time, one thread each (default: as many as there are processors; 1 where there is a GPU)"
+    parser.add_argument("--jobs", type=option_type(between(1, 1024)), metavar="N", help=text)
+    text = (
+        "checkpoints of finished runs to keep: all, or the best weights of each only, without the optimizer (default: "
+        "best, for runs that end now; if it is given, for runs that ended before too)"
     )
-    parser.add_argument(
-        "--jobs",
-        type=option_type(between(1, 1024)),
-        metavar="N",
-        help="runs at a time, one thread each (default: as many as there are processors; 1 where there is a GPU)",
-    )
-    parser.add_argument(
-        "--keep",
-        choices=("all", "best"),
-        help="checkpoints of finished runs to keep: all, or the best weights of each only, without the optimizer "
-        "(default: best, for runs that end now; if it is given, for runs that ended before too)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check every arm, print parameters and multiply-accumulates, and end"
-    )
+    parser.add_argument("--keep", choices=("all", "best"), help=text)
+    text = "check every arm, print parameters and multiply-accumulates, and end"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     return parser
 
 
@@ -177,8 +170,8 @@ def main() -> int:
         rows, failures = report({}), {}
     else:
         with folder.open(plan):
-            if args.keep == "best":
-                folder.keep_best(runs)
+            for run in runs if args.keep == "best" else ():
+                folder.keep_best(run)
             failures = run_study(folder, runs, epochs, jobs, report, args.keep or "best")
             rows = report(failures or {})
     say("\n".join([make_table(rows), *make_notes(rows)]))

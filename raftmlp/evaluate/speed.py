@@ -72,6 +72,21 @@ class Result:
     other_load: float | None = None
     failure: str = ""
 
+    def set_times(self, seconds: Sequence[float], ratios: Sequence[float], paces: Sequence[tuple], work: tuple) -> None:
+        """Set the figures that follow from the seconds of an iteration in each round, and the ratios of each.
+
+        ``paces`` are those of the device in each round, ``work`` the multiplications of an iteration, and the bytes
+        that its products move.
+        """
+        middle = median(seconds)
+        low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else (0, 0, 0)
+        self.milliseconds, self.images_per_second = 1000 * middle, self.batch_size / middle
+        self.spread = (high - low) / middle
+        rates = [median(values) for values in zip(*paces)]
+        self.arithmetic_share, self.traffic_share = (amount / rate / middle for amount, rate in zip(work, rates))
+        if ratios:
+            self.ratio, self.ratio_low, self.ratio_high = median(ratios), min(ratios), max(ratios)
+
 
 # Time
 
@@ -303,13 +318,10 @@ def measure(
             times.append(clock(meter, iterations, device))
             bar.update()
     bar.close()
-    pace = [median(values) for values in zip(*paces)]
     for (_, result, work, _), times in zip(meters, seconds):
-        _summarize(result, times, work, pace)
-        if not results[0].failure:
-            images = result.batch_size / results[0].batch_size
-            ratios = [first / other * images for first, other in zip(seconds[0], times)]
-            result.ratio, result.ratio_low, result.ratio_high = median(ratios), min(ratios), max(ratios)
+        images = result.batch_size / results[0].batch_size
+        ratios = [] if results[0].failure else [first / own * images for first, own in zip(seconds[0], times)]
+        result.set_times(times, ratios, paces, work)
     return results
 
 
@@ -330,15 +342,3 @@ def _fitting_meter(
         if device.type != "cpu":
             torch.get_device_module(device).empty_cache()
         settings = replace(settings, batch_size=settings.batch_size // 2)
-
-
-def _summarize(result: Result, times: list[float], work: Sequence[float], pace: Sequence[float]) -> None:
-    """Set a result's figures of the seconds of an iteration in each round.
-
-    ``work`` are its multiplications and the bytes that its products move, ``pace`` what the device does in a second.
-    """
-    seconds = median(times)
-    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0, 0, 0)
-    result.milliseconds, result.images_per_second = 1000 * seconds, result.batch_size / seconds
-    result.spread = (high - low) / seconds
-    result.arithmetic_share, result.traffic_share = (amount / rate / seconds for amount, rate in zip(work, pace))

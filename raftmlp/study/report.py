@@ -140,16 +140,9 @@ def _place(row: Mapping[str, Any]) -> str:
 def write_results(folder: StudyFolder, name: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write study.json, study.csv (a row for every run), study.md and study.png into a study's folder."""
     notes = make_notes(rows)
-    content = dict(
-        study=name,
-        figure="top-1 in % after the last epoch",
-        recipe=plan.recipe,
-        seeds=plan.seeds,
-        arms=plan.arms,
-        rows=rows,
-        notes=notes,
-        versions=versions(),
-    )
+    plans = dict(recipe=plan.recipe, seeds=plan.seeds, arms=plan.arms)
+    content = dict(study=name, figure="top-1 in % after the last epoch", **plans, rows=rows, notes=notes)
+    content["versions"] = versions()
     write_json(folder.path / "study.json", content, indent=1)
     plain = [
         {

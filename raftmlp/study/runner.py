@@ -111,15 +111,14 @@ class StudyFolder:
         file = self.run_folder(run) / "summary.json"
         return json.loads(file.read_text()) if file.exists() else None
 
-    def keep_best(self, runs: Sequence[Run]) -> None:
-        """Remove what finished runs need no more: all checkpoints but the best weights."""
-        for run in runs:
-            folder = RunFolder(self.run_folder(run))
+    def keep_best(self, run: Run) -> None:
+        """Remove what a finished run needs no more: all checkpoints but the best weights."""
+        folder = RunFolder(self.run_folder(run))
+        try:
             if self.summary(run) and (folder.last.exists() or folder.previous.exists()):
-                try:
-                    folder.keep_best()
-                except (OSError, UserError) as error:
-                    _logger.warning(f"{run.name}: all checkpoints are kept: {error}")
+                folder.keep_best()
+        except (OSError, UserError) as error:
+            _logger.warning(f"{run.name}: all checkpoints are kept: {error}")
 
     def epochs_done(self, run: Run) -> int:
         """Return how many epochs of a run are done: lines of its log, but the first."""
@@ -138,36 +137,33 @@ class _Progress:
     """A bar over all runs, or a line a minute where there is no terminal; a line for every run that ends."""
 
     def __init__(self, runs: Sequence[Run], epochs: Mapping[str, int], folder: StudyFolder):
-        self.epochs, self.folder = {run: epochs[run.cell.name] for run in runs}, folder
-        self.shares = {run: folder.epochs_done(run) / self.epochs[run] for run in runs}
-        self.ended_runs, self.logged = sum(folder.summary(run) is not None for run in runs), time.monotonic()
-        file = None if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  the meter counts there too
-        counts = dict(total=len(runs), initial=sum(self.shares.values()), smoothing=0)
+        self.runs, self.epochs, self.folder, self.logged = runs, epochs, folder, time.monotonic()
+        self.ended_runs = sum(folder.summary(run) is not None for run in runs)
+        self.hidden = None if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  it counts there too
+        counts = dict(total=len(runs), initial=self._runs_done(), smoothing=0)
         form = "{percentage:3.0f}%|{bar:10}| {desc}, {remaining} left"
-        self.bar = tqdm(**counts, bar_format=form, leave=False, dynamic_ncols=True, file=file)
-        self.is_hidden = file is not None
+        self.bar = tqdm(**counts, bar_format=form, leave=False, dynamic_ncols=True, file=self.hidden)
+
+    def _runs_done(self) -> float:
+        return sum(self.folder.epochs_done(run) / self.epochs[run.cell.name] for run in self.runs)
 
     def show(self, active: Sequence[Run]) -> None:
         """Show how far the runs are that are under way."""
-        done = {run: self.folder.epochs_done(run) for run in active}
-        self.shares |= {run: epochs / self.epochs[run] for run, epochs in done.items()}
-        positions = [f"{run.name} epoch {min(n + 1, self.epochs[run])}/{self.epochs[run]}" for run, n in done.items()]
-        self.bar.n = sum(self.shares.values())
-        self.bar.set_description_str("; ".join([f"{self.ended_runs} of {len(self.epochs)} runs ended", *positions]))
-        if self.is_hidden and time.monotonic() > self.logged + LINE_SECONDS:
+        self.bar.n = self._runs_done()
+        words = [f"{self.ended_runs} of {len(self.runs)} runs ended"]
+        for run in active:
+            epochs = self.epochs[run.cell.name]
+            words.append(f"{run.name} epoch {min(self.folder.epochs_done(run) + 1, epochs)}/{epochs}")
+        self.bar.set_description_str("; ".join(words))
+        if self.hidden and time.monotonic() > self.logged + LINE_SECONDS:
             self.logged = time.monotonic()
             _logger.info(f"study: {self._meter('{percentage:.0f}%, {desc}, {remaining} left')}")
 
-    def ended(self, run: Run, summary: dict | None, failure: str) -> None:
-        """Print a line for a run that has ended, with the summary of one that is finished."""
+    def ended(self, run: Run, words: str) -> None:
+        """Print a line for a run that has ended."""
         self.ended_runs += 1
-        self.shares[run] = 1
-        self.bar.n = sum(self.shares.values())
-        words = f"failed: {failure}"
-        if summary:
-            words = f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
-        left = self._meter("{remaining} left")
-        _logger.info(f"run {self.ended_runs}/{len(self.epochs)}, {run.name}: {words}; {left}")
+        self.bar.n = self._runs_done()
+        _logger.info(f"run {self.ended_runs}/{len(self.runs)}, {run.name}: {words}; {self._meter('{remaining} left')}")
 
     def _meter(self, form: str) -> str:
         return tqdm.format_meter(**{**self.bar.format_dict, "bar_format": form, "ncols": None})
@@ -184,10 +180,10 @@ def _claim(path: Path) -> int | None:
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
     except OSError:
         os.close(handle)
         return None
-    return handle
 
 
 def _start(folder: StudyFolder, run: Run, lock: int) -> subprocess.Popen:
@@ -208,8 +204,10 @@ def _start(folder: StudyFolder, run: Run, lock: int) -> subprocess.Popen:
         )
 
 
-def _failure(status: int, log: Path) -> str:
-    """Return why a run ended without a summary: what it said last."""
+def _outcome(summary: dict | None, status: int, log: Path) -> str:
+    """Return how a run ended: its figures, or without a summary what it said last."""
+    if summary:
+        return f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
     if status < 0:
         return f"it was killed by signal {-status}, for want of memory perhaps"
     lines = log.read_text(errors="replace").strip().splitlines() or ["it ended without a word"]
@@ -248,11 +246,12 @@ def run_study(
 
     def end(run: Run, status: int = 0) -> None:
         summary = folder.summary(run)
-        if summary is None:
-            failures[run.name] = _failure(status, folder.run_folder(run) / "train.log")
+        words = _outcome(summary, status, folder.run_folder(run) / "train.log")
+        if not summary:
+            failures[run.name] = words
         elif keep == "best":
-            folder.keep_best([run])
-        progress.ended(run, summary, failures.get(run.name, ""))
+            folder.keep_best(run)
+        progress.ended(run, words if summary else f"failed: {words}")
         report(failures)
 
     with (stop := StopSignals()), progress.bar:
@@ -269,9 +268,9 @@ def run_study(
                         active[run] = _start(folder, run, lock)
                     os.close(lock)
                 time.sleep(0.2)
-                ended = [run for run, process in active.items() if process.poll() is not None]
-                for run in ended if stop.number is None else ():
-                    end(run, active.pop(run).returncode)
+                for run, process in list(active.items()):
+                    if process.poll() is not None and stop.number is None:
+                        end(run, active.pop(run).returncode)
                 progress.show([*active])
         finally:
             for process in active.values():  # they save, and end
