@@ -11,7 +11,6 @@ from torch.utils.data import TensorDataset
 
 from helpers import REAL_LABELS, NamedImages
 from raftmlp.config import ModelSettings
-from raftmlp.data import Digits
 from raftmlp.data.images import UNREADABLE
 from raftmlp.data.settings import ImageSettings
 from raftmlp.errors import UserError
@@ -67,23 +66,16 @@ def test_a_view_picks_outputs_and_averages_mirror_images():
     assert not torch.allclose(single, flipped)
 
 
-def test_a_prepared_model_knows_its_images_and_classes():
-    settings = ModelSettings(model="raftmlp_digits", pretrained=True, img_size=[24, 40])
+def test_a_prepared_model_knows_its_images_and_sizes():
+    settings = ModelSettings(model="test_vit", img_size=[160, 160])
     prepared = prepare_model(settings, ImageSettings(crop_pct=0.5))
-    assert (prepared.name, prepared.weights, prepared.outputs) == ("raftmlp_digits", "pretrained", None)
-    assert prepared.config["input_size"] == (3, 24, 40) and prepared.config["crop_pct"] == 0.5
-    assert not prepared.model.training
-    prepared.match(Digits("validation"))
-    assert prepared.outputs is None
+    assert (prepared.name, prepared.weights, prepared.outputs) == ("test_vit", "random", None)
+    assert prepared.config["input_size"] == (3, 160, 160) and prepared.config["crop_pct"] == 0.5
     again = prepare_model(settings, ImageSettings(), prepared.model)
-    assert again.model is prepared.model and again.config["crop_pct"] == 1
-
-
-def test_an_image_size_that_a_model_does_not_take():
-    model = timm.create_model("test_vit").eval()
-    assert run_once(model, "test_vit", (3, 160, 160)).shape == (1, 1000)
+    assert again.model is prepared.model and again.config["crop_pct"] == 0.95
+    assert run_once(prepared.model, "test_vit", (3, 160, 160)).shape == (1, 1000)
     with pytest.raises(UserError, match="test_vit takes no images of 8x16 pixels: .*divisible by patch size"):
-        run_once(model, "test_vit", (3, 8, 16))
+        run_once(prepared.model, "test_vit", (3, 8, 16))
 
 
 # Classes by name

@@ -24,11 +24,8 @@ def test_gallery_shows_the_wrong_ones_first():
     assert [(truth, guess) for _, _, truth, guess, _ in gallery.kept] == [(0, 1), (1, 0), (0, 0), (1, 1)]
 
 
-@pytest.mark.parametrize("order", ["sorted", "shuffled"])
-def test_gallery_is_spread_over_the_classes(order):
+def test_gallery_is_spread_over_the_classes():
     target = torch.arange(1000).repeat_interleave(3)
-    if order == "shuffled":
-        target = target[torch.randperm(3000, generator=torch.Generator().manual_seed(0))]
     gallery = Gallery((0.5,), (0.5,), None, limit=8)
     for labels in target.split(100):
         gallery.add(torch.zeros(len(labels), 1, 2, 2), labels, torch.nn.functional.one_hot(labels, 1000).float())
