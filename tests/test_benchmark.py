@@ -85,27 +85,16 @@ def test_precision():
 # Load
 
 
-def test_the_load_of_others_is_without_our_own(monkeypatch):
+@pytest.mark.parametrize(("others", "threads", "warns"), [(0.0, 2, 0), (1.0, 2, 1), (1.0, 1, 0)])
+def test_the_load_of_others_is_without_our_own(monkeypatch, others, threads, warns):
     """An average that two threads of this process bring about in a minute is nobody else's."""
-    clock, used = iter([0.0, 60.0, 120.0]), iter([0.0, 120.0, 240.0])
+    clock, used, warnings = iter([0.0, 60.0]), iter([0.0, 120.0]), []
+    monkeypatch.setattr(speed._logger, "warning", warnings.append)
+    monkeypatch.setattr(speed, "processor_count", lambda: 2)
     monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(speed.os, "times", lambda: [next(used), 0, 0, 0, 0])
-    monkeypatch.setattr(speed.os, "getloadavg", lambda: (2 * (1 - math.exp(-minutes)) + others, 0, 0))
-    load, others, minutes = MachineLoad(2), 0.0, 1
-    assert load.read() == 0
-    others, minutes = 1.5, 2
-    assert load.read() == 1.5
-
-
-@pytest.mark.parametrize(("others", "threads", "warns"), [(1, 2, 1), (1, 1, 0)])
-def test_a_warning_counts_our_own_threads(monkeypatch, others, threads, warns):
-    warnings = []
-    monkeypatch.setattr(speed._logger, "warning", warnings.append)
-    monkeypatch.setattr(speed.os, "times", lambda: [0.0] * 5)
-    monkeypatch.setattr(speed, "processor_count", lambda: 2)
-    monkeypatch.setattr(speed.os, "getloadavg", lambda: (others, 0, 0))
-    load = MachineLoad(threads)
-    assert load.read() == load.read() == others
+    monkeypatch.setattr(speed.os, "getloadavg", lambda: (2 * (1 - math.exp(-1)) + others, 0, 0))
+    assert MachineLoad(threads).read() == others
     assert len(warnings) == warns
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from helpers import ROOT
 from raftmlp.cli import inspect as command
 from raftmlp.evaluate.inspection import mixing_weights, receptive_fields, smallest_share, update_norms
-from raftmlp.evaluate.plots import draw_weights
 
 SHIPPED = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
 
@@ -97,13 +96,6 @@ def test_noise_and_plain_mixing(run_command):
     assert status == 0 and "the weights of raftmlp_mixer_b16 are random" in err
     assert Image.open("out/plain.png").width > 300 and not Path("out/vertical.png").exists()
     assert json.loads(Path("out/inspection.json").read_text())["data"] == "noise"
-
-
-def test_groups_of_several_numbers_in_one_picture(tmp_path):
-    weights = mixing_weights(make(raft_size=(1, 2, 4, 8)))
-    for kind, blocks in weights.items():
-        draw_weights(tmp_path / f"{kind}.png", kind, "title", blocks)
-        assert Image.open(tmp_path / f"{kind}.png").width > 500
 
 
 def test_another_model_has_no_token_mixing(run_command):

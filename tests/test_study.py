@@ -51,22 +51,17 @@ def plan_of(*arms, seeds=(0, 1), **changes):
 def test_the_options_of_a_run():
     plan = Plan(
         recipe=dict(lr=1, epochs=5, model="a", model_kwargs=dict(x=1, y=1)),
-        arms=dict(same={}, other=dict(lr=2, model_kwargs=dict(y=2)), another=dict(model="b"), most=dict(workers=3)),
-        seeds=(0, 1),
-        points=(dict(train_num_samples=10, epochs=7), dict(train_num_samples=20)),
+        arms=dict(same={}, other=dict(lr=2, workers=3, model_kwargs=dict(y=2)), another=dict(model="b")),
+        seeds=[0, 1],
+        points=[dict(n=10, epochs=7), dict(n=20)],
     )
     options = {cell.name: cell.options for cell in plan.cells()}
-    assert options["same/train_num_samples-10"] == dict(
-        lr=1, epochs=7, model="a", model_kwargs=dict(x=1, y=1), workers=0, train_num_samples=10
-    )
-    assert options["same/train_num_samples-20"]["epochs"] == 5
-    other = options["other/train_num_samples-10"]
-    assert (other["model_kwargs"], other["lr"]) == (dict(x=1, y=2), 2)
-    assert options["another/train_num_samples-10"]["model_kwargs"] == {}
-    assert options["most/train_num_samples-10"]["workers"] == 3
+    same = dict(lr=1, epochs=7, model="a", model_kwargs=dict(x=1, y=1), workers=0, n=10)
+    assert options["same/n-10"] == same and options["same/n-20"] == {**same, "epochs": 5, "n": 20}
+    assert options["other/n-10"] == {**same, "lr": 2, "workers": 3, "model_kwargs": dict(x=1, y=2)}
+    assert options["another/n-10"] == {**same, "model": "b", "model_kwargs": {}}
     names = [run.name for run in plan.runs()]
-    assert len(names) == len(set(names)) == 16
-    assert names[0] == "same/train_num_samples-10/seed-0" and names[8] == "same/train_num_samples-10/seed-1"
+    assert len(set(names)) == 12 and (names[0], names[6]) == ("same/n-10/seed-0", "same/n-10/seed-1")
 
 
 @pytest.mark.parametrize(
@@ -261,32 +256,24 @@ def row_of(arm, *top1, **point):
                 preparation=PREPARED)  # fmt: skip
 
 
-def test_differences_are_those_of_welchs_test():
-    samples = dict(a=(50, 51, 53), b=(60, 61.5, 61, 64), short=(60,))
+def test_differences_are_those_of_welchs_test_and_the_notes_name_them():
+    samples = dict(a=(50, 51, 52), better=(60, 61, 62), same=(50, 51, 53), short=(50,))
     rows = [row_of(name, *top1) for name, top1 in samples.items()]
     add_differences(rows)
-    low, high = ttest_ind(samples["b"], samples["a"], equal_var=False).confidence_interval()
+    low, high = ttest_ind(samples["better"], samples["a"], equal_var=False).confidence_interval()
     told = rows[1]["difference"]
-    assert told["mean"] - told["half_width"] == pytest.approx(low)
-    assert told["mean"] + told["half_width"] == pytest.approx(high)
-    assert rows[0]["difference"] is rows[2]["difference"] is None
-    rows = [row_of("a", 50, 50), row_of("b", 60, 60)]
-    add_differences(rows)
-    assert rows[1]["difference"] is None
-
-
-def test_the_notes_name_what_differs():
-    rows = [row_of("a", 50, 51, 52), row_of("better", 60, 61, 62), row_of("same", 50, 51, 53), row_of("short", 50)]
-    add_differences(rows)
+    assert (told["mean"], told["half_width"]) == pytest.approx(((low + high) / 2, (high - low) / 2))
+    assert rows[0]["difference"] is rows[3]["difference"] is None
     images, sure, unsure, untold, _ = make_notes(rows)
     assert "all arms" in images and "img_size 32 32" in images
-    assert "better (+10.00 ± 2.27)" in sure and "same" not in sure
-    assert unsure.endswith(": same.") and untold.endswith(": short.")
+    assert sure.endswith(": better (+10.00 ± 2.27).") and unsure.endswith(": same.") and untold.endswith(": short.")
     assert "**+10.00 ± 2.27** |" in make_table(rows) and " +0.33 ± " in make_table(rows)
-    points = [row_of(arm, base + n, base + n + 1, n=n) for arm, base in (("a", 10), ("b", 50)) for n in (1, 2)]
+    points = [row_of(arm, base, base, n=n) for arm, base in (("a", 10), ("b", 50)) for n in (1, 2)]
+    points[3]["top1"] = {0: 50, 1: 51}
     add_differences(points)
+    assert points[2]["difference"] is None  # all figures are the same
     _, first, second, _ = make_notes(points)
-    assert "at n 1" in first and "at n 2" in second and "b (+40.00" in first
+    assert "at n 1: b." in first and "at n 2: b (+40.50" in second
 
 
 @pytest.mark.parametrize("name", ["paper", "data_efficiency", "distillation"])
