@@ -40,7 +40,7 @@ Count = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
-CONFIG = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 def between(least: float, most: float | None = None) -> Any:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import MODES, REFERENCE, TASKS, SpeedSettings, known_model, weights_file
+from ..config import MODES, REFERENCE, TASKS, SpeedSettings, is_folder_name, known_model
 from ..errors import UserError
 from ..files import write_csv, write_json
 from ..settings import Count
@@ -51,33 +50,18 @@ def build_parser() -> Parser:
     )
     parser.checks["models"] = model_name
     for name, choices in (("mode", MODES), ("task", TASKS)):
-        group.add_argument(
-            f"--{name}s",
-            nargs="+",
-            choices=choices,
-            default=[choices[0]],
-            metavar=name.upper(),
-            help=f"of {', '.join(choices)} (default: {choices[0]})",
-        )
-    group.add_argument(
-        "--sizes",
-        nargs="+",
-        type=option_type(parse_size),
-        default=[(224, 224)],
-        metavar="SIZE",
-        help="image sizes, as 224 or 800x1333 (default: 224)",
-    )
+        text = f"of {', '.join(choices)} (default: {choices[0]})"
+        words = dict(nargs="+", choices=choices, default=[choices[0]], metavar=name.upper())
+        group.add_argument(f"--{name}s", **words, help=text)
+    text, words = "image sizes, as 224 or 800x1333 (default: 224)", dict(nargs="+", metavar="SIZE")
+    group.add_argument("--sizes", type=option_type(parse_size), default=[(224, 224)], **words, help=text)
     parser.add_settings(SpeedSettings)
     group = parser.group("how")
-    default = "the accelerator that torch finds, else cpu"
-    group.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... (default: {default})")
+    text = "cpu, cuda, cuda:1, mps, ... (default: the accelerator that torch finds, else cpu)"
+    group.add_argument("--device", metavar="NAME", help=text)
     group.add_argument("--threads", type=option_type(Count), metavar="N", help="threads on a CPU (default: PyTorch's)")
-    parser.group("output").add_argument(
-        "--output",
-        type=option_type(output_folder),
-        metavar="DIR",
-        help="write results.json and results.csv there, speed.png of several models, sizes.png of several sizes",
-    )
+    text = "write results.json and results.csv there, speed.png of several models, sizes.png of several sizes"
+    parser.group("output").add_argument("--output", type=option_type(output_folder), metavar="DIR", help=text)
     return parser
 
 
@@ -87,69 +71,42 @@ def model_name(text: str) -> str:
     Raises:
         UserError: If there is none, or it is a file or folder.
     """
-    import timm
-
     from ..evaluate.speed import split_name
 
-    if Path(text).exists() and text not in timm.list_models():
-        raise UserError(f"{text} holds weights, which do not change speed: name its model{instead_of(text)}")
-    known_model(split_name(text)[0], "raftmlp*" if text.startswith(REFERENCE) else "")
+    name, _ = split_name(text)
+    if is_folder_name(name):
+        raise UserError(f"{text} holds weights, which do not change speed: name its model, as in raftmlp_s")
+    known_model(name, "raftmlp*" if text.startswith(REFERENCE) else "")
     return text
-
-
-def instead_of(name: str) -> str:
-    """Return how to name the model of a checkpoint, or of a run's folder, in words that follow "name its model"."""
-    from ..checkpoints.weights import read_description
-
-    try:
-        described = read_description(weights_file(name))
-    except UserError:  # it is no checkpoint
-        described = {}
-    if not described.get("model"):
-        return ", as in raftmlp_s or resnet18"
-    words = [described["model"]]
-    for key, value in described.get("model_kwargs", {}).items():
-        value = list(value) if isinstance(value, tuple) else value
-        words.append(f"{key}={value}".replace(" ", ""))
-    size = described.get("pretrained_cfg", {}).get("input_size")
-    return f": {shlex.quote(','.join(words))}" + (f" --sizes {size_name(size[-2:])}" if size else "")
 
 
 def table(results: list[Result]) -> str:
     """Return the results of a task and a size as a table."""
+    from ..evaluate.results import aligned
+
     lines = [COLUMNS]
     for r in results:
-        if r.failure:
-            lines.append((r.model, r.mode, f"did not run: {r.failure}"))
-            continue
-        ratio = (f"{r.ratio:.2f}", f"({r.ratio_low:.2f}-{r.ratio_high:.2f})")
-        shares = (f"{r.arithmetic_share:.0%}", f"{r.traffic_share:.0%}")
-        speed = (str(r.batch_size), f"{r.milliseconds:.1f}", f"{r.spread:.0%}", f"{r.images_per_second:.1f}")
-        lines.append((r.model, r.mode, *speed, *ratio, f"{r.gmacs:.3f}", *shares, f"{r.memory_mib:.0f}"))
-    widths = [max(len(line[i]) for line in lines if len(line) > 3 or i < 2) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines
-    )
+        lines.append((r.model, r.mode))
+        if not r.failure:
+            ratio = (f"{r.ratio:.2f}", f"({r.ratio_low:.2f}-{r.ratio_high:.2f})")
+            shares = (f"{r.arithmetic_share:.0%}", f"{r.traffic_share:.0%}")
+            speed = (str(r.batch_size), f"{r.milliseconds:.1f}", f"{r.spread:.0%}", f"{r.images_per_second:.1f}")
+            lines[-1] += (*speed, *ratio, f"{r.gmacs:.3f}", *shares, f"{r.memory_mib:.0f}")
+    header, *rows = aligned(lines, 2)
+    failures = [r.failure and f"  did not run: {r.failure}" for r in results]
+    return "\n".join([header, *(row + failure for row, failure in zip(rows, failures))])
 
 
 def conditions(settings: SpeedSettings, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
-    import timm
     import torch
+
+    from ..train.journal import versions
 
     describe = getattr(torch.get_device_module(device), "get_device_name", None)
     name = describe(device) if describe else platform.processor() or platform.machine()
-    return dict(
-        device=f"{device.type}: {name}",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        precision=settings.precision,
-        channels_last=settings.channels_last,
-        compile_mode=settings.compile_mode,
-        rounds=settings.rounds,
-        command=command_line(),
-    )
+    about = dict(device=f"{device.type}: {name}", threads=torch.get_num_threads(), command=command_line())
+    return {**about, **versions(), **asdict(settings)}
 
 
 def write(folder: Path, results: list[Result], about: dict) -> None:

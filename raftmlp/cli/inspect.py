@@ -9,6 +9,7 @@ every block changes the map; and inspection.json, the figures of the last two. T
 set, or of noise where none is named.
 """
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..config import ModelSettings
@@ -21,6 +22,7 @@ from .options import Parser, option_type, output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.data import Dataset
 
 
 def build_parser() -> Parser:
@@ -37,7 +39,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_images(settings: DataSettings, config: dict, count: int) -> "Tensor":
+def read_images(dataset: "Dataset", config: dict, count: int, settings: DataSettings) -> "Tensor":
     """Return so many images of a data set, or all if there are fewer, as a model takes them, (B, C, H, W)."""
     import torch
 
@@ -45,16 +47,11 @@ def read_images(settings: DataSettings, config: dict, count: int) -> "Tensor":
     from ..data.images import evaluation_loader, image_count
     from ..data.subset import take_images
 
-    dataset = settings.create(settings.val_split)
     if not isinstance(dataset, torch.utils.data.IterableDataset):
         dataset = take_images(dataset, min(count, image_count(dataset)), 0, class_names(dataset))
-    batches, found = [], 0
-    for images, _ in evaluation_loader(dataset, config, torch.device("cpu"), settings.batch_size, settings.workers):
-        batches.append(images)
-        found += len(images)
-        if found >= count:
-            break
-    return torch.cat(batches)[:count]
+    loader = evaluation_loader(dataset, config, torch.device("cpu"), settings.batch_size, settings.workers)
+    batches = islice((images for images, _ in loader), -(-count // settings.batch_size))
+    return torch.cat(list(batches))[:count]
 
 
 def main() -> None:
@@ -64,50 +61,42 @@ def main() -> None:
     import torch
 
     from ..data.datasets import class_names
-    from ..data.images import data_config
-    from ..evaluate import inspection
+    from ..evaluate import plots
     from ..evaluate.evaluation import prepare_model, warn_of_random_weights
+    from ..evaluate.inspection import mixing_weights, receptive_fields, smallest_share, update_norms
     from ..evaluate.labels import default_num_classes
     from ..model.raftmlp import RaftMLP
 
     settings, data = ModelSettings.select(vars(args)), DataSettings.select(vars(args))
-    has_data = bool(data.dataset or data.data_dir)
-    classes = default_num_classes(class_names(data.create(data.val_split))) if has_data else None
+    dataset = data.create(data.val_split) if data.dataset or data.data_dir else None
+    classes = default_num_classes(class_names(dataset)) if dataset is not None else None
     prepared = prepare_model(settings, ImageSettings.select(vars(args)), None, classes)
-    model = prepared.model
+    model, name, config = prepared.model, prepared.name, prepared.config
     if not isinstance(model, RaftMLP):
-        raise UserError(f"{prepared.name} is no RaftMLP: inspect shows the token mixing of these alone")
+        raise UserError(f"{name} is no RaftMLP: inspect shows the token mixing of these alone")
     warn_of_random_weights([prepared])
-    config = data_config(ImageSettings.select(vars(args)), model, prepared.config["input_size"][-2:])
-    if has_data:
-        images, source = read_images(data, config, args.images), data.description
+    if dataset is not None:
+        images, source = read_images(dataset, config, args.images, data), data.description
     else:
         torch.manual_seed(0)
         images, source = torch.randn(args.images, *config["input_size"]), "noise"
-    of = f"{prepared.name}, {len(images)} images of {source}"
+    of = f"{name}, {len(images)} images of {source}"
 
-    written = []
-    for kind, blocks in inspection.mixing_weights(model).items():
+    weights = mixing_weights(model)
+    for kind, blocks in weights.items():
         axis = {"vertical": ", down the columns", "horizontal": ", along the rows"}.get(kind, "")
-        title = f"{prepared.name}: first weights of the {kind} token mixing{axis}"
-        inspection.draw_weights(args.out / f"{kind}.png", kind, title, blocks)
-        written.append(f"{kind}.png")
-    fields = inspection.receptive_fields(model, images)
-    inspection.draw_receptive_fields(args.out / "receptive_fields.png", f"effective receptive fields: {of}", fields)
-    norms = inspection.update_norms(model, images)
-    inspection.draw_updates(args.out / "updates.png", of, norms)
-    content = dict(
-        model=prepared.name,
-        weights=settings.weights,
-        images=len(images),
-        data=source,
-        img_size=config["input_size"][-2:],
-        half_of_the_gradient_in={field.layer: field.half for field in fields},
-        updates=norms,
-    )
-    write_json(args.out / "inspection.json", content)
-    for field in fields:
-        say(f"{field.layer}: half of the gradient of its middle is in {field.half:.1%} of the pixels")
+        title = f"{name}: first weights of the {kind} token mixing{axis}"
+        plots.draw_weights(args.out / f"{kind}.png", kind, title, blocks)
+    fields, norms = receptive_fields(model, images), update_norms(model, images)
+    halves = {layer: smallest_share(gradient) for layer, gradient in fields.items()}
+    plots.draw_receptive_fields(args.out / "receptive_fields.png", f"effective receptive fields: {of}", fields)
+    plots.draw_updates(args.out / "updates.png", of, norms)
+    about = dict(model=name, weights=settings.weights, images=len(images), data=source)
+    figures = dict(img_size=config["input_size"][-2:], half_of_the_gradient_in=halves, updates=norms)
+    write_json(args.out / "inspection.json", about | figures)
+    for layer, half in halves.items():
+        say(f"{layer}: half of the gradient of its middle is in {half:.1%} of the pixels")
     for block, row in norms.items():
         say(f"{block}: updates of {', '.join(f'{kind} {value:.2f}' for kind, value in row.items())}")
-    say(f"in {args.out}: {', '.join(written)}, receptive_fields.png, updates.png, inspection.json")
+    files = [*(f"{kind}.png" for kind in weights), "receptive_fields.png", "updates.png", "inspection.json"]
+    say(f"in {args.out}: {', '.join(files)}")

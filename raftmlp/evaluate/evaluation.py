@@ -20,21 +20,14 @@ from ..data.settings import ImageSettings
 from ..errors import UserError, first_words
 from ..model.create import create_model
 from ..sizes import check_memory, size_name
-from .labels import RealLabels, are_synsets, matching_outputs, model_class_names, readable_names
+from .labels import are_synsets, matching_outputs, model_class_names, readable_names
 
 _logger = logging.getLogger(__name__)
 
 __all__ = [
-    "ClassifierView",
-    "PreparedModel",
-    "SizeError",
-    "check_sizes",
-    "evaluate",
-    "evaluate_prepared",
-    "prepare_model",
-    "run_once",
+    "ClassifierView", "PreparedModel", "check_sizes", "evaluate", "evaluate_prepared", "prepare_model", "run_once",
     "warn_of_random_weights",
-]
+]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -51,7 +44,7 @@ def evaluate(
 
     Args:
         model: Any classifier; it is put into eval mode.
-        loader: Batches of normalised images (B, C, H, W) and classes (B,); those of class UNREADABLE do not count.
+        loader: Batches of normalized images (B, C, H, W) and classes (B,); those of class UNREADABLE do not count.
         device: Where the model is.
         autocast: The context that the model runs in; None for none.
         on_batch: Called with every batch's images, classes and logits (B, num_classes).
@@ -120,10 +113,6 @@ class ClassifierView(nn.Module):
 # Models at an image size
 
 
-class SizeError(UserError):
-    """A model cannot take images of a size, or not as many at once."""
-
-
 @dataclass
 class PreparedModel:
     """A model ready for images of one size.
@@ -136,8 +125,7 @@ class PreparedModel:
         outputs: The model's outputs that count, one a class of the data; None for all.
         classes: The model's class for each class of the data, where all outputs count; None where these are the same.
         names: Names of the classes that are evaluated, None where the data tell none.
-        real_labels: Counts against the labels of ImageNet-ReaL, if that is asked for.
-        failure: Why it cannot take images of this size.
+        failure: Why it cannot take images of this size, or so many at once.
     """
 
     name: str
@@ -147,30 +135,26 @@ class PreparedModel:
     outputs: list[int] | None = None
     classes: list[int] | None = None
     names: list[str] | None = None
-    real_labels: RealLabels | None = None
     failure: str = ""
 
     def description(self) -> dict[str, Any]:
         """Return the part of a row of results that says what the model is."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        size = self.config["input_size"][-2:]
-        return dict(model=self.name, weights=self.weights, parameters=parameters, img_size=size)
+        about = dict(
+            model=self.name, weights=self.weights, parameters=parameters, img_size=self.config["input_size"][-2:]
+        )
+        return {**about, "failure": self.failure} if self.failure else about
 
-    def match(self, dataset: Dataset, with_real_labels: bool = False) -> None:
+    def match(self, dataset: Dataset) -> None:
         """Find the outputs for the classes of the data: all of them, or for a part of ImageNet those of the part.
 
         Raises:
-            UserError: If the model does not know these classes, or the labels of ImageNet-ReaL are not for it.
+            UserError: If the model does not know these classes.
         """
         names = class_names(dataset)
         self.outputs, self.names = matching_outputs(names, self.model), readable_names(names)
         if self.outputs and not are_synsets(names):  # as in training
             self.outputs, self.classes, self.names = None, self.outputs, model_class_names(self.model)
-        if with_real_labels:
-            self.real_labels = RealLabels(dataset)
-            count = len(self.outputs or range(self.model.num_classes))
-            if count != 1000:
-                raise UserError(f"--real-labels takes models of ImageNet-1k, {self.name} has {count} classes")
 
 
 def prepare_model(
@@ -196,27 +180,24 @@ def run_once(model: nn.Module, name: str, input_size: tuple[int, int, int], batc
     """Return what a model gives for one black image of shape input_size (C, H, W).
 
     Raises:
-        SizeError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
+        UserError: If it takes no such image, or ``batch_size`` of them are larger than the memory.
     """
     try:
         check_memory(input_size, batch_size)
         return model(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     except Exception as error:  # models raise anything on sizes that they cannot take
         size = size_name(input_size[1:])
-        raise SizeError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
+        raise UserError(f"{name} takes no images of {size} pixels: {first_words(error)}") from error
 
 
 def check_sizes(model: nn.Module, name: str, shapes: Sequence[tuple[int, int, int]], where: str) -> None:
-    """Refuse images of shapes (C, H, W) that a model cannot take; it is in eval mode after that.
+    """Refuse images of shapes (C, H, W), which come from ``where``, that a model cannot take; it is in eval mode then.
 
     Raises:
-        UserError: If there is one; the message begins with ``where`` they come from.
+        UserError: If there is one.
     """
     for shape in shapes:
-        try:
-            run_once(model.eval(), name, shape)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        run_once(model.eval(), f"{where}: {name}", shape)
 
 
 def evaluate_prepared(
@@ -231,13 +212,14 @@ def evaluate_prepared(
 ) -> dict[str, Any]:
     """Return a row of results: what the model is, how images are prepared, and the figures of ``evaluate``.
 
-    ``collectors`` are objects whose ``add`` takes every batch's images, classes and logits.
+    A model that cannot take the images has a ``failure`` in place of figures. ``collectors`` are objects whose ``add``
+    takes every batch's images, classes and logits.
 
     Raises:
-        SizeError: If a batch is too large for the memory.
         UserError: If no image can be read.
     """
-    collectors = [*collectors, prepared.real_labels] if prepared.real_labels else collectors
+    if prepared.failure:
+        return prepared.description()
     model = prepared.model.to(device, memory_format=settings.memory_format)
     if settings.compile:
         torch.compiler.reset()  # every size is compiled for itself
@@ -251,16 +233,12 @@ def evaluate_prepared(
 
     try:
         figures = evaluate(classifier, loader, device, settings.autocast(device), on_batch)
-    except torch.OutOfMemoryError as error:
-        raise SizeError(f"{prepared.name}: --batch-size {batch_size} is too much for the memory") from error
+    except torch.OutOfMemoryError:
+        prepared.failure = f"{prepared.name}: --batch-size {batch_size} is too much for the memory"
+        return prepared.description()
     finally:
         prepared.model.to("cpu")
     if not figures["images"]:
         raise UserError(f"none of the {figures['unread']} images can be read: {file_name(dataset, 0)} ...")
-    return dict(
-        **prepared.description(),
-        crop_pct=prepared.config["crop_pct"],
-        interpolation=prepared.config["interpolation"],
-        **figures,
-        **(prepared.real_labels.figures() if prepared.real_labels else {}),
-    )
+    preparation = {key: prepared.config[key] for key in ("crop_pct", "interpolation")}
+    return {**prepared.description(), **preparation, **figures}

@@ -92,12 +92,9 @@ def read_class_names(path: str, count: int) -> list[str]:
     """Return the class names in a text file, one a line.
 
     Raises:
-        UserError: If the file cannot be read, or has not ``count`` lines.
+        UserError: If the file has not ``count`` lines.
     """
-    try:
-        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the class names in {path}: {getattr(error, 'strerror', error)}") from error
+    names = Path(path).read_text(encoding="utf-8-sig").splitlines()
     if len(names) != count:
         raise UserError(f"{path} has {len(names)} lines, the model {count} classes: give one name a line")
     return names
@@ -128,17 +125,17 @@ class RealLabels:
 
     def __init__(self, dataset: Dataset):
         files = [Path(file_name(dataset, index)).name for index in range(len(dataset))]
-        expected = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50001)]
-        if sorted(files) != expected:
-            others = sorted(set(files) - set(expected))
+        if sorted(files) != [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50001)]:
             raise UserError(
-                f"--real-labels takes the 50,000 validation images of ImageNet, {expected[0]} and so on; the data has "
-                f"{len(files):,} images{f', {others[0]} among them' if others else ''}"
+                f"--real-labels takes the 50,000 validation images of ImageNet, ILSVRC2012_val_00000001.JPEG and so "
+                f"on, not {len(files):,} images such as {files[0]}"
             )
         self.evaluator = RealLabelsImagenet(files)
 
     def add(self, images: Tensor, target: Tensor, logits: Tensor) -> None:
         """Count a batch: images (B, C, H, W), classes (B,) and logits (B, 1000)."""
+        if logits.shape[1] != 1000:
+            raise UserError(f"--real-labels takes models of ImageNet-1k, not of {logits.shape[1]} classes")
         for offset in (target == UNREADABLE).nonzero()[:, 0].tolist():
             self.evaluator.real_labels[self.evaluator.filenames[self.evaluator.sample_idx + offset]] = []
         self.evaluator.add_result(logits)

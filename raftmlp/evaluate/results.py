@@ -1,10 +1,12 @@
-"""What a model predicts for every image of a data set, and which classes it confuses.
+"""What a model predicts for every image of a data set, which classes it confuses, and tables.
 
 ``Predictions.add``, ``plots.Gallery.add`` and ``labels.RealLabels.add`` are what ``evaluate`` calls as ``on_batch``:
 they take a batch's images (B, C, H, W), classes (B,) and logits (B, num_classes). Images of class UNREADABLE do not
 count.
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,14 @@ from ..data.images import UNREADABLE, file_name
 from ..files import write_csv
 from .labels import class_name
 
-__all__ = ["Confusion", "Predictions"]
+__all__ = ["Confusion", "Predictions", "aligned"]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1, separator: str = "  ") -> list[str]:
+    """Return rows of texts as lines with columns of one width, the first ``left`` of them aligned to the left."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    return [separator.join(f"{cell:{s}{w}}" for cell, s, w in zip(row, sides, widths)) for row in rows]
 
 
 class Predictions:
@@ -47,23 +56,21 @@ class Predictions:
 
     def write(self, path: Path, dataset: Dataset, names: list[str] | None) -> None:
         """Write a CSV file with a row for every image that could be read."""
-        rows = []
-        for i, (label, top5, probability, of_class) in enumerate(zip(*self.arrays())):
-            if label == UNREADABLE:
-                continue
-            rows.append(
-                {
-                    "file": file_name(dataset, i),
-                    "class": label,
-                    "class_name": class_name(names, label),
-                    "predicted": top5[0],
-                    "predicted_name": class_name(names, top5[0]),
-                    "probability": f"{probability:.6f}",
-                    "right": int(label == top5[0]),
-                    "class_probability": f"{of_class:.6f}",
-                    "top5": " ".join(map(str, top5)),
-                }
-            )
+        rows = [
+            {
+                "file": file_name(dataset, i),
+                "class": label,
+                "class_name": class_name(names, label),
+                "predicted": top5[0],
+                "predicted_name": class_name(names, top5[0]),
+                "probability": f"{probability:.6f}",
+                "right": int(label == top5[0]),
+                "class_probability": f"{of_class:.6f}",
+                "top5": " ".join(map(str, top5)),
+            }
+            for i, (label, top5, probability, of_class) in enumerate(zip(*self.arrays()))
+            if label != UNREADABLE
+        ]
         write_csv(path, rows)
 
 
@@ -83,8 +90,8 @@ class Confusion:
     def __init__(self, targets: np.ndarray, predicted: np.ndarray, names: list[str] | None):
         self.classes, self.names = np.union1d(targets, predicted), names
         rows, columns = (np.searchsorted(self.classes, values) for values in (targets, predicted))
-        count = len(self.classes)
-        self.counts = np.bincount(count * rows + columns, minlength=count**2).reshape(count, count)
+        self.counts = np.zeros((len(self.classes),) * 2, int)
+        np.add.at(self.counts, (rows, columns), 1)
 
     def worst(self, limit: int = 10) -> list[dict]:
         """Return the classes of lowest accuracy, each with its most frequent wrong class as ``taken_for``."""

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import accumulate, product
+from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
@@ -36,13 +36,11 @@ from ..model.ops import plain_operators
 from ..model.reference import Reference
 from ..sizes import size_name
 
-__all__ = [
-    "MachineLoad", "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name",
-]  # fmt: skip
+__all__ = ["MachineLoad", "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name"]
 
 _logger = logging.getLogger(__name__)
-
 BAR = "{desc}: {percentage:.0f}%|{bar}| {remaining} left{postfix}"
+NAN = float("nan")
 
 
 @dataclass
@@ -60,19 +58,34 @@ class Result:
     task: str
     size: str
     batch_size: int
-    milliseconds: float = float("nan")
-    spread: float = float("nan")
-    images_per_second: float = float("nan")
-    ratio: float = float("nan")
-    ratio_low: float = float("nan")
-    ratio_high: float = float("nan")
-    gmacs: float = float("nan")
+    milliseconds: float = NAN
+    spread: float = NAN
+    images_per_second: float = NAN
+    ratio: float = NAN
+    ratio_low: float = NAN
+    ratio_high: float = NAN
+    gmacs: float = NAN
     parameters: int = 0
-    memory_mib: float = float("nan")
-    arithmetic_share: float = float("nan")
-    traffic_share: float = float("nan")
+    memory_mib: float = NAN
+    arithmetic_share: float = NAN
+    traffic_share: float = NAN
     other_load: float | None = None
     failure: str = ""
+
+    def set_times(self, seconds: Sequence[float], ratios: Sequence[float], paces: Sequence[tuple], work: tuple) -> None:
+        """Set the figures that follow from the seconds of an iteration in each round, and the ratios of each.
+
+        ``paces`` are those of the device in each round, ``work`` the multiplications of an iteration, and the bytes
+        that its products move.
+        """
+        middle = median(seconds)
+        low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else (0, 0, 0)
+        self.milliseconds, self.images_per_second = 1000 * middle, self.batch_size / middle
+        self.spread = (high - low) / middle
+        rates = [median(values) for values in zip(*paces)]
+        self.arithmetic_share, self.traffic_share = (amount / rate / middle for amount, rate in zip(work, rates))
+        if ratios:
+            self.ratio, self.ratio_low, self.ratio_high = median(ratios), min(ratios), max(ratios)
 
 
 # Time
@@ -102,14 +115,14 @@ class MachineLoad:
 
     def __init__(self, threads: int):
         self.threads, self.warned = threads, False
-        self.time, self.used = time.monotonic(), _processor_seconds()
+        self.time, self.used = time.monotonic(), sum(os.times()[:4])  # with children that have ended
         self.own = self.used / 60  # in the load average; little is older than that
 
     def read(self) -> float | None:
         """Return the load of others now, and warn once if it leaves too few idle cores; None where it is not known."""
         if not hasattr(os, "getloadavg"):  # on Windows
             return None
-        now, used = time.monotonic(), _processor_seconds()
+        now, used = time.monotonic(), sum(os.times()[:4])
         if (seconds := now - self.time) > 0:  # the kernel's average is of this form
             kept = math.exp(-seconds / 60)
             self.own = kept * self.own + (1 - kept) * (used - self.used) / seconds
@@ -124,30 +137,14 @@ class MachineLoad:
         return other
 
 
-def _processor_seconds() -> float:
-    """Return the seconds that this process, and children that have ended, computed on a core."""
-    return sum(os.times()[:4])
-
-
-class DevicePace:
-    """A large matrix product and a large copy, which show how fast the device is at the time.
-
-    Args:
-        dtype: Type of the numbers.
-        device: The device.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.device, self.side = device, 1536 if device.type == "cpu" else 8192
-        self.a, self.b = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
-        self.source = torch.zeros(2**26, dtype=torch.uint8, device=device)
-        self.target = torch.empty_like(self.source)
-
-    def measure(self) -> tuple[float, float]:
-        """Return multiplications a second, and bytes a second read or written."""
-        product_time = min(clock(lambda: torch.mm(self.a, self.b), 1, self.device) for _ in range(3))
-        copy_time = min(clock(lambda: self.target.copy_(self.source), 1, self.device) for _ in range(3))
-        return self.side**3 / product_time, 2 * self.source.numel() / copy_time
+def device_pace(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Return the multiplications a second of a large matrix product, and the bytes a second that a copy moves."""
+    side, size = 1536 if device.type == "cpu" else 8192, 2**26
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    product_time = min(clock(lambda: torch.mm(a, b), 1, device) for _ in range(3))
+    copy_time = min(clock(lambda: target.copy_(source), 1, device) for _ in range(3))
+    return side**3 / product_time, 2 * size / copy_time
 
 
 # A model
@@ -159,28 +156,38 @@ def split_name(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: If an argument is no KEY=VALUE.
     """
-    name, *parts = text.removeprefix(REFERENCE).split(",")
-    arguments, pairs = {}, []
-    for part in parts:  # a comma between brackets is part of a value
-        is_open = pairs and sum(map(pairs[-1].count, "([{")) > sum(map(pairs[-1].count, ")]}"))
-        pairs[-1:] = [f"{pairs[-1]},{part}"] if is_open else [*pairs[-1:], part]
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not (separator and key.isidentifier() and value):
-            raise UserError(f"{text!r}: {pair!r} must be KEY=VALUE, as in raftmlp_s,resizing=update")
+    name, _, arguments = text.removeprefix(REFERENCE).partition(",")
+    source = f"f({arguments})"
+    try:
+        call = ast.parse(source, mode="eval").body
+        pairs = {keyword.arg: keyword.value for keyword in call.keywords}
+    except (SyntaxError, AttributeError):
+        pairs = {None: None}
+    if None in pairs or call.args:
+        raise UserError(f"{text!r}: its arguments must be KEY=VALUE, as in raftmlp_s,resizing=update")
+    for key, value in pairs.items():
         try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a word
-            arguments[key] = value
-    return name, arguments
+            pairs[key] = ast.literal_eval(value)
+        except ValueError:  # a word
+            pairs[key] = ast.get_source_segment(source, value)
+    return name, pairs
 
 
-def _flop_counter() -> FlopCounterMode:
+def _counter(mapping: dict | None = None) -> FlopCounterMode:
     """Return torch's counter without its hooks on modules, which would make our layers call each convolution."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     counter.mod_tracker = nullcontext()
     counter.mod_tracker.parents = {"Global"}
     return counter
+
+
+def _bytes_moved(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Return the bytes of the operands and results of an operator, in place of its operations."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs, out_val)) if isinstance(leaf, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+_bytes_moved._get_raw = True  # tensors, not their shapes
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -189,11 +196,8 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     Args:
         model: Any model of images, which is in eval mode after that.
         shape: Shape (C, H, W) of the image.
-
-    Raises:
-        Exception: Of any kind, as models raise on images that they cannot take.
     """
-    with torch.no_grad(), plain_operators(), _flop_counter() as counter:
+    with torch.no_grad(), plain_operators(), _counter() as counter:
         model.eval()(torch.zeros(1, *shape))
     return counter.get_total_flops() // 2
 
@@ -204,7 +208,7 @@ class Meter:
     Args:
         name: A model of timm's list, or reference:NAME, with arguments as in NAME,KEY=VALUE.
         mode: One of MODES.
-        task: "inference" or "training": forward, cross entropy and backward, without an optimiser.
+        task: "inference" or "training": forward, cross entropy and backward, without an optimizer.
         size: Height and width of the images.
         settings: Batch size, precision, layout.
         device: Where it runs.
@@ -227,21 +231,18 @@ class Meter:
         self.images = torch.randn(shape).to(device, dtype, memory_format=layout)
         self.classes = torch.randint(model.num_classes, (settings.batch_size,), device=device)
         self.plain = Reference(model) if name.startswith(REFERENCE) else model
-        self.model = (
-            torch.compile(self.plain, mode=settings.compile_mode, dynamic=False) if mode == "compile" else self.plain
-        )
+        self.model = self.plain
+        if mode == "compile":
+            self.model = torch.compile(self.plain, mode=settings.compile_mode, dynamic=False)
 
     def __call__(self) -> None:
         """Run one iteration."""
-        with self.autocast:
-            if not self.training:
-                with torch.inference_mode():
-                    self.model(self.images)
-                return
-            loss = nn.functional.cross_entropy(self.model(self.images).float(), self.classes)
-        loss.backward()
-        for parameter in self.plain.parameters():
-            parameter.grad = None
+        with self.autocast, torch.inference_mode(not self.training):
+            logits = self.model(self.images)
+        if self.training:
+            nn.functional.cross_entropy(logits.float(), self.classes).backward()
+            for parameter in self.plain.parameters():
+                parameter.grad = None
 
     def work(self) -> tuple[int, int]:
         """Return the multiplications of an iteration, and the bytes that its products read and write.
@@ -249,56 +250,33 @@ class Meter:
         Those of the backward pass are counted as twice the forward pass's. Mixings are counted as plain operators,
         whatever kernel the device has.
         """
-        counter, traffic = _flop_counter(), _ProductTraffic()
+        counter, traffic = _counter(), _counter(dict.fromkeys(flop_registry, _bytes_moved))
         with torch.no_grad(), plain_operators(), self.autocast, counter, traffic:
             self.plain(self.images)
         passes = 3 if self.training else 1
-        return passes * counter.get_total_flops() // 2, passes * traffic.bytes
+        return passes * counter.get_total_flops() // 2, passes * traffic.get_total_flops()
 
     def memory(self) -> float:
         """Return the bytes that an iteration adds at its peak to what was there before; NaN if not known."""
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
             if not hasattr(module, "reset_peak_memory_stats"):  # MPS keeps no record
-                return float("nan")
+                return NAN
             synchronize(self.device)
             module.reset_peak_memory_stats(self.device)
             before = module.memory_allocated(self.device)
             self()
             return module.max_memory_allocated(self.device) - before
-        with tempfile.TemporaryDirectory() as folder:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-                self()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile:
+            self()
+        with tempfile.TemporaryDirectory() as folder:  # the only public record of every allocation
             path = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        held = peak = 0
-        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-            held += event["args"]["Bytes"]
-            peak = max(peak, held)
-        return peak
-
-
-class _ProductTraffic(TorchDispatchMode):
-    """Counts the bytes of the operands and results of matrix products and convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket not in flop_registry:
-            with self:
-                out = func.decompose(*args, **kwargs)  # of Linear and the like
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return out
+            events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+        changes = [event["args"]["Bytes"] for event in sorted(events, key=itemgetter("ts"))]
+        return max(accumulate(changes, initial=0))
 
 
 # Rows
@@ -333,20 +311,17 @@ def measure(
         bar.update()
 
     seconds, paces = [[] for _ in meters], []
-    pace = DevicePace(settings.dtype, device)
     for _ in range(settings.rounds):
-        paces.append(pace.measure())
+        paces.append(device_pace(settings.dtype, device))
         for (meter, result, _, iterations), times in zip(meters, seconds):
             bar.set_postfix_str(f"timing {result.model} {result.mode}")
             times.append(clock(meter, iterations, device))
             bar.update()
     bar.close()
     for (_, result, work, _), times in zip(meters, seconds):
-        _summarise(result, times, work, [median(values) for values in zip(*paces)])
-        if not results[0].failure:
-            images = result.batch_size / results[0].batch_size
-            ratios = [first / other * images for first, other in zip(seconds[0], times)]
-            result.ratio, result.ratio_low, result.ratio_high = median(ratios), min(ratios), max(ratios)
+        images = result.batch_size / results[0].batch_size
+        ratios = [] if results[0].failure else [first / own * images for first, own in zip(seconds[0], times)]
+        result.set_times(times, ratios, paces, work)
     return results
 
 
@@ -367,15 +342,3 @@ def _fitting_meter(
         if device.type != "cpu":
             torch.get_device_module(device).empty_cache()
         settings = replace(settings, batch_size=settings.batch_size // 2)
-
-
-def _summarise(result: Result, times: list[float], work: Sequence[float], pace: Sequence[float]) -> None:
-    """Set a result's figures of the seconds of an iteration in each round.
-
-    ``work`` are its multiplications and the bytes that its products move, ``pace`` what the device does in a second.
-    """
-    seconds = median(times)
-    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0, 0, 0)
-    result.milliseconds, result.images_per_second = 1000 * seconds, result.batch_size / seconds
-    result.spread = (high - low) / seconds
-    result.arithmetic_share, result.traffic_share = (amount / rate / seconds for amount, rate in zip(work, pace))

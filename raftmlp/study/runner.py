@@ -1,18 +1,19 @@
 """The runs of a study as processes of `raftmlp train`, several at a time, and the folder that they are in."""
 
-import csv
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -24,13 +25,12 @@ from ..files import write_text
 from ..train.run_folder import RunFolder, opening
 from ..train.signals import StopSignals
 from .plan import PREPARATION, Cell, Plan, Run
-from .progress import StudyProgress, epochs_in_log
 
 __all__ = ["StudyFolder", "run_study"]
 
 _logger = logging.getLogger(__name__)
 PACKAGE_PARENT = Path(__file__).parents[2]
-LOG_LINES = 20  # of progress in an epoch of a run
+LINE_SECONDS = 60  # between lines where there is no terminal
 HINT = "name another folder with --output"
 
 
@@ -39,16 +39,16 @@ class StudyFolder:
 
     Args:
         path: The folder.
-        own_preparation: Returns how the model of a cell prepares images where no option sets it. A study of version
-            0.2 left that to the models; without this function such a study is one of other options.
+        own_preparation: Returns how the model of a cell prepares images where no option sets it, as in the studies of
+            version 0.2.
     """
 
-    def __init__(self, path: str | Path, own_preparation: Callable[[Cell], Mapping[str, Any]] | None = None):
+    def __init__(self, path: str | Path, own_preparation: Callable[[Cell], Mapping[str, Any]] = lambda cell: {}):
         self.path, self.own_preparation = Path(path), own_preparation
-        self._lock = FileLock(self.path / ".lock", timeout=0)
 
-    def open(self, plan: Plan) -> None:
-        """Make the folder this study's, and keep others out of it until ``close``.
+    @contextmanager
+    def open(self, plan: Plan) -> Iterator[None]:
+        """Make the folder this study's, and keep others out of it.
 
         A study that is there already may get more arms, points and seeds.
 
@@ -56,63 +56,51 @@ class StudyFolder:
             UserError: If the folder holds anything else, cannot be written into, or is in use.
         """
         self.check(plan)
-        with opening(self.path, self._lock, "study"):
-            content = dict(recipe=plan.recipe, arms=plan.arms, seeds=list(plan.seeds), points=list(plan.points))
+        lock = FileLock(self.path / ".lock", timeout=0)
+        with opening(self.path, lock, "study"):
+            content = dict(recipe=plan.recipe, arms=plan.arms, seeds=plan.seeds, points=plan.points)
             write_text(self.path / "study.yaml", yaml.safe_dump(content, sort_keys=False))
             for cell in plan.cells():
-                file = self.options_file(cell.name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, yaml.safe_dump(cell.options, sort_keys=False))
-
-    def close(self) -> None:
-        """Let other processes into the folder."""
-        self._lock.release()
+                self.options_file(cell).parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.options_file(cell), yaml.safe_dump(cell.options, sort_keys=False))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(self, plan: Plan) -> None:
-        """Refuse a folder that is not this study's, or not empty.
+        """Refuse a folder that is not this study's, and not empty.
 
         Raises:
             UserError: If it is so; the message names the difference.
         """
-        if not self.path.exists():
+        file = self.path / "study.yaml"
+        if not file.exists():
+            if self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise UserError(f"{self.path} holds something else than a study: {HINT}")
             return
-        if not self.path.is_dir():
-            raise UserError(f"cannot write into {self.path}: it is a file")
-        if all(entry.name == ".lock" for entry in self.path.iterdir()):
-            return
-        try:
-            before = Plan.from_content(yaml.safe_load((self.path / "study.yaml").read_text()))
-        except FileNotFoundError as error:
-            what = "a training run" if RunFolder(self.path).holds_run() else "something else than a study"
-            raise UserError(f"{self.path} holds {what}: {HINT}") from error
-        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise UserError(f"{self.path / 'study.yaml'} is damaged: {HINT}") from error
+        with file.open() as stream:
+            before = Plan(**yaml.safe_load(stream))
         then, now = ({cell.name: cell for cell in p.cells()} for p in (before, plan))
-        common = sorted(then.keys() & now.keys())
-        if not common:
+        if not then.keys() & now.keys():
             raise UserError(f"{self.path} holds another study, with the arms {', '.join(before.arms)}: {HINT}")
-        for name in common:
-            self._check_cell(then[name], now[name])
+        for name in sorted(then.keys() & now.keys()):
+            self._check_cell(then[name].options, now[name])
 
-    def _check_cell(self, then: Cell, now: Cell) -> None:
+    def _check_cell(self, old: dict[str, Any], cell: Cell) -> None:
         """Refuse an arm that is in the folder with other options, or whose images were prepared in another way."""
-        unset = [key for key in PREPARATION if then.options.get(key) is None and self.own_preparation]
-        for key in sorted({*then.options, *now.options} - {*unset}):
-            self._compare(now, key, then.options.get(key), now.options.get(key))
-        if any(now.options.get(key) is not None for key in unset):
-            own = self.own_preparation(then)
-            for key in unset:
-                hint = f"set {key} in the arm to continue it, or {HINT}"
-                new = now.options.get(key)
-                self._compare(now, key, own[key], own[key] if new is None else new, hint)
+        new = cell.options
+        for key in [*sorted({*old, *new} - {*PREPARATION}), *PREPARATION]:
+            before, after = old.get(key), new.get(key)
+            if key in PREPARATION and before is None and after is not None:
+                before = self.own_preparation(cell).get(key)  # its model is the same: that is compared before
+            if _comparable(key, before) != _comparable(key, after):
+                difference = f"in it, {key} of {cell.name} is {before}, not {after}"
+                raise UserError(f"{self.path} holds another study: {difference}; set it in the arm, or {HINT}")
 
-    def _compare(self, cell: Cell, key: str, old: Any, new: Any, hint: str = HINT) -> None:
-        if _comparable(key, old) != _comparable(key, new):
-            raise UserError(f"{self.path} holds another study: in it, {key} of {cell.name} is {old}, not {new}; {hint}")
-
-    def options_file(self, cell: str) -> Path:
+    def options_file(self, cell: Cell) -> Path:
         """Return the file with the options of an arm at a point."""
-        return self.path / "options" / f"{cell}.yaml"
+        return self.path / "options" / f"{cell.name}.yaml"
 
     def run_folder(self, run: Run) -> Path:
         """Return the folder of a run."""
@@ -123,23 +111,19 @@ class StudyFolder:
         file = self.run_folder(run) / "summary.json"
         return json.loads(file.read_text()) if file.exists() else None
 
-    def keep_best(self, runs: Sequence[Run]) -> None:
-        """Remove what finished runs need no more: all checkpoints but the best weights."""
-        for run in runs:
-            folder = RunFolder(self.run_folder(run))
+    def keep_best(self, run: Run) -> None:
+        """Remove what a finished run needs no more: all checkpoints but the best weights."""
+        folder = RunFolder(self.run_folder(run))
+        try:
             if self.summary(run) and (folder.last.exists() or folder.previous.exists()):
-                try:
-                    folder.keep_best()
-                except (OSError, UserError) as error:
-                    _logger.warning(f"{run.name}: all checkpoints are kept: {error}")
+                folder.keep_best()
+        except (OSError, UserError) as error:
+            _logger.warning(f"{run.name}: all checkpoints are kept: {error}")
 
     def epochs_done(self, run: Run) -> int:
-        """Return how many epochs of a run are done."""
-        try:
-            with (self.run_folder(run) / "log.csv").open() as file:
-                return sum(1 for _ in csv.DictReader(file))
-        except FileNotFoundError:
-            return 0
+        """Return how many epochs of a run are done: lines of its log, but the first."""
+        log = self.run_folder(run) / "log.csv"
+        return max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
 
 
 def _comparable(key: str, value: Any) -> str:
@@ -147,6 +131,42 @@ def _comparable(key: str, value: Any) -> str:
     if key in PREPARATION and isinstance(value, list | tuple) and len({*value}) == 1:
         value = value[0]
     return json.dumps(value, sort_keys=True)
+
+
+class _Progress:
+    """A bar over all runs, or a line a minute where there is no terminal; a line for every run that ends."""
+
+    def __init__(self, runs: Sequence[Run], epochs: Mapping[str, int], folder: StudyFolder):
+        self.runs, self.epochs, self.folder, self.logged = runs, epochs, folder, time.monotonic()
+        self.ended_runs = sum(folder.summary(run) is not None for run in runs)
+        self.hidden = None if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  it counts there too
+        counts = dict(total=len(runs), initial=self._runs_done(), smoothing=0)
+        form = "{percentage:3.0f}%|{bar:10}| {desc}, {remaining} left"
+        self.bar = tqdm(**counts, bar_format=form, leave=False, dynamic_ncols=True, file=self.hidden)
+
+    def _runs_done(self) -> float:
+        return sum(self.folder.epochs_done(run) / self.epochs[run.cell.name] for run in self.runs)
+
+    def show(self, active: Sequence[Run]) -> None:
+        """Show how far the runs are that are under way."""
+        self.bar.n = self._runs_done()
+        words = [f"{self.ended_runs} of {len(self.runs)} runs ended"]
+        for run in active:
+            epochs = self.epochs[run.cell.name]
+            words.append(f"{run.name} epoch {min(self.folder.epochs_done(run) + 1, epochs)}/{epochs}")
+        self.bar.set_description_str("; ".join(words))
+        if self.hidden and time.monotonic() > self.logged + LINE_SECONDS:
+            self.logged = time.monotonic()
+            _logger.info(f"study: {self._meter('{percentage:.0f}%, {desc}, {remaining} left')}")
+
+    def ended(self, run: Run, words: str) -> None:
+        """Print a line for a run that has ended."""
+        self.ended_runs += 1
+        self.bar.n = self._runs_done()
+        _logger.info(f"run {self.ended_runs}/{len(self.runs)}, {run.name}: {words}; {self._meter('{remaining} left')}")
+
+    def _meter(self, form: str) -> str:
+        return tqdm.format_meter(**{**self.bar.format_dict, "bar_format": form, "ncols": None})
 
 
 def _claim(path: Path) -> int | None:
@@ -160,58 +180,46 @@ def _claim(path: Path) -> int | None:
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
     except OSError:
         os.close(handle)
         return None
-    return handle
 
 
-class _Process:
-    """A run that is under way; it has the lock on its folder."""
+def _start(folder: StudyFolder, run: Run, lock: int) -> subprocess.Popen:
+    """Start a run in one thread; it has the lock on its folder."""
+    path = folder.run_folder(run)
+    command = [sys.executable, "-m", "raftmlp", "train", "-c", folder.options_file(run.cell)]
+    command += ["--seed", run.seed, "--output", path, "--resume"]
+    paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # also: the same sums at every run
+    with (path / "train.log").open("ab") as log:
+        return subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            pass_fds=[lock] if fcntl else [],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
+        )
 
-    def __init__(self, folder: StudyFolder, run: Run, updates: int, lock: int):
-        self.run, self.folder, self.path = run, folder, folder.run_folder(run)
-        command = [sys.executable, "-m", "raftmlp", "train", "-c", folder.options_file(run.cell.name)]
-        command += ["--seed", run.seed, "--output", self.path]
-        if "log_interval" not in run.cell.options:
-            command += ["--log-interval", max(1, updates // LOG_LINES)]
-        command += ["--resume"]
-        paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # also: the same sums at every run
-        with (self.path / "train.log").open("ab") as log:
-            self.log_start = log.tell()
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[lock] if fcntl else [],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
-            )
 
-    def epochs_done(self) -> float:
-        """Return how many epochs are done, with the part of the one that is under way."""
-        with (self.path / "train.log").open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self.log_start, end - 4096))
-            text = log.read().decode(errors="replace")
-        return max(self.folder.epochs_done(self.run), epochs_in_log(text))
-
-    def failure(self) -> str:
-        """Return why the run ended without a summary: what it said last."""
-        if self.process.returncode < 0:
-            return f"it was killed by signal {-self.process.returncode}, for want of memory perhaps"
-        text = (self.path / "train.log").read_text(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it ended without a word"]
-        return next((line.split("error: ", 1)[1] for line in reversed(lines) if "error: " in line), lines[-1])
+def _outcome(summary: dict | None, status: int, log: Path) -> str:
+    """Return how a run ended: its figures, or without a summary what it said last."""
+    if summary:
+        return f"top-1 {summary['last']['eval_top1']:.2f} %, {summary['seconds']} s"
+    if status < 0:
+        return f"it was killed by signal {-status}, for want of memory perhaps"
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it ended without a word"]
+    return lines[-1].split("error: ", 1)[-1]
 
 
 def run_study(
     folder: StudyFolder,
-    plan: Plan,
-    lengths: Mapping[str, tuple[int, int]],
+    runs: Sequence[Run],
+    epochs: Mapping[str, int],
     jobs: int,
-    report: Callable[[dict[str, str]], None],
+    report: Callable[[dict[str, str]], object],
     keep: str = "all",
 ) -> dict[str, str] | None:
     """Run what is not done of a study, ``jobs`` runs at a time in one thread each.
@@ -220,8 +228,8 @@ def run_study(
 
     Args:
         folder: The study's folder, opened.
-        plan: The study.
-        lengths: The epochs of a run and the updates of an epoch, by the names of the cells.
+        runs: All runs of the study.
+        epochs: The epochs of a run, by the names of the cells.
         jobs: Processes at a time.
         report: Called with the failures so far whenever a run has ended.
         keep: "all" the checkpoints of the runs that end now, or the "best" weights of each.
@@ -229,14 +237,23 @@ def run_study(
     Returns:
         The reasons of the runs that failed, by the names of the runs; None if it was asked to stop.
     """
-    runs = plan.runs()
-    finished = {run.name: summary for run in runs if (summary := folder.summary(run)) is not None}
-    waiting = [run for run in runs if run.name not in finished]
-    if finished:
-        _logger.info(f"{len(finished)} of {len(runs)} runs are done already")
+    waiting = [run for run in runs if folder.summary(run) is None]
+    if len(waiting) < len(runs):
+        _logger.info(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
     failures: dict[str, str] = {}
-    active: list[_Process] = []
-    progress = StudyProgress(runs, {name: epochs for name, (epochs, _) in lengths.items()}, finished, jobs)
+    active: dict[Run, subprocess.Popen] = {}
+    progress = _Progress(runs, epochs, folder)
+
+    def end(run: Run, status: int = 0) -> None:
+        summary = folder.summary(run)
+        words = _outcome(summary, status, folder.run_folder(run) / "train.log")
+        if not summary:
+            failures[run.name] = words
+        elif keep == "best":
+            folder.keep_best(run)
+        progress.ended(run, words if summary else f"failed: {words}")
+        report(failures)
+
     with (stop := StopSignals()), progress.bar:
         try:
             while (waiting or active) and stop.number is None:
@@ -245,32 +262,19 @@ def run_study(
                     if lock is None:  # a process that a killed study left behind may still be writing
                         continue
                     waiting.remove(run)
-                    if summary := folder.summary(run):  # such a process has finished it
-                        progress.ended(run, summary, "")
+                    if folder.summary(run):  # such a process has finished it
+                        end(run)
                     else:
-                        active.append(_Process(folder, run, lengths[run.cell.name][1], lock))
+                        active[run] = _start(folder, run, lock)
                     os.close(lock)
                 time.sleep(0.2)
-                for process in [process for process in active if process.process.poll() is not None]:
-                    active.remove(process)
-                    if stop.number is not None:
-                        continue
-                    summary = folder.summary(process.run)
-                    if summary is None:
-                        failures[process.run.name] = process.failure()
-                    elif keep == "best":
-                        folder.keep_best([process.run])
-                    progress.ended(process.run, summary, failures.get(process.run.name, ""))
-                    report(failures)
-                progress.show([(process.run, process.epochs_done()) for process in active])
+                for run, process in list(active.items()):
+                    if process.poll() is not None and stop.number is None:
+                        end(run, active.pop(run).returncode)
+                progress.show([*active])
         finally:
-            _end(active)
+            for process in active.values():  # they save, and end
+                process.terminate()
+            for process in active.values():
+                process.wait()
     return failures if stop.number is None else None
-
-
-def _end(active: Sequence[_Process]) -> None:
-    """Let the runs save and end."""
-    for process in active:
-        process.process.terminate()
-    for process in active:
-        process.process.wait()
