@@ -72,11 +72,15 @@ def test_a_folder_names_the_data_and_no_folder_of_this_machine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "card", ["{", "[]", '{"options": [1]}', '{"best_top1": "x"}', '{"versions": ["a"]}', '{"command": 3}']
-)
-def test_a_damaged_record(card, tmp_path):
+    "card, field",
+    [
+        ("{", ""), ("[]", ""), ('{"options": [1]}', "options must"), ('{"best_top1": "x"}', "best_top1 must"),
+        ('{"best_epoch": 1.5}', "best_epoch must"), ('{"command": "a\\u0007"}', "command must"),
+    ],
+)  # fmt: skip
+def test_a_damaged_record(card, field, tmp_path):
     (tmp_path / "w.json").write_text(card)
-    with pytest.raises(UserError, match="w.json is damaged"):
+    with pytest.raises(UserError, match=f"w.json is damaged: .*{field}"):
         training_record(tmp_path / "w.safetensors")
 
 

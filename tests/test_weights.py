@@ -3,15 +3,13 @@
 import argparse
 import hashlib
 import json
-import pickle
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 
 import raftmlp
-from helpers import ROOT, same_weights
+from helpers import ROOT, assert_same, same_weights
 from raftmlp.checkpoints.pretrained import find_pretrained
 from raftmlp.checkpoints.weights import load_state_dict, read_metadata, save_state_dict, unwrap
 from raftmlp.train.journal import export_path
@@ -45,8 +43,7 @@ def test_save_and_load(digits, tmp_path):
     file = tmp_path / "new" / "folder" / "x.safetensors"
     save_state_dict(digits.state_dict(), file, dict(model="raftmlp_digits"))
     assert read_metadata(file)["model"] == "raftmlp_digits"
-    state = load_state_dict(file)
-    assert all(torch.equal(state[key], value) for key, value in digits.state_dict().items())
+    assert_same(load_state_dict(file), dict(digits.state_dict()))
     assert [p.name for p in file.parent.iterdir()] == ["x.safetensors"]
 
 
@@ -66,38 +63,6 @@ def test_checkpoints_of_timms_training_script(tmp_path):
     assert list(load_state_dict(tmp_path / "timm.pth.tar")) == ["a"]
 
 
-class Evil:
-    def __reduce__(self):
-        return (print, ("code from a file ran",))
-
-
-def test_bad_files(tmp_path, capfd):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing.pth"):
-        load_state_dict(tmp_path / "missing.pth")
-    bad = {}
-    for suffix in ("pth", "safetensors"):
-        bad[f"garbage.{suffix}"] = b"this is no checkpoint"
-        bad[f"empty.{suffix}"] = b""
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
-    bad["cut.pth"] = (tmp_path / "whole.pth").read_bytes()[:2000]
-    whole = safetensors.torch.save({"a": torch.zeros(1000)})
-    bad["cut.safetensors"] = whole[:2000]
-    bad["evil.pth"] = pickle.dumps(Evil())
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is damaged") as caught:
-            load_state_dict(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    torch.save({"a": Evil()}, tmp_path / "evil_zip.pth")
-    with pytest.raises(ValueError, match="more than tensors"):
-        load_state_dict(tmp_path / "evil_zip.pth")
-    for content in ({"epoch": 3}, [1, 2], torch.zeros(3)):
-        torch.save(content, tmp_path / "nothing.pth")
-        with pytest.raises(ValueError, match="holds no weights"):
-            load_state_dict(tmp_path / "nothing.pth")
-    assert "code from a file ran" not in "".join(capfd.readouterr())
-
-
 # pretrained=True
 
 
@@ -107,9 +72,7 @@ def test_shipped_digits_model():
     assert model.pretrained_cfg["tag"] == "sklearn"
     assert "raftmlp_digits.sklearn" in timm.list_models("raftmlp*", pretrained=True)
     assert same_weights(model, timm.create_model("raftmlp_digits.sklearn", pretrained=True))
-    timm.create_model("raftmlp_digits", pretrained=True, in_chans=1, num_classes=5, img_size=48)
-    timm.create_model("raftmlp_digits", pretrained=True, num_classes=0)
-    timm.create_model("raftmlp_digits", pretrained=True, features_only=True)
+    timm.create_model("raftmlp_digits", pretrained=True, in_chans=1, num_classes=5, img_size=48, features_only=True)
 
 
 def test_folder_of_checkpoints(tmp_path, monkeypatch):
@@ -169,29 +132,9 @@ def test_list_pretrained(digits, tmp_path, monkeypatch):
         timm.create_model("raftmlp_m", pretrained=True)
 
 
-@pytest.mark.parametrize(
-    "folder, reason", [("~nobody-such/x", "there is no such user"), ("x" * 5000, "File name too long")]
-)
-def test_folders_that_cannot_be(folder, reason, monkeypatch):
-    monkeypatch.setenv("RAFTMLP_CHECKPOINTS", folder)
-    with pytest.raises(ValueError, match=rf"\$RAFTMLP_CHECKPOINTS names the folder .*: {reason}"):
-        timm.create_model("raftmlp_s", pretrained=True)
-    with pytest.raises(ValueError, match=reason):
-        export_path("raftmlp_s", "mine")
-
-
 def test_the_tag_of_an_export_takes_the_place_of_the_models(tmp_path, monkeypatch):
     monkeypatch.setenv("RAFTMLP_CHECKPOINTS", str(tmp_path))
     assert export_path("raftmlp_digits.sklearn", "mine") == tmp_path / "raftmlp_digits.mine.safetensors"
-
-
-def test_hub_style_folder(digits, tmp_path):
-    # what timm writes for the Hugging Face hub, it reads back
-    digits = timm.create_model("raftmlp_digits", num_classes=4, img_size=24)
-    timm.models.save_for_hf(digits, str(tmp_path))
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert same_weights(digits, again)
-    assert isinstance(again, raftmlp.RaftMLP)
 
 
 def test_shipped_files_are_listed_with_their_checksum():
