@@ -15,7 +15,6 @@ from raftmlp.export.comparison import (
     calibration_batches,
     check,
     image_source,
-    milliseconds_in_turns,
     sample_sizes,
     try_inputs,
 )  # fmt: skip
@@ -102,13 +101,6 @@ def test_wrong_answers_without_an_error_are_refused(wrong, name, capfd):
     assert try_inputs(model, strict, noise, spec()) == ["float64", *(f"1 x {size}" for size in sizes)]
     with pytest.raises(UserError, match=f"gives a wrong answer for {name}, "):
         try_inputs(model, lambda x: [model(wrong(x).float())], noise, spec())
-
-
-def test_functions_take_turns():
-    calls = []
-    times = milliseconds_in_turns(torch.ones(1), *(lambda x, name=name: calls.append(name) for name in "ab"))
-    assert len(times) == 2 and min(times) > 0
-    assert "".join(a for a, b in zip(calls, [*calls[1:], ""]) if a != b) == "ababab"
 
 
 def test_images_of_the_data_are_repeated_where_there_are_too_few():

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -136,29 +135,3 @@ def test_a_command_names_what_it_lacks():
     done = subprocess.run([sys.executable, "-c", code, "train", "--help"], capture_output=True, text=True)
     assert done.returncode == 2 and "pip install " in done.stderr and "raftmlp[" not in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_the_demo_installs_what_it_needs_and_nothing_else(tmp_path):
-    def commands(target):
-        return run("make", "--dry-run", target, f"VENV={tmp_path}/env", cwd=ROOT)
-
-    assert "'.[demo]'" in commands("demo") and "'.[test]'" not in commands("demo")
-    assert "install_mm" not in commands("demo")
-    assert "'.[test]'" in commands("test") and "install_mm" in commands("test")
-
-
-def test_a_cpu_build_of_torch_comes_with_its_torchvision(tmp_path):
-    """An index that has newer builds, too, of torch alone: that pair could not be imported."""
-    torch, torchvision = (str(pins()[name])[2:] for name in ("torch", "torchvision"))
-    wheels = [("torch", version) for version in (torch, f"{torch}+cpu", f"{torch}.1", f"{torch}.1+cpu")]
-    for name, version in [*wheels, ("torchvision", torchvision), ("torchvision", f"{torchvision}+cpu")]:
-        with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-            folder = f"{name}-{version}.dist-info"
-            wheel.writestr(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-            wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{folder}/RECORD", "")
-    (install,) = re.findall(r"^PIP_INSTALL := \$\(RUN\) (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    index = dict(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
-    command = [sys.executable, *install.split(), "--dry-run", "--ignore-installed", "torch", "torchvision"]
-    shown = run(*command, cwd=ROOT, env={**os.environ, **index})
-    assert f"Would install torch-{torch}+cpu torchvision-{torchvision}+cpu" in shown

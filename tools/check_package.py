@@ -9,6 +9,7 @@ An environment takes some gigabytes and is removed after its turn; what is built
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,14 +37,6 @@ def call(*command: object, **kwargs) -> str:
     return done.stdout
 
 
-def is_at_hand(python: str) -> bool:
-    """Whether there is a Python of that name that can make environments."""
-    try:
-        return bool(call(python, "-c", "import venv, ensurepip; print(1)"))
-    except (UserError, OSError):
-        return False
-
-
 def try_archive(python: Path, archive: str, *options: str) -> None:
     """Install an archive into an environment and run the trials in an empty folder."""
     call(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", *options, archive)
@@ -69,7 +62,7 @@ def main() -> None:
     call(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     say(f"built and checked: {wheel}, {sdist}")
     for name in args.pythons:
-        if not is_at_hand(name):
+        if not shutil.which(name):
             say(f"{name} is not at hand: not tried")
             continue
         say(f"{name}: installing and trying, some minutes")

@@ -23,10 +23,7 @@ def checkpoint_folders() -> list[Path]:
 def list_pretrained(variant: str = "*") -> list[str]:
     """Return the pretrained weights in the checkpoint folders, as the names NAME.TAG that ``timm.create_model`` takes.
 
-    ``timm.list_pretrained`` lists those alone that are registered at the import, which looks at no folder.
-
-    Args:
-        variant: A model's name, or a pattern of names.
+    ``variant`` is a model's name or a pattern. ``timm.list_pretrained`` knows only what is registered at the import.
     """
     known = list_models(variant, module="raftmlp")
     return sorted({f"{name}.{tag}" for folder in checkpoint_folders() for name, tag in _names(folder) if name in known})
@@ -41,9 +38,7 @@ def find_pretrained(name: str, tag: str | None = None) -> Path | None:
     for folder in checkpoint_folders():
         tags = [its for of, its in _names(folder) if of == name and its == (tag or its)]
         if len(tags) > 1:
-            raise UserError(
-                f"{folder} has several {name} checkpoints: name one as {name}.TAG, TAG of {', '.join(tags)}"
-            )
+            raise UserError(f"{folder} has several {name} checkpoints: name {name}.TAG, TAG of {', '.join(tags)}")
         if tags:
             return folder / f"{name}.{tags[0]}.safetensors"
     return None

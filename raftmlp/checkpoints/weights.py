@@ -35,12 +35,7 @@ HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # the files of a f
 def load_state_dict(path: str | Path, stand_ins: Sequence = ()) -> StateDict:
     """Return the weights in a checkpoint file; of a training checkpoint, the averaged ones (EMA) where it has them.
 
-    Args:
-        path: The file, safetensors or of ``torch.save``, or a folder for the Hugging Face Hub.
-        stand_ins: See ``load_checkpoint``.
-
-    Raises:
-        UserError: If ``load_checkpoint`` or ``check_tensors`` refuses it, or it has no weights.
+    Arguments and errors are those of ``load_checkpoint``; weights that ``check_tensors`` refuses are an error too.
     """
     state = unwrap(load_checkpoint(path, stand_ins), path)
     if not state:
@@ -79,14 +74,9 @@ def load_checkpoint(path: str | Path, stand_ins: Sequence = ()) -> Mapping:
 
 
 def first_readable(paths: Iterable[str | Path], stand_ins: Sequence = ()) -> tuple[Path | None, list[str]]:
-    """Return the first of several checkpoint files that can be read, and why those before it cannot.
+    """Return the first of several checkpoint files that can be read, None if none can, and why those before it cannot.
 
-    Args:
-        paths: The files, the preferred one first.
-        stand_ins: See ``load_checkpoint``.
-
-    Returns:
-        The file, None if none can be read; a message for each damaged file.
+    ``stand_ins`` are those of ``load_checkpoint``.
     """
     damaged = []
     for path in paths:
@@ -219,9 +209,7 @@ def check_types(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
     """
     for key, value in state.items():
         if key in expected and expected[key].dtype in FLOATS and value.dtype not in FLOATS:
-            raise UserError(
-                f"{source}: {key} is of {value.dtype}; weights are of float16, bfloat16, float32 or float64"
-            )
+            raise UserError(f"{source}: {key} is of {value.dtype}; weights are floats of 16, 32 or 64 bits")
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

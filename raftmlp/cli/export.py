@@ -124,8 +124,8 @@ def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: Pr
 def write_results(path: Path | None, prepared: PreparedModel, settings: ExportSettings, **measured) -> None:
     """Write what was measured, if a file is named."""
     if path:
-        about = dict(model=prepared.name, weights=prepared.weights)
-        write_json(path, {**about, "format": settings.format, "precision": settings.precision, **measured})
+        about = dict(model=prepared.name, weights=prepared.weights, format=settings.format)
+        write_json(path, {**about, "precision": settings.precision, **measured})
         say(f"figures: {path}")
 
 

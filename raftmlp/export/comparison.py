@@ -9,7 +9,6 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.data import Dataset
 
 from ..config import CALIBRATION_IMAGES
@@ -194,6 +193,8 @@ def check(name: str, actual: list[Tensor], expected: list[Tensor], limit: float)
 
 def milliseconds_in_turns(images: Tensor, *functions: Callable[[Tensor], object]) -> list[float]:
     """Return the median milliseconds of a call of each function with the images; they take turns."""
+    from torch.utils.benchmark import Timer  # it loads setuptools, which changes sys.path
+
     threads = torch.get_num_threads()
     timers = [Timer("run(images)", globals=dict(run=run, images=images), num_threads=threads) for run in functions]
     rounds = [[timer.blocked_autorange(min_run_time=0.05).median for timer in timers] for _ in range(3)]

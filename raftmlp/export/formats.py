@@ -170,10 +170,7 @@ def exported(spec: ExportSpec) -> torch.export.ExportedProgram:
     if is_dynamic and not (spec.settings.format == "onnx" and spec.takes((1, 1))):
         spec.least_size = tuple(int(program.range_constraints[side.node.expr].lower) for side in shape[2:])
         if any(side < least for side, least in zip(spec.size, spec.least_size)):
-            raise UserError(
-                f"--dynamic-size: the graph takes images of {size_name(spec.least_size)} pixels or more, whose last "
-                f"map has more than one position; {size_name(spec.size)} is less (--img-size names another size)"
-            )
+            raise UserError(f"--dynamic-size: the file takes images of {size_name(spec.least_size)} pixels or more")
     if is_dynamic:
         spec.metadata["least_size"] = json.dumps(spec.least_size)
     return program

@@ -73,10 +73,7 @@ def data_name(dataset: object, folder: object) -> str:
 def own_tag(architecture: str, file: Path, record: dict) -> str:
     """Return the tag of weights: that of their file's name, else the one that their run exported, or the run's name.
 
-    Args:
-        architecture: The model.
-        file: The weights.
-        record: See ``training_record``; without one, a file of another name has no tag.
+    ``record`` is that of ``training_record``; without one, a file of another name has no tag.
     """
     stem = file.name.removesuffix(".safetensors")
     if file.suffix == ".safetensors" and stem.startswith(f"{architecture}."):
@@ -85,10 +82,7 @@ def own_tag(architecture: str, file: Path, record: dict) -> str:
 
 
 def model_card(model: nn.Module, name: str, config: dict, record: dict, measured: dict | None) -> ModelCard:
-    """Return the README.md of a model.
-
-    ``measured`` are figures of ``evaluate`` at the export, and ``data``, the name of the images.
-    """
+    """Return the README.md of a model; ``measured`` are figures of ``evaluate``, and ``data``, the images' name."""
     task, is_ours = "image-classification", isinstance(model, RaftMLP)
     options, channels, *size = record.get("options") or {}, *config["input_size"]
     return ModelCard.from_template(
@@ -113,12 +107,8 @@ def model_card(model: nn.Module, name: str, config: dict, record: dict, measured
 
 def _without_folders(command: str) -> str:
     """Return a command whose paths from the root or the home folder are shortened to their last names."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # it was not written by the training command
-        words = command.split()
     short = []
-    for word in words:
+    for word in shlex.split(command):
         option, is_pair, value = word.rpartition("=")
         short.append(option + is_pair + (Path(value).name if value.startswith(("/", "~", "..")) else value))
     return shlex.join(short)
