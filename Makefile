@@ -11,7 +11,7 @@ TOOLBOXES := $(VENV)/installed-mm
 DETECTOR := mask_rcnn_raftmlp_digits
 SEGMENTOR := fpn_raftmlp_digits
 
-.PHONY: help demo demo-detection demo-segmentation bench gpu scenes test test-core docs lint constraints release-check \
+.PHONY: help demo demo-detection demo-segmentation bench gpu scenes test test-core docs lint constraints check-package \
 	clean
 .NOTPARALLEL: # pip must not install twice at once into one environment
 
@@ -63,8 +63,8 @@ constraints: $(INSTALLED) ## pin what is not pinned yet; UPGRADE=--upgrade renew
 	$(RUN) -m uv pip compile --universal --python-version 3.10 --extra all --extra mm --output-file constraints.txt \
 		--no-annotate --custom-compile-command 'make constraints' --quiet --no-python-downloads $(UPGRADE) pyproject.toml
 
-release-check: $(TESTS) ## build sdist and wheel, try both in new environments of the Pythons at hand (into dist)
-	$(RUN) tools/release_check.py
+check-package: $(TESTS) ## build sdist and wheel, try both in new environments of the Pythons at hand (into dist)
+	$(RUN) tools/check_package.py
 
 clean: ## remove what the other commands made, the environment too
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

@@ -68,10 +68,7 @@ def test_the_import_does_not_look_for_weights():
 import sys, timm
 seen = []
 events = ("open", "os.listdir", "os.scandir", "pathlib.Path.glob")
-def look(event, args):
-    if event in events and str(args[0]).endswith("weights"):
-        seen.append(args[0])
-sys.addaudithook(look)
+sys.addaudithook(lambda event, args: seen.append(1) if event in events and str(args[0]).endswith("weights") else 0)
 import raftmlp
 assert not seen, seen
 timm.create_model("raftmlp_digits", pretrained=True)

@@ -1,19 +1,18 @@
-"""What a checkpoint or a card says of its model: one schema, checked once, where the file is read."""
+"""What a checkpoint or a card says of its model: one table of fields, checked once, where the file is read."""
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
 __all__ = [
-    "EXIF_NOTES", "INTERPOLATIONS", "check_description", "check_fields", "mapping", "number", "parse_json", "shorten",
-    "text",
+    "CROP_MODES", "EXIF_NOTES", "INTERPOLATIONS", "MAPPING", "TEXT", "Kind", "check_description", "check_fields",
+    "number", "parse_json", "shorten",
 ]  # fmt: skip
-
-Check = Callable[[Any], Any]
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # whether images were turned as EXIF says: timm's cfg has no field for it, and its loaders keep these words in ``notes``
@@ -26,24 +25,17 @@ MAX_NUMBER = 2**31  # in a model's arguments
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
 # arguments of timm.create_model that name files to read or to fetch
 FILE_ARGUMENTS = re.compile(r"pretrained\w*|checkpoint_path|cache_dir")
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = 2, 3, 3, 3
+_short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 def shorten(value: Any) -> str:
     """Return a value as one short line, whatever it is."""
-    if not isinstance(value, (str, int, float, bool, type(None))):
-        size = f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else ""
-        inner = ", ".join(map(shorten, value[:3])) if _is_flat(value) else ""
-        more = ", ..." if inner and len(value) > 3 else ""
-        return f"[{inner}{more}]" if inner else f"a {type(value).__name__}{size}"
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "a very large number"
-    words = ascii(value) if isinstance(value, str) and UNPRINTABLE.search(value) else repr(value)
-    return words if len(words) <= 60 else words[:60] + " ..."
-
-
-def _is_flat(value: Any) -> bool:
-    plain = (str, int, float, bool, type(None))
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(entry, plain) for entry in value[:3])
+    try:
+        return " ".join(_short.repr(value).split())
+    except ValueError:  # Python prints no number of thousands of digits
+        return f"a very large {type(value).__name__}"
 
 
 def parse_json(content: str | bytes, source: str | Path) -> Any:
@@ -54,114 +46,82 @@ def parse_json(content: str | bytes, source: str | Path) -> Any:
     """
     try:
         return json.loads(content)
-    except RecursionError as error:
-        raise UserError(f"{source} is damaged: its JSON is nested too deep") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is damaged: it is no JSON: {error}") from error
 
 
-# Kinds of values: functions that return a value, or raise a UserError in words that follow a field's name
+class Kind(NamedTuple):
+    """The values that a field may have, in words and as a test."""
+
+    words: str
+    allows: Callable[[Any], bool]
 
 
-def number(kind: type, least: float, most: float) -> Check:
+def number(kind: type, least: float, most: float) -> Kind:
+    """Return the kind of numbers within bounds, both allowed."""
     kinds = (int,) if kind is int else (int, float)
 
-    def check(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            words = "a whole number" if kind is int else "a number"
-            raise UserError(f"must be {words} from {least} to {most}, not {shorten(value)}")
-        return value
+    def allows(value: Any) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
 
-    return check
+    return Kind(f"a {'whole ' * (kind is int)}number from {least} to {most}", allows)
 
 
-def text(value: Any) -> str:
-    """Return a text that can be printed in one line."""
-    if not isinstance(value, str) or len(value) > 1000 or UNPRINTABLE.search(value):
-        raise UserError(f"must be a text of at most 1000 printable characters, not {shorten(value)}")
-    return value
+def several(kind: Kind, least: int, most: int) -> Kind:
+    def allows(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and least <= len(value) <= most and all(map(kind.allows, value))
+
+    return Kind(f"a list of {least} to {most} values, each {kind.words}", allows)
 
 
-def choice(*allowed: str) -> Check:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise UserError(f"must be one of {', '.join(allowed)}, not {shorten(value)}")
-        return value
-
-    return check
+def _choice(*allowed: str) -> Kind:
+    return Kind(f"one of {', '.join(allowed)}", lambda value: isinstance(value, str) and value in allowed)
 
 
-def several(check: Check, least: int, most: int) -> Check:
-    count = str(least) if least == most else f"{least} to {most}"
-
-    def check_all(value: Any) -> tuple:
-        if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
-            raise UserError(f"must be a list of {count} values, not {shorten(value)}")
-        return tuple(map(check, value))
-
-    return check_all
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 1000 and not UNPRINTABLE.search(value)
 
 
-def mapping(value: Any) -> dict:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"must be a mapping from names to values, not {shorten(value)}")
-    return dict(value)
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-def arguments(value: Any) -> dict:
-    """Return a model's arguments, numbers, texts and lists of them, none of which names a file."""
-    for name, argument in mapping(value).items():
-        if not name.isidentifier() or FILE_ARGUMENTS.fullmatch(name):
-            raise UserError(f"must not have an argument {shorten(name)}")
-        try:
-            _plain(argument)
-        except UserError as error:
-            raise UserError(f"{name} {error}") from error
-    return dict(value)
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        entries = value.values() if isinstance(value, dict) else value
+        return depth < 4 and len(value) <= 1000 and all(_is_plain(entry, depth + 1) for entry in entries)
+    return isinstance(value, (bool, type(None))) or _is_text(value) or ARGUMENT_NUMBER.allows(value)
 
 
-def _plain(value: Any, depth: int = 0) -> None:
-    if isinstance(value, (list, tuple, dict)) and depth < 4 and len(value) <= 1000:
-        for entry in value.values() if isinstance(value, dict) else value:
-            _plain(entry, depth + 1)
-    elif isinstance(value, str):
-        text(value)
-    elif not isinstance(value, (bool, type(None))):
-        number(float, -MAX_NUMBER, MAX_NUMBER)(value)
-
-
-# The schema
-
-SIDE = number(int, 1, MAX_SIDE)
-PRETRAINED_CFG: dict[str, Check] = dict(
+TEXT = Kind("a text of at most 1000 printable characters", _is_text)
+MAPPING = Kind("a mapping from names to values", _is_mapping)
+ARGUMENT_NUMBER = number(float, -MAX_NUMBER, MAX_NUMBER)
+ARGUMENT = Kind("a text, a number of at most 2**31, or a short list of them", _is_plain)
+DESCRIPTION = dict(model=TEXT, model_kwargs=MAPPING, pretrained_cfg=MAPPING)
+PRETRAINED_CFG = dict(
     num_classes=number(int, 0, MAX_CLASSES),
-    input_size=several(SIDE, 3, 3),
+    input_size=several(number(int, 1, MAX_SIDE), 3, 3),
     mean=several(number(float, -1e6, 1e6), 1, 1024),
     std=several(number(float, 1e-6, 1e6), 1, 1024),
-    interpolation=choice(*INTERPOLATIONS),
+    interpolation=_choice(*INTERPOLATIONS),
     crop_pct=number(float, 0.01, 2),
-    crop_mode=choice(*CROP_MODES),
-    label_names=several(text, 0, MAX_CLASSES),
-    notes=several(text, 0, 1000),
+    crop_mode=_choice(*CROP_MODES),
+    label_names=several(TEXT, 0, MAX_CLASSES),
+    notes=several(TEXT, 0, 1000),
 )
-DESCRIPTION: dict[str, Check] = dict(model=text, model_kwargs=arguments, pretrained_cfg=mapping)
 
 
-def check_fields(values: Mapping[str, Any], schema: Mapping[str, Check], source: str) -> dict[str, Any]:
-    """Return those of the values that the schema knows; None counts as absent.
+def check_fields(values: Mapping[str, Any], kinds: Mapping[str, Kind], source: str) -> dict[str, Any]:
+    """Return those of the values whose kind is given, lists as tuples; None counts as absent.
 
     Raises:
-        UserError: If one is not as the schema allows; the message names the source and the field.
+        UserError: If one is of another kind; the message names the source and the field.
     """
-    checked = {}
-    for field, check in schema.items():
-        if values.get(field) is None:
-            continue
-        try:
-            checked[field] = check(values[field])
-        except UserError as error:
-            raise UserError(f"{source}{field} {error}") from error
-    return checked
+    known = {field: values[field] for field in kinds if values.get(field) is not None}
+    for field, value in known.items():
+        if not kinds[field].allows(value):
+            raise UserError(f"{source}{field} must be {kinds[field].words}, not {shorten(value)}")
+    return {field: tuple(value) if isinstance(value, list) else value for field, value in known.items()}
 
 
 def check_description(values: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -171,9 +131,14 @@ def check_description(values: Mapping[str, Any], path: str | Path) -> dict[str, 
     PRETRAINED_CFG are taken, none of which names files to fetch.
 
     Raises:
-        UserError: If a field is not as the schema allows; the message names the file and the field.
+        UserError: If a field is not as the tables allow; the message names the file and the field.
     """
     description = check_fields(values, DESCRIPTION, f"{path}: ")
+    arguments = description.get("model_kwargs", {})
+    for name in arguments:
+        if not name.isidentifier() or FILE_ARGUMENTS.fullmatch(name):
+            raise UserError(f"{path}: model_kwargs must not have an argument {shorten(name)}")
+    check_fields(arguments, dict.fromkeys(arguments, ARGUMENT), f"{path}: model_kwargs.")
     if "pretrained_cfg" not in description:
         return description
     cfg = check_fields(description["pretrained_cfg"], PRETRAINED_CFG, f"{path}: pretrained_cfg.")

@@ -9,36 +9,21 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, list_models, resolve_
 
 from ..errors import MissingFileError, UserError
 from ..files import shipped_folder
-from .description import shorten
 from .weights import read_description
 
 __all__ = ["checkpoint_folders", "find_pretrained", "list_pretrained", "pretrained_file", "resolve_cfg"]
 
 
 def checkpoint_folders() -> list[Path]:
-    """Return the folders of pretrained weights: those in $RAFTMLP_CHECKPOINTS, then the one that is shipped.
-
-    Raises:
-        UserError: If there can be no folder of a name in $RAFTMLP_CHECKPOINTS.
-    """
-    folders = []
-    for name in filter(None, os.environ.get("RAFTMLP_CHECKPOINTS", "").split(os.pathsep)):
-        try:
-            folders.append(Path(name).expanduser())
-            folders[-1].exists()
-        except (OSError, RuntimeError) as error:  # a name that is too long, a user who is not known
-            reason = getattr(error, "strerror", None) or "there is no such user"
-            raise UserError(f"$RAFTMLP_CHECKPOINTS names the folder {shorten(name)}: {reason}") from error
-    return [*folders, shipped_folder("weights")]
+    """Return the folders of pretrained weights: those in $RAFTMLP_CHECKPOINTS, then the one that is shipped."""
+    names = filter(None, os.environ.get("RAFTMLP_CHECKPOINTS", "").split(os.pathsep))
+    return [*(Path(name).expanduser() for name in names), shipped_folder("weights")]
 
 
 def list_pretrained(variant: str = "*") -> list[str]:
     """Return the pretrained weights in the checkpoint folders, as the names NAME.TAG that ``timm.create_model`` takes.
 
-    ``timm.list_pretrained`` lists those alone that are registered at the import, which looks at no folder.
-
-    Args:
-        variant: A model's name, or a pattern of names.
+    ``variant`` is a model's name or a pattern. ``timm.list_pretrained`` knows only what is registered at the import.
     """
     known = list_models(variant, module="raftmlp")
     return sorted({f"{name}.{tag}" for folder in checkpoint_folders() for name, tag in _names(folder) if name in known})
@@ -53,9 +38,7 @@ def find_pretrained(name: str, tag: str | None = None) -> Path | None:
     for folder in checkpoint_folders():
         tags = [its for of, its in _names(folder) if of == name and its == (tag or its)]
         if len(tags) > 1:
-            raise UserError(
-                f"{folder} has several {name} checkpoints: name one as {name}.TAG, TAG of {', '.join(tags)}"
-            )
+            raise UserError(f"{folder} has several {name} checkpoints: name {name}.TAG, TAG of {', '.join(tags)}")
         if tags:
             return folder / f"{name}.{tags[0]}.safetensors"
     return None

@@ -14,24 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import MissingFileError, UserError
+from ..errors import MissingFileError, UserError, first_words
 from ..files import write_bytes
 from .description import check_description, parse_json, shorten
 
 __all__ = [
-    "check_tensors",
-    "check_types",
-    "describe_differences",
-    "first_readable",
-    "load_checkpoint",
-    "load_state_dict",
-    "read_description",
-    "read_metadata",
-    "save_state_dict",
-    "shapes",
-    "summary",
-    "unwrap",
-]
+    "check_tensors", "check_types", "describe_differences", "first_readable", "load_checkpoint", "load_state_dict",
+    "read_description", "read_hub_config", "read_metadata", "save_state_dict", "shapes", "summary", "unwrap",
+]  # fmt: skip
 
 StateDict = dict[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,14 +35,7 @@ HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # the files of a f
 def load_state_dict(path: str | Path, stand_ins: Sequence = ()) -> StateDict:
     """Return the weights in a checkpoint file; of a training checkpoint, the averaged ones (EMA) where it has them.
 
-    Args:
-        path: The file, safetensors or of ``torch.save``, or a folder for the Hugging Face Hub.
-        stand_ins: See ``load_checkpoint``.
-
-    Raises:
-        MissingFileError: If there is no such file.
-        UserError: If the file is damaged, is no checkpoint, or has anything but plain data, or no weights, or what
-            ``check_tensors`` refuses.
+    Arguments and errors are those of ``load_checkpoint``; weights that ``check_tensors`` refuses are an error too.
     """
     state = unwrap(load_checkpoint(path, stand_ins), path)
     if not state:
@@ -76,43 +59,30 @@ def load_checkpoint(path: str | Path, stand_ins: Sequence = ()) -> Mapping:
     path = _checkpoint_file(path)
     try:
         if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):  # timm's options are a Namespace
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):  # timm's options are a Namespace
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own message says how to run the code in it
         raise UserError(f"{path} is damaged, or holds more than tensors and plain data; it was not loaded") from error
-    except OSError as error:
-        reason = (
-            "is damaged: it ends too early"
-            if error.errno == errno.EINVAL
-            else f"cannot be read: {error.strerror or error}"
-        )
-        raise UserError(f"{path} {reason}") from error
     except Exception as error:  # the readers raise anything on bytes that are no checkpoint
-        has_reason = isinstance(error, (RuntimeError, safetensors.SafetensorError)) and str(error)
-        reason = str(error).splitlines()[0].split(". ")[0] if has_reason else "not a file of torch.save or safetensors"
-        raise UserError(f"{path} is damaged or is no checkpoint: {reason}") from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it ends too early
+            raise
+        raise UserError(f"{path} is damaged or is no checkpoint: {first_words(error)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights")
     return content
 
 
 def first_readable(paths: Iterable[str | Path], stand_ins: Sequence = ()) -> tuple[Path | None, list[str]]:
-    """Return the first of several checkpoint files that can be read, and why those before it cannot.
+    """Return the first of several checkpoint files that can be read, None if none can, and why those before it cannot.
 
-    Args:
-        paths: The files, the preferred one first.
-        stand_ins: See ``load_checkpoint``.
-
-    Returns:
-        The file, None if none can be read; a message for each damaged file.
+    ``stand_ins`` are those of ``load_checkpoint``.
     """
     damaged = []
     for path in paths:
         try:
             load_checkpoint(path, stand_ins)
-        except UserError as error:
+        except (UserError, OSError) as error:
             damaged.append(str(error))
             continue
         return Path(path), damaged
@@ -122,17 +92,12 @@ def first_readable(paths: Iterable[str | Path], stand_ins: Sequence = ()) -> tup
 def _checkpoint_file(path: str | Path) -> Path:
     """Return a checkpoint file: the one that is named, or that in a folder for the Hugging Face Hub."""
     path = Path(path)
-    try:
-        if path.is_dir():
-            if not all((path / name).is_file() for name in (HUB_WEIGHTS, HUB_CONFIG)):
-                raise MissingFileError(f"{path} is a folder: name a checkpoint file in it")
-            path = path / HUB_WEIGHTS
-        if not path.is_file():
-            raise MissingFileError(f"no checkpoint at {path}")
-    except MissingFileError:
-        raise
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"no checkpoint at {shorten(str(path))}: {error.strerror}") from error
+    if path.is_dir():
+        if not all((path / name).is_file() for name in (HUB_WEIGHTS, HUB_CONFIG)):
+            raise MissingFileError(f"{path} is a folder: name a checkpoint file in it")
+        path = path / HUB_WEIGHTS
+    if not path.is_file():
+        raise MissingFileError(f"no checkpoint at {path}")
     return path
 
 
@@ -140,15 +105,7 @@ def read_description(path: str | Path, stand_ins: Sequence = ()) -> dict:
     """Return what a checkpoint file says of its model: any of ``model``, ``model_kwargs`` and ``pretrained_cfg``.
 
     See ``raftmlp.checkpoints.description`` for the fields and for what is allowed. Of a folder for the Hugging Face
-    Hub, or of the weights in it, config.json says it.
-
-    Args:
-        path: The file, safetensors or of ``torch.save``, or a folder for the Hugging Face Hub.
-        stand_ins: See ``load_checkpoint``.
-
-    Raises:
-        MissingFileError: If there is no such file.
-        UserError: If the file is damaged, is no checkpoint, has anything but plain data, or says what is not allowed.
+    Hub, or of the weights in it, config.json says it. Arguments and errors are those of ``load_checkpoint``.
     """
     path = _checkpoint_file(path)
     config = path.with_name(HUB_CONFIG)
@@ -165,15 +122,8 @@ def read_description(path: str | Path, stand_ins: Sequence = ()) -> dict:
 
 
 def read_hub_config(path: Path) -> dict:
-    """Return what the config.json of a folder for the Hugging Face Hub says of its model, as ``read_description``.
-
-    Raises:
-        UserError: If it cannot be read, is damaged, or says what is not allowed.
-    """
-    try:
-        config = parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    """Return what the config.json of a folder for the Hugging Face Hub says of its model, as ``read_description``."""
+    config = parse_json(path.read_bytes(), path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it must be a mapping")
     cfg = config.get("pretrained_cfg")
@@ -185,11 +135,7 @@ def read_hub_config(path: Path) -> dict:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, as ``save_state_dict`` wrote it.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
+    """Return the metadata of a safetensors file, as ``save_state_dict`` wrote it."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -246,10 +192,8 @@ def check_tensors(state: Mapping[str, Tensor], source: str | Path) -> None:
 
 def _fault(value: Tensor) -> str:
     """Return why a tensor cannot be weights, "" if it can."""
-    if value.is_nested or value.layout != torch.strided:
-        return f"is a {'nested' if value.is_nested else 'sparse'} tensor"
-    if value.is_quantized or value.is_meta:
-        return f"is a {'quantised' if value.is_quantized else 'meta'} tensor"
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "is no dense tensor"
     if value.dtype not in FLOATS + INTEGERS:
         return f"is of {value.dtype}"
     if value.numel() > max(value.untyped_storage().nbytes(), 2**24):  # a small one that is repeated
@@ -265,9 +209,7 @@ def check_types(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
     """
     for key, value in state.items():
         if key in expected and expected[key].dtype in FLOATS and value.dtype not in FLOATS:
-            raise UserError(
-                f"{source}: {key} is of {value.dtype}; weights are of float16, bfloat16, float32 or float64"
-            )
+            raise UserError(f"{source}: {key} is of {value.dtype}; weights are floats of 16, 32 or 64 bits")
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@
 onnx: ONNX Runtime, TensorRT and others; pt2: torch.export; aoti: AOTInductor, machine code for this kind of processor;
 torchscript: TorchScript; hf: a folder that timm.create_model("local-dir:FOLDER") and, once uploaded, "hf-hub:" load.
 
-The file takes normalised images (B, C, H, W) in float32, and has metadata on how they are prepared. Before it gets its
+The file takes normalized images (B, C, H, W) in float32, and has metadata on how they are prepared. Before it gets its
 name it is loaded in its runtime and compared with PyTorch, in outputs and in speed. docs/export.md lists what works in
 which format. raftmlp predict-onnx classifies images with an ONNX file, without PyTorch.
 """
@@ -36,28 +36,15 @@ if TYPE_CHECKING:
     from ..evaluate.evaluation import PreparedModel
 
 
-class Once(argparse.Action):
-    """An option that names one file: given twice, it is refused."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if (before := getattr(namespace, self.dest)) is not None and before != self.default:
-            raise argparse.ArgumentError(self, f"names one file, not both {before} and {values}")
-        setattr(namespace, self.dest, values)
-
-
 def build_parser() -> Parser:
     parser = Parser("%(prog)s --format FORMAT --out FILE [OPTION ...]", description=__doc__)
     for settings in (ModelSettings, ExportSettings, DataSettings, ImageSettings):
         parser.add_settings(settings)
     group = parser.group("file")
-    group.add_argument("--out", action=Once, metavar="FILE", help="file to write (.onnx, .pt2, .pt), or folder (hf)")
+    group.add_argument("--out", metavar="FILE", help="file to write (.onnx, .pt2, .pt), or folder (hf)")
     group.add_argument("--overwrite", action="store_true", help="write over an existing file, never over a folder")
     group.add_argument(
-        "--results-file",
-        action=Once,
-        type=output_file(".json"),
-        metavar="FILE",
-        help="write what was measured, a .json file",
+        "--results-file", type=output_file(".json"), metavar="FILE", help="write what was measured, a .json file"
     )
     group = parser.group("data")
     group.description = "With --dataset or --data-dir, the accuracy of a classifier is measured before and after."
@@ -72,26 +59,22 @@ def build_parser() -> Parser:
 
 def check_options(args: argparse.Namespace, parser: Parser) -> None:
     """Refuse options that would be ignored, and outputs that would be written over each other or over an input."""
-    ignored = {
-        "calibration_split": args.quantize != "static" and "--quantize static",
-        "batch_size": (args.batch and "a free batch") or (not has_data(args) and "--dataset or --data-dir"),
-    }
-    ignored |= {
-        name: not has_data(args) and "--dataset or --data-dir" for name in ("val_split", "workers", "dataset_download")
-    }
+    no_data = not has_data(args) and "--dataset or --data-dir"
+    ignored = dict.fromkeys(("val_split", "workers", "dataset_download"), no_data)
+    ignored["calibration_split"] = args.quantize != "static" and "--quantize static"
+    ignored["batch_size"] = (args.batch and "a free batch") or no_data
     for name, partner in ignored.items():
         if partner and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} goes with {partner} only: without, it would be ignored")
-    if args.quantize == "static" and not has_data(args):
+    if args.quantize == "static" and no_data:
         raise UserError("--quantize static takes the scales from images: name them with --dataset or --data-dir")
-    out, results = (Path(path).resolve() if path else None for path in (args.out, args.results_file))
-    if out and results and (out == results or out in results.parents):
+    outputs = [Path(path).resolve() for path in (args.out, args.results_file) if path]
+    if len(outputs) == 2 and outputs[0] in (outputs[1], *outputs[1].parents):
         raise UserError(f"--results-file {args.results_file} and --out {args.out} are one: name another file")
     if args.checkpoint:
-        checkpoint = Path(args.checkpoint).resolve()
-        for option, path in (("--out", out), ("--results-file", results)):
-            if path in (checkpoint, checkpoint.with_suffix(".json"), checkpoint.parent / "summary.json"):
-                raise UserError(f"{option} {path} is the checkpoint or its record: name another file")
+        file = Path(args.checkpoint).resolve()
+        if clash := {file, file.with_suffix(".json"), file.with_name("summary.json")}.intersection(outputs):
+            raise UserError(f"{clash.pop()} is the checkpoint or its record: name another file")
 
 
 def check_path(args: argparse.Namespace) -> Path:
@@ -101,13 +84,14 @@ def check_path(args: argparse.Namespace) -> Path:
     suffix = "" if args.format == "hf" else FORMATS[args.format].suffix
     if not args.out:
         raise UserError(f"--out names the {suffix + ' file' if suffix else 'folder'} to write")
-    out = Path(args.out)
-    if not suffix and out.exists():
-        raise UserError(f"{out} exists: name a folder that does not, or remove it")
-    check_output(out, (suffix or out.suffix,))
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} exists; --overwrite writes over it")
+    out = check_output(Path(args.out), (suffix or Path(args.out).suffix,)) if suffix else Path(args.out)
+    if out.exists() and not (args.overwrite and suffix):
+        raise UserError(f"{out} exists: {'--overwrite writes over it' if suffix else 'name another folder'}")
     return out
+
+
+def has_data(args: argparse.Namespace) -> bool:
+    return bool(args.dataset or args.data_dir)
 
 
 def create_data(args: argparse.Namespace, prepared: PreparedModel) -> Dataset | None:
@@ -121,16 +105,17 @@ def create_data(args: argparse.Namespace, prepared: PreparedModel) -> Dataset | 
     return dataset
 
 
-def has_data(args: argparse.Namespace) -> bool:
-    return bool(args.dataset or args.data_dir)
-
-
 def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: PreparedModel, dataset: Dataset) -> dict:
-    """Return the figures of a module and the name of the data, after printing its top-1."""
-    from ..export.comparison import accuracy
+    """Return the figures of ``evaluate`` of a module with a prepared model's outputs, after printing its top-1."""
+    import torch
+
+    from ..data.images import evaluation_loader
+    from ..evaluate.evaluation import ClassifierView, evaluate
     from ..export.hub import data_name
 
-    figures = accuracy(module, prepared, dataset, args.batch or args.batch_size, args.workers)
+    device, batch_size = torch.device("cpu"), args.batch or args.batch_size
+    loader = evaluation_loader(dataset, prepared.config, device, batch_size, args.workers, classes=prepared.classes)
+    figures = evaluate(ClassifierView(module, prepared.outputs), loader, device)
     figures["data"] = f"{data_name(args.dataset, args.data_dir)}, {args.val_split}"
     say(f"{name}: top-1 {figures['top1']:.2f} % on {figures['images']} images of {figures['data']}")
     return figures
@@ -139,9 +124,8 @@ def measure(args: argparse.Namespace, name: str, module: nn.Module, prepared: Pr
 def write_results(path: Path | None, prepared: PreparedModel, settings: ExportSettings, **measured) -> None:
     """Write what was measured, if a file is named."""
     if path:
-        about = dict(model=prepared.name, weights=prepared.weights)
-        about |= dict(format=settings.format, precision=settings.precision)
-        write_json(path, about | measured)
+        about = dict(model=prepared.name, weights=prepared.weights, format=settings.format)
+        write_json(path, {**about, "precision": settings.precision, **measured})
         say(f"figures: {path}")
 
 
@@ -151,34 +135,31 @@ def export_file(args: argparse.Namespace, settings: ExportSettings, prepared: Pr
 
     from ..evaluate.speed import MachineLoad
     from ..export.comparison import RuntimeModule, calibration_batches, image_source, write_verified
-    from ..export.formats import FORMATS, FeatureMaps, Logits, build_graph, quantize_onnx
+    from ..export.formats import FORMATS, FeatureMaps, Logits, create_spec, quantize_onnx
 
     file_format, dataset, model = FORMATS[settings.format], create_data(args, prepared), prepared.model
-    graph = build_graph(prepared, settings)
-    batches = []
+    spec, batches = create_spec(prepared, settings), []
     if settings.quantize == "static":
         calibration = DataSettings.select(vars(args)).create(args.calibration_split)
         batches = calibration_batches(calibration, prepared.config, settings.batch or 32, args.workers)
     say(f"{prepared.name}, {prepared.weights} weights: exporting for {file_format.runtime} ...")
     start, load = time.perf_counter(), MachineLoad(torch.get_num_threads())
-    content = file_format.write(graph)
+    content = file_format.write(spec)
     if settings.quantize:
         content = quantize_onnx(content, settings.quantize, batches)
     say(f"made in {time.perf_counter() - start:.0f} s, {len(content) / 2**20:.1f} MiB")
     reference = (FeatureMaps if settings.features else Logits)(model, torch.float32).eval()
     make_images = image_source(prepared.config, dataset, args.workers)
-    run_file, rows = write_verified(out, content, file_format, graph, reference, make_images)
-    other_load = load.read()
-    figures = {}
+    run_file, rows = write_verified(out, content, file_format, spec, reference, make_images)
+    measured = dict(bytes=len(content), other_load=load.read(), rows=rows)
     if dataset and settings.features:
         say("feature maps have no accuracy: the data's images were compared only")
     elif dataset:
         for name, module in (("PyTorch", model), (file_format.runtime, RuntimeModule(run_file, settings.batch))):
-            figures[name] = measure(args, name, module, prepared, dataset)
-    measured = dict(bytes=len(content), other_load=other_load, rows=rows)
-    write_results(args.results_file, prepared, settings, **measured, **figures)
+            measured[name] = measure(args, name, module, prepared, dataset)
+    write_results(args.results_file, prepared, settings, **measured)
     free = ["batch"] * (not settings.batch) + ["height and width"] * settings.dynamic_size
-    least = f" from {size_name(graph.least_size)}" if settings.dynamic_size and max(graph.least_size) > 1 else ""
+    least = f" from {size_name(spec.least_size)}" if settings.dynamic_size and max(spec.least_size) > 1 else ""
     say(f"written: {out}, {' and '.join(free) or 'no axis'} free{least}")
 
 

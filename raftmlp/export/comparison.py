@@ -1,12 +1,9 @@
-"""A file in its runtime beside the model in PyTorch: outputs, speed and accuracy."""
+"""A file in its runtime beside the model in PyTorch: outputs, speed, and images that it must refuse or get right."""
 
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -16,18 +13,12 @@ from torch.utils.data import Dataset
 
 from ..config import CALIBRATION_IMAGES
 from ..data.images import UNREADABLE, evaluation_loader, image_count
-from ..errors import UserError, first_words
-from ..evaluate.evaluation import ClassifierView, PreparedModel, evaluate
-from ..evaluate.speed import clock, iterations_in
+from ..errors import UserError
 from ..files import new_file
 from ..sizes import size_name
-from .formats import Format, Graph, Runtime, as_list
-from .stages import show_stage
+from .formats import ExportSpec, Format, Runtime, as_list
 
-__all__ = [
-    "RuntimeModule", "accuracy", "calibration_batches", "compare", "image_source", "sample_sizes", "try_inputs",
-    "write_verified",
-]  # fmt: skip
+__all__ = ["RuntimeModule", "calibration_batches", "image_source", "write_verified"]
 
 _logger = logging.getLogger(__name__)
 
@@ -40,22 +31,13 @@ SAME_VALUES: dict[str, Callable[[Tensor], Tensor]] = {  # other strides and type
     "float64": lambda images: images.double(),
 }
 CPU = torch.device("cpu")
+MakeImages = Callable[[int, tuple[int, int]], Tensor]
 
 
 # Images
 
 
-def sample_sizes(graph: Graph) -> list[tuple[int, tuple[int, int]]]:
-    """Return three kinds of images to compare with, as their number and their height and width."""
-    height, width = graph.size
-    sizes = [graph.size] * 3
-    if graph.settings.dynamic_size:  # beside the first: a rectangle, and odd numbers
-        odd = height * 3 // 4 | 1, width + 1 | 1
-        sizes = [graph.size, (height, width * 3 // 2), tuple(map(max, odd, graph.least_size))]
-    return [(graph.settings.batch or number, size) for number, size in zip((1, 3, 16), sizes)]
-
-
-def image_source(config: dict, dataset: Dataset | None, workers: int = 0) -> Callable[[int, tuple[int, int]], Tensor]:
+def image_source(config: dict, dataset: Dataset | None, workers: int = 0) -> MakeImages:
     """Return a function that makes a number of images of a height and width: the data's if there are, else noise."""
     channels = config["input_size"][0]
 
@@ -76,215 +58,151 @@ def calibration_batches(dataset: Dataset, config: dict, batch_size: int, workers
         UserError: If there is no such batch.
     """
     step = max(1, -(-image_count(dataset) // CALIBRATION_IMAGES))
-    batches, images = [], 0
+    batches = []
     for pixels, target in evaluation_loader(dataset, config, CPU, batch_size, workers, 0, step):
         if (target != UNREADABLE).all() and len(pixels) == batch_size:
             batches.append(pixels)
-            images += len(pixels)
-        if images >= CALIBRATION_IMAGES:
+        if len(batches) * batch_size >= CALIBRATION_IMAGES:
             break
     if not batches:
         raise UserError(f"--quantize static needs {batch_size} readable images or more in the calibration split")
     return batches
 
 
+def sample_sizes(spec: ExportSpec) -> list[tuple[int, tuple[int, int]]]:
+    """Return three kinds of images to compare with, as their number and their height and width."""
+    height, width = spec.size
+    sizes = [spec.size] * 3
+    if spec.settings.dynamic_size:  # beside the first: a rectangle, and odd numbers
+        odd = height * 3 // 4 | 1, width + 1 | 1
+        sizes = [spec.size, (height, width * 3 // 2), tuple(map(max, odd, spec.least_size))]
+    return [(spec.settings.batch or number, size) for number, size in zip((1, 3, 16), sizes)]
+
+
+def other_sizes(spec: ExportSpec) -> list[tuple[int, tuple[int, int]]]:
+    """Return images that are not those of ``sample_sizes``, in the same form, for a file to refuse or to get right."""
+    height, width = spec.size
+    sizes = [(height + 4, width + 12), (-(-height // 2), -(-width // 2))]
+    neighbors = sorted({-1, 1, *(stride - 1 for stride in spec.strides)})  # maps of a neighbor may have the same grid
+    sizes += [(height + more, width + more) for more in neighbors if min(height, width) + more > 0]
+    if spec.settings.dynamic_size:
+        sizes += [spec.least_size, tuple(max(1, side - 1) for side in spec.least_size)]
+    batch = spec.settings.batch or 1
+    return [(batch, size) for size in sizes] + [(batch + 1, spec.size)]
+
+
 # Outputs and speed
+
+
+def write_verified(
+    path: Path, content: bytes, file_format: Format, spec: ExportSpec, reference: nn.Module, make_images: MakeImages
+) -> tuple[Runtime, list[dict]]:
+    """Write a file if its runtime gives the numbers of ``reference``, the module in PyTorch in float32.
+
+    Returns:
+        The file in its runtime, and a row for each sample: the largest difference as a share of the largest value, and
+        both's milliseconds.
+
+    Raises:
+        UserError: If the file lacks metadata, differs, or gives a wrong answer to images that it should refuse.
+    """
+    runtime = file_format.runtime
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+        _logger.info(f"loading it in {runtime} ...")
+        run, metadata = file_format.run(temporary)
+        if missing := spec.metadata.keys() - metadata.keys():
+            raise UserError(f"{runtime} does not find {sorted(missing)} in the file: it is not written")
+        _logger.info(f"{'images':>15}  largest difference  {'PyTorch':>10}  {runtime:>14}")
+        rows = [compare(reference, run, make_images, spec, *sample) for sample in sample_sizes(spec)]
+        refused = try_inputs(reference, run, make_images, spec)
+        _logger.info(f"of other images than these, the file refuses {', '.join(refused) or 'none that was tried'}")
+    return run, rows
 
 
 @torch.inference_mode()
 def compare(
-    reference: nn.Module,
-    run: Runtime,
-    runtime: str,
-    make_images: Callable[[int, tuple[int, int]], Tensor],
-    samples: list[tuple[int, tuple[int, int]]],
-    limit: float | None,
-) -> list[dict]:
-    """Return a row for each sample: the largest difference as a share of the largest value, and both's milliseconds.
-
-    Args:
-        reference: The module in PyTorch, float32.
-        run: The file in its runtime.
-        runtime: The runtime's name.
-        make_images: See ``image_source``.
-        samples: Numbers of images with their heights and widths.
-        limit: The largest difference that is allowed; None allows any that is finite.
-
-    Raises:
-        UserError: If the file does not run or differs more.
-    """
-    rows = []
-    _logger.info(f"{'images':>15}  largest difference  {'PyTorch':>10}  {runtime:>14}")
-    for number, size in samples:
-        images = make_images(number, size)
-        sample = f"{number} x {size_name(size)}"
-        try:
-            expected = as_list(reference(images))
-        except Exception as error:  # models raise anything on sizes that they cannot take
-            raise UserError(f"the model takes no {sample} images: {first_words(error)}") from error
-        try:
-            outputs = run(images)
-        except Exception as error:  # runtimes raise anything
-            raise UserError(f"{runtime} cannot run the file with {sample} images: {first_words(error)}") from error
-        if [y.shape for y in outputs] != [y.shape for y in expected]:
-            raise UserError(f"{runtime} gives shapes {[list(y.shape) for y in outputs]}: the file is not written")
-        difference = max(map(relative_difference, outputs, expected))
-        pytorch_ms, runtime_ms = milliseconds_in_turns(partial(reference, images), partial(run, images))
-        _logger.info(
-            f"{sample:>15}  {difference:18.1e}  {pytorch_ms:7.2f} ms  {runtime_ms:11.2f} ms  "
-            f"{pytorch_ms / runtime_ms:.2f} times as fast"
-        )
-        if not difference <= (limit or sys.float_info.max):  # refuses NaN too
-            raise UserError(
-                f"{runtime} differs from PyTorch by {difference:.2g} of the largest value, allowed is "
-                f"{limit or 'a finite number'}: the file is not written"
-            )
-        rows.append(dict(images=sample, difference=difference, pytorch_ms=pytorch_ms, runtime_ms=runtime_ms))
-    return rows
+    reference: nn.Module, run: Runtime, make_images: MakeImages, spec: ExportSpec, number: int, size: tuple[int, int]
+) -> dict:
+    """Return the row of one sample; in half or 8-bit precision any finite difference is allowed."""
+    name, images = f"{number} x {size_name(size)}", make_images(number, size)
+    difference = check(name, run(images), as_list(reference(images)), output_limit(spec))
+    pytorch_ms, runtime_ms = milliseconds_in_turns(images, reference, run)
+    times = f"{pytorch_ms:7.2f} ms  {runtime_ms:11.2f} ms  {pytorch_ms / runtime_ms:.2f} times as fast"
+    _logger.info(f"{name:>15}  {difference:18.1e}  {times}")
+    return dict(images=name, difference=difference, pytorch_ms=pytorch_ms, runtime_ms=runtime_ms)
 
 
 @torch.inference_mode()
-def try_inputs(
-    reference: nn.Module,
-    run: Runtime,
-    runtime: str,
-    make_images: Callable[[int, tuple[int, int]], Tensor],
-    graph: Graph,
-) -> list[str]:
-    """Give a file images of other strides, type, size and number; return which it refuses, the rest being right.
-
-    Args:
-        reference: The module in PyTorch, float32.
-        run: The file in its runtime.
-        runtime: The runtime's name.
-        make_images: See ``image_source``.
-        graph: What the file shall hold.
-
-    Raises:
-        UserError: If the file gives another answer than it should.
-    """
-    is_exact = graph.settings.precision == "float32"
-    images, (height, width) = make_images(graph.settings.batch or 1, graph.size), graph.size
-    own = run(images)
-    limit = LIMIT if is_exact else COARSE_LIMIT
+def try_inputs(reference: nn.Module, run: Runtime, make_images: MakeImages, spec: ExportSpec) -> list[str]:
+    """Give a file images of other strides, type, size and number; return which it refuses, the rest being right."""
+    images = make_images(spec.settings.batch or 1, spec.size)
+    own, limit = run(images), min(output_limit(spec), COARSE_LIMIT)
     trials = [(name, change(images), own, limit) for name, change in SAME_VALUES.items()]
-    sizes = [(height + 4, width + 12), (-(-height // 2), -(-width // 2))]
-    neighbors = sorted({-1, 1, *(stride - 1 for stride in graph.strides)})  # maps of a neighbor may have the same grid
-    sizes += [(height + more, width + more) for more in neighbors if min(height, width) + more > 0]
-    if graph.settings.dynamic_size:
-        sizes += [graph.least_size, tuple(max(1, side - 1) for side in graph.least_size)]
-    shapes = [(len(images), size) for size in sizes] + [(len(images) + 1, graph.size)]
-    for number, size in shapes:
-        others = make_images(number, size)
-        try:
-            expected = as_list(reference(others))
-        except Exception:  # models raise anything on sizes that they cannot take
-            expected = []
-        trials.append((f"{number} x {size_name(size)}", others, expected, LIMIT if is_exact else sys.float_info.max))
+    for number, size in other_sizes(spec):
+        images = make_images(number, size)
+        trials.append((f"{number} x {size_name(size)}", images, attempt(reference, images), output_limit(spec)))
     refused = []
-    for name, others, expected, limit in trials:
-        try:
-            with silent_stderr():
-                outputs = run(others)
-        except Exception:  # runtimes raise anything
+    for name, images, expected, limit in trials:
+        if outputs := attempt(run, images):
+            check(name, outputs, expected, limit)
+        else:
             refused.append(name)
-            continue
-        is_right = [y.shape for y in outputs] == [y.shape for y in expected]
-        if not is_right or not max(map(relative_difference, outputs, expected)) <= limit:
-            raise UserError(f"{runtime} gives a wrong answer, and no error, for {name}: the file is not written")
     return refused
 
 
-@contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Discard what runtimes print of errors that they raise too."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
+def output_limit(spec: ExportSpec) -> float:
+    """Return what a file may differ from PyTorch in float32."""
+    return LIMIT if spec.settings.precision == "float32" else sys.float_info.max
+
+
+def attempt(function: Callable[[Tensor], Tensor | Sequence[Tensor]], images: Tensor) -> list[Tensor]:
+    """Return what a function gives for images, nothing if it raises an error, which models and runtimes do of any kind.
+
+    AOTInductor prints errors that it raises too: that is discarded.
+    """
+    kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        yield
+        return as_list(function(images))
+    except Exception:
+        return []
     finally:
         os.dup2(kept, 2)
         os.close(kept)
 
 
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest value; 0 if there is none."""
-    if torch.equal(actual, expected):
-        return 0.0
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-def milliseconds_in_turns(*functions: Callable[[], object], rounds: int = 3, seconds: float = 0.05) -> list[float]:
-    """Return the median milliseconds of a call of each function; they take turns, each for so many seconds."""
-
-    def turn(function: Callable[[], object], calls: int) -> float:
-        time.sleep(0.02)  # the other function's threads wait in a busy loop for a while
-        function()
-        return clock(function, calls, CPU)
-
-    for function in functions:
-        function()
-    counts = [iterations_in(seconds, function, CPU) for function in functions]
-    times = [list(map(turn, functions, counts)) for _ in range(rounds)]
-    return [1000 * median(values) for values in zip(*times)]
-
-
-def write_verified(
-    path: Path,
-    content: bytes,
-    file_format: Format,
-    graph: Graph,
-    reference: nn.Module,
-    make_images: Callable[[int, tuple[int, int]], Tensor],
-) -> tuple[Runtime, list[dict]]:
-    """Write a file, made of the graph, if its runtime gives PyTorch's numbers; return it and the rows of ``compare``.
+def check(name: str, actual: list[Tensor], expected: list[Tensor], limit: float) -> float:
+    """Return the largest difference of outputs as a share of each one's largest value; infinite for other shapes.
 
     Raises:
-        UserError: If the file does not load or run, lacks metadata, or differs.
+        UserError: If it is more than the limit; ``name`` is that of the images.
     """
-    runtime = file_format.runtime
-    with new_file(path) as temporary:
-        temporary.write_bytes(content)
-        try:
-            with show_stage(f"loading it in {runtime}"):
-                run, metadata = file_format.run(temporary)
-        except Exception as error:  # runtimes raise anything
-            raise UserError(f"{runtime} cannot load the file: {first_words(error)}") from error
-        if missing := graph.metadata.keys() - metadata.keys():
-            raise UserError(f"{runtime} does not find {sorted(missing)} in the file: it is not written")
-        limit = LIMIT if graph.settings.precision == "float32" else None
-        rows = compare(reference, run, runtime, make_images, sample_sizes(graph), limit)
-        refused = try_inputs(reference, run, runtime, make_images, graph)
-        _logger.info(accepted(graph, refused))
-        return run, rows
+    difference = float("inf")
+    if [y.shape for y in actual] == [y.shape for y in expected]:
+        pairs = zip(actual, expected)
+        shares = [torch.zeros(()) if torch.equal(a, e) else (a - e).abs().max() / e.abs().max() for a, e in pairs]
+        difference = torch.stack(shares).max().item()  # NaN if one is
+    if not difference <= limit:
+        raise UserError(
+            f"the file gives a wrong answer for {name}, off by {difference:.2g} of the largest value: it is not written"
+        )
+    return difference
 
 
-def accepted(graph: Graph, refused: Sequence[str]) -> str:
-    """Return which images a file takes and which it refuses, of those that ``try_inputs`` gave it."""
-    size = "{}x{} pixels".format(*graph.size)
-    if graph.settings.dynamic_size:
-        size = f"any height and width from {size_name(graph.least_size)}"
-    number = f"{graph.settings.batch} at a time" if graph.settings.batch else "any number at a time"
-    also = ", ".join(name for name in SAME_VALUES if name not in refused)
-    words = f"the file takes float32 images of {size}, {number}{also and f', also as {also}'}"
-    return f"{words}; it refuses {', '.join(refused)}" if refused else f"{words}; it refused none of those tried"
+def milliseconds_in_turns(images: Tensor, *functions: Callable[[Tensor], object]) -> list[float]:
+    """Return the median milliseconds of a call of each function with the images; they take turns."""
+    from torch.utils.benchmark import Timer  # it loads setuptools, which changes sys.path
 
-
-# Accuracy
+    threads = torch.get_num_threads()
+    timers = [Timer("run(images)", globals=dict(run=run, images=images), num_threads=threads) for run in functions]
+    rounds = [[timer.blocked_autorange(min_run_time=0.05).median for timer in timers] for _ in range(3)]
+    return [1000 * median(times) for times in zip(*rounds)]
 
 
 class RuntimeModule(nn.Module):
-    """A file in its runtime as a module of logits; smaller batches are filled up to the one that the file takes.
-
-    Args:
-        run: The file in its runtime.
-        batch: Images at a time, None for any.
-    """
+    """A file in its runtime as a module of logits; smaller batches are filled up to its own batch, None for any."""
 
     def __init__(self, run: Runtime, batch: int | None):
         super().__init__()
@@ -294,9 +212,3 @@ class RuntimeModule(nn.Module):
         missing = (self.batch or len(images)) - len(images)
         padded = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
         return self.run(padded)[0][: len(images)]
-
-
-def accuracy(module: nn.Module, prepared: PreparedModel, dataset: Dataset, batch_size: int, workers: int = 0) -> dict:
-    """Return the figures of ``evaluate`` of a module with the outputs of a prepared model."""
-    loader = evaluation_loader(dataset, prepared.config, CPU, batch_size, workers, classes=prepared.classes)
-    return evaluate(ClassifierView(module, prepared.outputs), loader, CPU)

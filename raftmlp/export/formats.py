@@ -1,7 +1,7 @@
 """The files of other runtimes: what each holds, how it is written, and how it is run.
 
-``FORMATS`` is the table. A writer takes a ``Graph`` and returns the bytes of a file; a runner takes a file and returns
-a function of images, and the metadata in the file.
+``FORMATS`` is the table. A writer takes an ``ExportSpec`` and returns the bytes of a file; a runner takes a file and
+returns a function of images, and the metadata in the file.
 """
 
 import copy
@@ -17,20 +17,23 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from .. import __version__
 from ..config import OPSET, ExportSettings
-from ..errors import MissingPackageError, UserError, first_words, install_command
+from ..errors import MissingPackageError, UserError, install_command
 from ..evaluate.evaluation import PreparedModel, run_once
 from ..evaluate.labels import model_class_names
 from ..sizes import size_name
-from .stages import show_stage
 
-__all__ = ["FORMATS", "FeatureMaps", "Format", "Graph", "Logits", "build_graph", "quantize_onnx"]
+__all__ = ["FORMATS", "ExportSpec", "FeatureMaps", "Format", "Logits", "create_spec", "quantize_onnx"]
+
+_logger = logging.getLogger(__name__)
 
 Runtime = Callable[[Tensor], list[Tensor]]
 
@@ -60,7 +63,7 @@ class FeatureMaps(Logits):
 
 
 @dataclass
-class Graph:
+class ExportSpec:
     """What a file shall hold.
 
     Attributes:
@@ -71,7 +74,7 @@ class Graph:
         strides: Pixels of the image per position of each feature map.
         outputs: Names of the outputs.
         metadata: JSON texts by name, which the file carries.
-        least_size: The smallest height and width that the graph takes; ``exported`` sets it.
+        least_size: The smallest height and width that the file takes; ``exported`` sets it.
     """
 
     module: Logits
@@ -90,17 +93,17 @@ class Graph:
             height, width = (max(side, 2 * max(self.strides)) + more for side, more in zip(self.size, (3, 38)))
         return torch.randn(self.settings.batch or 2, self.channels, height, width)
 
+    @torch.inference_mode()
     def takes(self, size: tuple[int, int]) -> bool:
         """Whether the module takes images of this height and width."""
         try:
-            with torch.inference_mode():
-                self.module(torch.zeros(1, self.channels, *size))
+            self.module(torch.zeros(1, self.channels, *size))
         except Exception:  # models raise anything on sizes that they cannot take
             return False
         return True
 
 
-def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
+def create_spec(prepared: PreparedModel, settings: ExportSettings) -> ExportSpec:
     """Return what a file shall hold, of a copy of the model.
 
     Raises:
@@ -112,8 +115,8 @@ def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
     kind = FeatureMaps if settings.features else Logits
     module = kind(copy.deepcopy(model).to(settings.dtype), settings.dtype).eval()
     outputs = run_once(module, prepared.name, config["input_size"])
-    weights = Path(prepared.weights).name
     preparation = {key: value for key, value in config.items() if key != "background"}  # the reader's choice
+    weights = Path(prepared.weights).name
     metadata = dict(model=prepared.name, weights=weights, settings=preparation, precision=settings.precision)
     stages, names = getattr(model, "feature_info", None) or [dict(reduction=32)], ["logits"]
     strides = [stage["reduction"] for stage in stages]
@@ -124,70 +127,52 @@ def build_graph(prepared: PreparedModel, settings: ExportSettings) -> Graph:
     elif model.num_classes:
         metadata["class_names"] = model_class_names(model)
     metadata.update(raftmlp=__version__, torch=torch.__version__)
-    return Graph(
-        module=module,
-        channels=config["input_size"][0],
-        size=tuple(config["input_size"][1:]),
-        settings=settings,
-        strides=strides,
-        outputs=names,
-        metadata={key: json.dumps(value) for key, value in metadata.items()},
-    )
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    channels, *size = config["input_size"]
+    return ExportSpec(module, channels, tuple(size), settings, strides, names, texts)
 
 
 @contextmanager
-def exporter_errors(product: str) -> Iterator[None]:
-    """Show that an exporter works, silence it, and turn its errors, which are of any kind, into a user error.
-
-    Args:
-        product: What is made, for the message.
-    """
+def quiet_exporter(product: str) -> Iterator[None]:
+    """Say what is made, which takes up to minutes, and silence the exporter that makes it."""
+    _logger.info(f"making {product} ...")
     before = logging.root.manager.disable
     try:
-        with show_stage(f"making {product}"), warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad():
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
             yield
-    except OSError:  # of the disk: its message needs no more words
-        raise
-    except Exception as error:
-        raise UserError(f"{product} cannot be made of this model: {first_words(error)}") from error
     finally:
         logging.disable(before)
 
 
-def exported(graph: Graph) -> torch.export.ExportedProgram:
-    """Return the program of torch.export, its free axes free; sets the graph's ``least_size``.
+def exported(spec: ExportSpec) -> torch.export.ExportedProgram:
+    """Return the program of torch.export, its free axes free; sets the spec's ``least_size``.
 
     torch.export takes a free axis of length 1 for a constant, so a program's last map has more positions than one. The
     operators of ONNX do not depend on it: there the least size is the model's.
 
     Raises:
-        UserError: If the model cannot be exported, or not with these axes free.
+        UserError: If the model cannot be exported with these axes free.
     """
-    images, is_dynamic = graph.example(), graph.settings.dynamic_size
-    free = {}
-    if graph.settings.batch is None:
-        free[0] = torch.export.Dim.AUTO
-    if is_dynamic:
-        free[2] = free[3] = torch.export.Dim.AUTO
-    with exporter_errors("a program of torch.export"):
-        program = torch.export.export(graph.module, (images,), dynamic_shapes=(free,), strict=False)
+    is_dynamic = spec.settings.dynamic_size
+    options = {0: spec.settings.batch is None and "--batch dynamic"}
+    options |= dict.fromkeys((2, 3), is_dynamic and "--dynamic-size")
+    free = {axis: torch.export.Dim.AUTO for axis, option in options.items() if option}
+    with quiet_exporter("a program of torch.export"):
+        program = torch.export.export(spec.module, (spec.example(),), dynamic_shapes=(free,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # would show the paths of this machine's source
     shape = image_shape(program)
-    for axis, name in ((0, "--batch dynamic"), (2, "--dynamic-size"), (3, "--dynamic-size")):
-        if axis in free and isinstance(shape[axis], int):
-            raise UserError(f"{name}: torch.export cannot leave axis {axis} of this model's images free")
-    if is_dynamic and not (graph.settings.format == "onnx" and graph.takes((1, 1))):
-        graph.least_size = tuple(int(program.range_constraints[side.node.expr].lower) for side in shape[2:])
-        if any(side < least for side, least in zip(graph.size, graph.least_size)):
-            raise UserError(
-                f"--dynamic-size: the graph takes images of {size_name(graph.least_size)} pixels or more, whose last "
-                f"map has more than one position; {size_name(graph.size)} is less (--img-size names another size)"
-            )
+    for axis in free:
+        if isinstance(shape[axis], int):
+            raise UserError(f"{options[axis]}: torch.export cannot leave axis {axis} of this model's images free")
+    if is_dynamic and not (spec.settings.format == "onnx" and spec.takes((1, 1))):
+        spec.least_size = tuple(int(program.range_constraints[side.node.expr].lower) for side in shape[2:])
+        if any(side < least for side, least in zip(spec.size, spec.least_size)):
+            raise UserError(f"--dynamic-size: the file takes images of {size_name(spec.least_size)} pixels or more")
     if is_dynamic:
-        graph.metadata["least_size"] = json.dumps(graph.least_size)
+        spec.metadata["least_size"] = json.dumps(spec.least_size)
     return program
 
 
@@ -197,47 +182,36 @@ def image_shape(program: torch.export.ExportedProgram) -> torch.Size:
     return next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
 
 
-def need(package: str, purpose: str) -> None:
-    """Refuse if an optional package is not installed.
-
-    Raises:
-        MissingPackageError: If it is not.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f"{purpose} needs the package {package}: {install_command('demo', 'export')}")
-
-
 # ONNX
 
 
-def write_onnx(graph: Graph) -> bytes:
+def write_onnx(spec: ExportSpec) -> bytes:
     """Return an ONNX model of standard operators; it runs in ONNX Runtime, and is made for TensorRT too."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        need(package, "--format onnx")
-    if graph.settings.simplify:
-        need("onnxslim", "--simplify")
-    if graph.module.dtype == torch.bfloat16:
+    for package in ["onnx", "onnxscript", "onnxruntime"] + ["onnxslim"] * spec.settings.simplify:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(f"needs the package {package}: {install_command('demo', 'export')}")
+    if spec.module.dtype == torch.bfloat16:
         raise UserError("--format onnx --half bfloat16: ONNX Runtime has no bfloat16 convolution; float16 works")
-    program = exported(graph)
+    program = exported(spec)
     names = dict(zip(map(str, image_shape(program)), ("batch", "channels", "height", "width")))
-    with exporter_errors("an ONNX model"):
+    with quiet_exporter("an ONNX model"):
         model = torch.onnx.export(
             program,
             dynamo=True,
             input_names=["images"],
-            output_names=graph.outputs,
-            opset_version=graph.settings.opset or OPSET,
+            output_names=spec.outputs,
+            opset_version=spec.settings.opset or OPSET,
             external_data=False,
             verbose=False,
         ).model_proto
-        if graph.settings.simplify:
+        if spec.settings.simplify:
             import onnxslim
 
             model = onnxslim.slim(model)
     _clean(model, names)
     if domains := {node.domain for node in model.graph.node} - {""}:
         raise UserError(f"an ONNX model of standard operators cannot be made of this model: it needs {domains}")
-    for name, value in graph.metadata.items():
+    for name, value in spec.metadata.items():
         model.metadata_props.add(key=name, value=value)
     return model.SerializeToString()
 
@@ -269,7 +243,7 @@ def run_onnx(path: Path) -> tuple[Runtime, dict[str, str]]:
 
 
 def quantize_onnx(content: bytes, kind: str, batches: list[Tensor]) -> bytes:
-    """Return an ONNX model whose products have 8-bit weights, made by ONNX Runtime's own quantiser.
+    """Return an ONNX model whose products have 8-bit weights, made by ONNX Runtime's own quantizer.
 
     Args:
         content: The ONNX model.
@@ -280,50 +254,41 @@ def quantize_onnx(content: bytes, kind: str, batches: list[Tensor]) -> bytes:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Batches(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter(batches)
-
-        def get_next(self):
-            images = next(self.batches, None)
-            return None if images is None else {"images": images.numpy()}
-
-    with tempfile.TemporaryDirectory() as folder, exporter_errors("a quantised ONNX model"):
-        plain, prepared, quantised = (str(Path(folder, name)) for name in ("plain", "prepared", "quantised"))
+    products, int8 = ["MatMul", "Gemm"], quantization.QuantType.QInt8
+    with tempfile.TemporaryDirectory() as folder, quiet_exporter("a quantized ONNX model"):
+        plain, prepared, quantized = (str(Path(folder, name)) for name in ("plain", "prepared", "quantized"))
         Path(plain).write_bytes(content)
         quant_pre_process(plain, prepared)
-        weights = quantization.QuantType.QInt8
         if kind == "dynamic":
-            quantization.quantize_dynamic(
-                prepared, quantised, ["MatMul", "Gemm"], per_channel=True, weight_type=weights
-            )
+            quantization.quantize_dynamic(prepared, quantized, products, per_channel=True, weight_type=int8)
         else:
+            inputs = iter([{"images": batch.numpy()} for batch in batches])
             quantization.quantize_static(
                 prepared,
-                quantised,
-                Batches(),
-                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-                weight_type=weights,
-                activation_type=weights,
+                quantized,
+                SimpleNamespace(get_next=partial(next, inputs, None)),
+                op_types_to_quantize=["Conv", *products],
+                weight_type=int8,
+                activation_type=int8,
             )
-        model, metadata = onnx.load(quantised), onnx.load_from_string(content).metadata_props
-        del model.metadata_props[:]
-        model.metadata_props.extend(metadata)
-        used = {node.domain for node in model.graph.node}
-        opsets = [opset for opset in model.opset_import if opset.domain in used]
-        del model.opset_import[:]
-        model.opset_import.extend(opsets)
-        return model.SerializeToString()
+        model = onnx.load(quantized)
+    del model.metadata_props[:]
+    model.metadata_props.extend(onnx.load_from_string(content).metadata_props)
+    used = {node.domain for node in model.graph.node}
+    opsets = [opset for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    return model.SerializeToString()
 
 
 # torch.export and AOTInductor
 
 
-def write_pt2(graph: Graph) -> bytes:
+def write_pt2(spec: ExportSpec) -> bytes:
     """Return a program of torch.export."""
-    program, file = exported(graph), io.BytesIO()
-    with exporter_errors("a program of torch.export"):
-        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(graph.metadata)})
+    program, file = exported(spec), io.BytesIO()
+    with quiet_exporter("a file of it"):
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(spec.metadata)})
     return file.getvalue()
 
 
@@ -336,18 +301,17 @@ def run_pt2(path: Path) -> tuple[Runtime, dict[str, str]]:
     return (lambda images: as_list(run(images))), json.loads(extra["metadata.json"])
 
 
-def write_aoti(graph: Graph) -> bytes:
+def write_aoti(spec: ExportSpec) -> bytes:
     """Return a package of AOTInductor: machine code for this kind of processor, and the weights."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise UserError("--format aoti needs a C++ compiler, g++ or clang++: there is none on the PATH")
-    program, is_free = exported(graph), graph.settings.dynamic_size
-    with tempfile.TemporaryDirectory() as folder, exporter_errors("a package of AOTInductor"):
-        from .inductor import compile_package  # torch's own code generator, not the same in every version
+    from .inductor import compile_package  # torch's own code generator, not the same in every version
 
+    program, settings = exported(spec), spec.settings
+    least = settings.batch or 1, spec.channels, *(spec.least_size if settings.dynamic_size else spec.size)
+    with tempfile.TemporaryDirectory() as folder, quiet_exporter("a package of AOTInductor"):
         path = Path(folder, "model.pt2")
-        shape = image_shape(program)
-        least = graph.settings.batch or 1, graph.channels, *(graph.least_size if is_free else graph.size)
-        compile_package(program, path, shape, least, graph.metadata)
+        compile_package(program, path, least, image_shape(program), spec.metadata)
         return path.read_bytes()
 
 
@@ -360,25 +324,17 @@ def run_aoti(path: Path) -> tuple[Runtime, dict[str, str]]:
 # TorchScript
 
 
-def write_torchscript(graph: Graph) -> bytes:
-    """Return a TorchScript module."""
-    if graph.settings.batch is not None:
-        raise UserError(f"--format torchscript --batch {graph.settings.batch}: a TorchScript module takes any batch")
-    file = io.BytesIO()
-    with exporter_errors("a TorchScript module"):
-        if isinstance(graph.module, FeatureMaps):  # timm's ways to feature maps cannot be scripted
-            if graph.settings.dynamic_size:
-                raise ValueError("its feature maps can be traced only, for one size: leave --dynamic-size out")
-            script = torch.jit.trace(graph.module, graph.example())
-        else:
-            script = torch.jit.script(graph.module)
-        torch.jit.save(script, file, _extra_files={"metadata.json": json.dumps(graph.metadata)})
-    return _without_source(file)
-
-
-def _without_source(file: io.BytesIO) -> bytes:
-    """Return a TorchScript file without the source text and paths that torch keeps for its messages."""
-    stripped = io.BytesIO()
+def write_torchscript(spec: ExportSpec) -> bytes:
+    """Return a TorchScript module, without the source text and paths that torch keeps in it for its messages."""
+    if spec.settings.batch is not None:
+        raise UserError(f"--format torchscript --batch {spec.settings.batch}: a TorchScript module takes any batch")
+    is_traced = isinstance(spec.module, FeatureMaps)  # timm's ways to feature maps cannot be scripted
+    if is_traced and spec.settings.dynamic_size:
+        raise UserError("--format torchscript --features can be traced only, for one size: leave --dynamic-size out")
+    file, stripped = io.BytesIO(), io.BytesIO()
+    with quiet_exporter("a TorchScript module"):
+        script = torch.jit.trace(spec.module, spec.example()) if is_traced else torch.jit.script(spec.module)
+        torch.jit.save(script, file, _extra_files={"metadata.json": json.dumps(spec.metadata)})
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(stripped, "w", zipfile.ZIP_STORED) as new:
         for member in old.infolist():
             if not member.filename.endswith(".debug_pkl"):
@@ -404,7 +360,7 @@ class Format:
 
     suffix: str
     runtime: str
-    write: Callable[[Graph], bytes]
+    write: Callable[[ExportSpec], bytes]
     run: Callable[[Path], tuple[Runtime, dict[str, str]]]
 
 

@@ -10,37 +10,25 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
-from ..checkpoints.description import EXIF_NOTES, check_fields, mapping, number, parse_json, text
+from ..checkpoints.description import EXIF_NOTES, MAPPING, TEXT, check_fields, number, parse_json
 from ..checkpoints.weights import load_checkpoint
-from ..errors import UserError, first_words
+from ..errors import UserError
 from ..files import new_folder
 from ..model.raftmlp import RaftMLP
 from ..sizes import size_name
 
 __all__ = ["data_name", "model_card", "own_tag", "training_options", "training_record", "write_folder"]
 
-CITATION = """
-
-## Citation
-
-```bibtex
-@inproceedings{tatsunami2022raftmlp,
-  title     = {RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Locality?},
-  author    = {Tatsunami, Yuki and Taki, Masato},
-  booktitle = {Asian Conference on Computer Vision (ACCV)},
-  year      = {2022}
-}
-```"""
+UNKNOWN = "Not known: the weights came without a record of the training command."
 RECIPE = (
     "epochs", "global_batch_size", "opt", "lr", "weight_decay", "sched", "warmup_epochs", "layer_decay", "smoothing",
     "drop_path", "aa", "mixup", "cutmix", "reprob", "model_ema", "img_size", "train_img_sizes", "seed",
 )  # fmt: skip
 COUNT = number(int, 0, 10**9)
 RECORD = dict(
-    options=mapping, best=mapping, versions=mapping, best_top1=number(float, 0, 100), best_epoch=COUNT, epochs=COUNT,
-    command=text, commit=text, data=text,
+    options=MAPPING, best=MAPPING, versions=MAPPING, best_top1=number(float, 0, 100), best_epoch=COUNT, epochs=COUNT,
+    command=TEXT, commit=TEXT, data=TEXT,
 )  # fmt: skip
-UNKNOWN = "Not known: the weights came without a record of the training command."
 
 
 def training_record(path: Path) -> dict:
@@ -66,8 +54,7 @@ def training_record(path: Path) -> dict:
     record = parse_json(file.read_bytes(), f"the card {file}") if file.is_file() else {}
     if not isinstance(record, dict):
         raise UserError(f"the card {file} is damaged: it must be what the training command wrote")
-    record |= of_checkpoint
-    check_fields(record, RECORD, f"the card {file} is damaged: ")
+    record = check_fields(record | of_checkpoint, RECORD, f"the card {file} is damaged: ")
     if options := record.get("options"):
         record["data"] = data_name(options.get("dataset"), options.get("data_dir")) or "a folder of images"
     return record
@@ -86,154 +73,57 @@ def data_name(dataset: object, folder: object) -> str:
 def own_tag(architecture: str, file: Path, record: dict) -> str:
     """Return the tag of weights: that of their file's name, else the one that their run exported, or the run's name.
 
-    Args:
-        architecture: The model.
-        file: The weights.
-        record: See ``training_record``; without one, a file of another name has no tag.
+    ``record`` is that of ``training_record``; without one, a file of another name has no tag.
     """
     stem = file.name.removesuffix(".safetensors")
     if file.suffix == ".safetensors" and stem.startswith(f"{architecture}."):
         return stem.removeprefix(f"{architecture}.")
-    if not record:
-        return ""
-    return str(record.get("options", {}).get("export") or file.resolve().parent.name)
+    return str(record.get("options", {}).get("export") or file.resolve().parent.name) if record else ""
 
 
 def model_card(model: nn.Module, name: str, config: dict, record: dict, measured: dict | None) -> ModelCard:
-    """Return the README.md of a model.
-
-    ``measured`` are figures of ``evaluate`` at the export, and ``data``, the name of the images.
-    """
-    header = ModelCardData(
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "raftmlp"],
+    """Return the README.md of a model; ``measured`` are figures of ``evaluate``, and ``data``, the images' name."""
+    task, is_ours = "image-classification", isinstance(model, RaftMLP)
+    options, channels, *size = record.get("options") or {}, *config["input_size"]
+    return ModelCard.from_template(
+        ModelCardData(library_name="timm", pipeline_tag=task, tags=[task, "timm", "raftmlp"]),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),  # timm's own states a license
+        name=name,
+        is_ours=is_ours,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        precision=str(next(model.parameters()).dtype).removeprefix("torch."),
+        classes=model.num_classes,
+        channels=channels,
+        size=size_name(size),
+        grid=size_name(model.img_size) if is_ours else "",
+        config=config,
+        recipe=[(key, options[key]) for key in RECIPE if options.get(key) is not None],
+        unknown=UNKNOWN,
+        measured=measured,
+        has_best={"best_top1", "best_epoch", "epochs"} <= record.keys(),
+        **{"best": {}, **record, "command": _without_folders(record.get("command") or "")},
     )
-    is_ours = isinstance(model, RaftMLP)
-    about = "RaftMLP, an MLP vision backbone ([arXiv 2108.04384](https://arxiv.org/abs/2108.04384)): "
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
-    size = size_name(config["input_size"][1:])
-    data = f"`{record['data']}`, as the training command names it." if record.get("data") else UNKNOWN
-    recipe = _recipe(record)
-    return ModelCard(f"""---
-{header.to_yaml()}
----
-# {name}
-
-{about if is_ours else ""}{parameters:.2f} million parameters in {precision}, {model.num_classes} classes, images of \
-{size} pixels.
-
-## Use
-
-```python
-import timm
-{"import raftmlp  # registers the model" if is_ours else ""}
-model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-## Data
-
-{data}
-
-## Recipe
-
-{recipe or UNKNOWN}
-
-## Accuracy
-
-{_accuracy(record, measured) or "Not measured."}
-
-## Limits
-
-{_limits(model, config, record)}{CITATION if is_ours else ""}
-""")
-
-
-def _recipe(record: dict) -> str:
-    parts, options = [], record.get("options") or {}
-    if record.get("command"):
-        parts.append(f"Trained with raftmlp's training command:\n\n```\n{_without_folders(record['command'])}\n```\n")
-    rows = [f"| {key} | {options[key]} |\n" for key in RECIPE if options.get(key) is not None]
-    if rows:
-        parts.append("| option | value |\n|---|---|\n" + "".join(rows))
-    if record.get("versions"):
-        versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-        parts.append(f"With {versions}; commit {record.get('commit') or 'unknown'}.")
-    return "\n".join(parts)
 
 
 def _without_folders(command: str) -> str:
     """Return a command whose paths from the root or the home folder are shortened to their last names."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # it was not written by the training command
-        words = command.split()
     short = []
-    for word in words:
+    for word in shlex.split(command):
         option, is_pair, value = word.rpartition("=")
         short.append(option + is_pair + (Path(value).name if value.startswith(("/", "~", "..")) else value))
     return shlex.join(short)
-
-
-def _accuracy(record: dict, measured: dict | None) -> str:
-    parts = []
-    if _has_best(record):
-        images = record.get("best", {}).get("eval_images")
-        parts.append(
-            "Top-1 {best_top1:.2f} % on the images that were held out in training{images}, after epoch {best_epoch} of "
-            "{epochs}.".format(**record, images=f", {images} images" if images else "")
-        )
-    if measured:
-        parts.append(
-            "Measured when this folder was written: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {images} images of "
-            "{data}.".format(**measured)
-        )
-    return "\n\n".join(parts)
-
-
-def _limits(model: nn.Module, config: dict, record: dict) -> str:
-    channels, *size = config["input_size"]
-    mean, std = (", ".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
-    limits = [
-        f"Images must be prepared as `config.json` describes: {channels}x{size_name(size)}, {config['interpolation']}, "
-        f"mean {mean}, deviation {std}."
-    ]
-    if _has_best(record):
-        limits.insert(0, "The epoch was chosen on the held-out images, so the figure on them is optimistic.")
-    if isinstance(model, RaftMLP):
-        limits.append(
-            f"Token mixing has weights for the grid of {size_name(model.img_size)} pixels. Images of other sizes are "
-            f"resized inside; expect the best accuracy near that size."
-        )
-    limits += [
-        "How the model behaves on images unlike those that it was trained on is not known; its probabilities are not "
-        "calibrated.",
-        "The licence of the weights must be stated by their author.",
-    ]
-    return "\n".join(f"- {limit}" for limit in limits)
-
-
-def _has_best(record: dict) -> bool:
-    return {"best_top1", "best_epoch", "epochs"} <= record.keys()
 
 
 def write_folder(model: nn.Module, config: dict, card: ModelCard, folder: Path, tag: str = "") -> None:
     """Write the folder, after a check that timm loads it and gets the same outputs; ``tag`` is the weights' own.
 
     Raises:
-        UserError: If the model cannot be written, or the loaded one differs.
+        UserError: If the loaded model differs.
     """
     with new_folder(folder) as temporary:
-        try:
-            save_for_hf(model, str(temporary), safe_serialization=True, data_config=config)
-            _rewrite_config(temporary / "config.json", tag, EXIF_NOTES[config.get("exif", True)])
-            loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
-        except OSError:
-            raise
-        except Exception as error:  # safetensors and timm raise errors of many kinds
-            raise UserError(f"cannot write {folder}: {first_words(error)}") from error
+        save_for_hf(model, str(temporary), safe_serialization=True, data_config=config)
+        _rewrite_config(temporary / "config.json", tag, EXIF_NOTES[config.get("exif", True)])
+        loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
         images = torch.randn(2, *config["input_size"], dtype=next(model.parameters()).dtype)
         with torch.inference_mode():
             if not torch.equal(loaded.to(images.dtype)(images), model(images)):

@@ -31,13 +31,8 @@ AOTI_NOINLINE static void __check_inputs_outputs(AtenTensorHandle* input_handles
         fits = least[axis] <= sizes[axis] && sizes[axis] <= most[axis];
     }}
     if (!fits) {{
-        std::stringstream given;
-        for (int64_t axis = 0; axis < dim; axis++) {{
-            given << (axis ? ", " : "") << sizes[axis];
-        }}
         aoti_torch_delete_tensor_object(images);  // the caller has given it away
-        throw std::runtime_error("the file takes {wanted}, not (" + given.str() + ") of type number "
-            + std::to_string(dtype) + " on device type number " + std::to_string(device));
+        throw std::runtime_error("the file takes {wanted}");
     }}
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(images, &is_contiguous));
     if (!is_contiguous) {{
@@ -53,32 +48,24 @@ AOTI_NOINLINE static void __check_inputs_outputs(AtenTensorHandle* input_handles
 
 
 def compile_package(
-    program: torch.export.ExportedProgram,
-    path: Path,
-    shape: Sequence[int | torch.SymInt],
-    least: Sequence[int],
-    metadata: dict[str, str],
+    program: torch.export.ExportedProgram, path: Path, least: Sequence[int], most: Sequence, metadata: dict[str, str]
 ) -> None:
     """Compile a program whose one input is images, float32 on the CPU, and write the package.
 
     Args:
         program: The program.
         path: The package to write.
-        shape: Shape of the images, with symbols for the free axes.
         least: The smallest lengths of the axes.
+        most: The largest lengths, symbols for the free axes.
         metadata: Texts by name, for the package.
     """
-    most = [side if isinstance(side, int) else None for side in shape]
-    lengths = [f"{low} or more" if high is None else str(high) for low, high in zip(least, most)]
+    lengths = [str(high) if isinstance(high, int) else f"{low} or more" for low, high in zip(least, most)]
     check = CHECK.format(
         least=", ".join(map(str, least)),
-        most=", ".join("INT64_MAX" if side is None else str(side) for side in most),
+        most=", ".join(str(high) if isinstance(high, int) else "INT64_MAX" for high in most),
         wanted=f"images ({', '.join(lengths)}) in float32 on the CPU",
     )
-
-    def write_check(wrapper: CppWrapperCpu) -> None:
-        wrapper.prefix.splice(check)
-
     configs = {"freezing": True, "aot_inductor.metadata": metadata}
-    with patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", write_check):
+    name = "generate_input_output_runtime_checks"
+    with patch.object(CppWrapperCpu, name, lambda wrapper: wrapper.prefix.splice(check)):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
