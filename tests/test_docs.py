@@ -156,12 +156,9 @@ def parse(name, module, args):
     if name.endswith("-mm"):
         from mmengine.registry import MODELS, init_default_scope
 
-        from raftmlp.cli.config_files import find_config
-        from raftmlp.cli.mm_options import config_changes
-        from raftmlp.mm.configs import read_config
+        from raftmlp.cli.mm_options import load_config
 
-        path = ROOT / options.config if (ROOT / options.config).exists() else find_config(options.config, ".py")
-        config = read_config(path, config_changes(options.cfg_options), getattr(options, "data_dir", None))
+        config = load_config(options)
         init_default_scope(config.default_scope)
         assert MODELS.build(config.model).backbone.out_channels
 

@@ -3,57 +3,28 @@
 import os
 
 import mmengine.runner.checkpoint
+import numpy as np
 import pytest
 import torch
 from mmengine.fileio import get_file_backend
-from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseModel
-from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
+from mmengine.runner import CheckpointLoader, save_checkpoint
 
 from raftmlp.errors import UserError
-from raftmlp.mm.checkpoints import (
-    CompleteFileBackend,
-    find_checkpoint,
-    list_checkpoints,
-    load_from_http,
-    load_from_local,
-    load_weights,
-    newest_checkpoint,
-    patch_mmengine,
-)
+from raftmlp.mm import checkpoints
 
 
-class Line(BaseModel):
-    """A model of two parameters."""
+class Pickled:
+    """Pickles as a call of a function, and then a state."""
 
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
+    def __init__(self, function, args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
 
-    def forward(self, inputs, mode):
-        return dict(loss=self.layer(inputs).square().mean())
-
-
-def train(folder):
-    """Train two epochs of three iterations, with a checkpoint each."""
-    patch_mmengine()
-    Runner(
-        Line(),
-        str(folder),
-        train_dataloader=torch.utils.data.DataLoader([dict(inputs=torch.ones(1))] * 3),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-        train_cfg=dict(by_epoch=True, max_epochs=2),
-        default_hooks=dict(checkpoint=dict(type=CheckpointHook, interval=1)),
-        experiment_name=folder.name,
-    ).train()
+    def __reduce__(self):
+        return self.reduced
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "line"
-    train(folder)
-    return folder
+BOMB = Pickled(print, ("exploded",))
 
 
 @pytest.fixture
@@ -65,87 +36,107 @@ def two(tmp_path):
     return tmp_path
 
 
-class Bomb:
-    def __reduce__(self):
-        return print, ("exploded",)
+# Reading
 
 
-def test_logs_are_mmengine_s_own_again(folder):
-    checkpoint = load_from_local(folder / "epoch_2.pth")
-    expected = torch.load(folder / "epoch_2.pth", weights_only=False)["message_hub"]["log_scalars"]
-    history = checkpoint["message_hub"]["log_scalars"]["train/loss"]
-    assert isinstance(history, HistoryBuffer) and len(history.data[0]) == 6
-    for values, known in zip(history.data, expected["train/loss"].data):
-        assert values.tolist() == known.tolist()
-    assert history.mean(6) == expected["train/loss"].mean(6)
+def test_what_mmengine_saves_is_read(tmp_path):
+    history = HistoryBuffer([0.5, 0.25, 0.125], [1, 1, 2])
+    arrays = dict(
+        doubles=np.linspace(0, 1, 7), longs=np.arange(6).reshape(2, 3), none=np.zeros((0, 3), np.float32),
+        fortran=np.asfortranarray(np.arange(6.0).reshape(2, 3)), flags=np.array([True, False]),
+    )  # fmt: skip
+    scalars = dict(score=np.float64(0.25), count=np.int64(3), flag=np.bool_(True))
+    torch.save({"message_hub": {"log_scalars": {"loss": history}}, **arrays, **scalars}, tmp_path / "x.pth")
+    content = checkpoints.load_from_local(tmp_path / "x.pth")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(content[name].values.numpy(), array)
+    assert {name: content[name] for name in scalars} == dict(score=0.25, count=3, flag=True)
+    read = content["message_hub"]["log_scalars"]["loss"]
+    assert isinstance(read, HistoryBuffer) and read.mean(3) == history.mean(3)
+    assert [values.tolist() for values in read.data] == [values.tolist() for values in history.data]
+
+
+def crafted():
+    """Yield code, and dtypes and arrays that numpy itself would build: with pointers in them, or with too few bytes."""
+    yield BOMB
+    pointers = Pickled(np.dtype, ("f8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 8, 1))
+    yield pointers
+    make, args, _ = np.zeros(1).__reduce__()
+    yield Pickled(make, args, (1, (1,), pointers, False, b"AAAAAAAA"))
+    yield Pickled(make, args, (1, (1 << 20,), np.dtype("f8"), False, b"AAAAAAAA"))
+    yield Pickled(np.float64(0).__reduce__()[0], (np.dtype("O"), b"AAAAAAAA"))
+    yield Pickled(getattr, (dict, "get"), {"x": 1})
+
+
+@pytest.mark.parametrize("thing", list(crafted()))
+def test_crafted_files_are_refused(thing, tmp_path, capsys):
+    checkpoints.patch_mmengine()
+    torch.save({"state_dict": {}, "thing": thing}, tmp_path / "crafted.pth")
+    with pytest.raises(UserError, match="crafted.pth is damaged"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / "crafted.pth"), "cpu")
+    assert "exploded" not in capsys.readouterr().out
+
+
+def test_checkpoints_of_an_address_are_read_as_safely(two, monkeypatch, capsys):
+    checkpoints.patch_mmengine()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(two / "cache"))
+    torch.save({"bomb": BOMB}, two / "bomb.pth")
+    assert checkpoints.load_from_http((two / "epoch_9.pth").as_uri()).keys() == {"state_dict"}
+    with pytest.raises(UserError, match="bomb.pth is damaged"):
+        checkpoints.load_from_http((two / "bomb.pth").as_uri())
+    assert "exploded" not in capsys.readouterr().out
+    assert mmengine.runner.checkpoint.load_from_http is checkpoints.load_from_http
+    monkeypatch.setattr(mmengine.runner.checkpoint, "load_from_http", lambda url, **_: dict(url=url))
+    url = CheckpointLoader.load_checkpoint("torchvision://resnet50", "cpu")["url"]
+    assert url.startswith("https://")  # goes through ours
+    with pytest.raises(UserError):
+        mmengine.runner.checkpoint._safe_torch_load("x.pth")
+
+
+def test_weights_must_be_all_and_no_others(two):
+    model = torch.nn.Linear(1, 1)
+    state = {key: torch.ones_like(value) for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, two / "whole.pth")
+    checkpoints.load_weights(model, two / "whole.pth")
+    assert model.weight == 1
+    for key, value in (("bias", None), ("other", torch.ones(1)), ("bias", torch.tensor([np.nan]))):
+        wrong = {name: tensor for name, tensor in {**state, key: value}.items() if tensor is not None}
+        torch.save({"state_dict": wrong}, two / "wrong.pth")
+        with pytest.raises(UserError, match=key):
+            checkpoints.load_weights(model, two / "wrong.pth")
+
+
+# Finding and writing
 
 
 def test_the_newest_readable_checkpoint_is_found(two, caplog):
-    assert [path.name for path in list_checkpoints(two)] == ["epoch_10.pth", "epoch_9.pth"]
-    assert newest_checkpoint(two) == find_checkpoint(two) == two / "epoch_10.pth"
+    assert [path.name for path in checkpoints.list_checkpoints(two)] == ["epoch_10.pth", "epoch_9.pth"]
+    assert checkpoints.find_checkpoint(two) == two / "epoch_10.pth"
     content = (two / "epoch_10.pth").read_bytes()
     (two / "epoch_10.pth").write_bytes(content[: len(content) // 2])
     with caplog.at_level("INFO", logger="raftmlp"):
-        assert newest_checkpoint(two) == two / "epoch_9.pth"
-    assert "epoch_10.pth is damaged" in caplog.text and "epoch_9.pth takes its place" in caplog.text
+        assert checkpoints.find_checkpoint(two) == two / "epoch_9.pth"
+    assert "epoch_10.pth" in caplog.text and "epoch_9.pth" in caplog.text
     (two / "epoch_9.pth").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: .*epoch_10.*epoch_9"):
-        newest_checkpoint(two)
+    with pytest.raises(UserError, match="epoch_10.*epoch_9"):
+        checkpoints.find_checkpoint(two)
     (two / "empty").mkdir()
-    assert newest_checkpoint(two / "empty") is None
     for missing in ("empty", "missing.pth"):
-        with pytest.raises(UserError, match=f"no checkpoint .*{missing}"):
-            find_checkpoint(two / missing)
+        with pytest.raises(FileNotFoundError, match=missing):
+            checkpoints.find_checkpoint(two / missing)
 
 
-def test_weights_must_be_all_and_no_others(folder, two):
-    model = Line()
-    assert load_weights(model, folder / "epoch_2.pth")["meta"]["epoch"] == 2
-    assert torch.equal(model.layer.weight, load_from_local(folder / "epoch_2.pth")["state_dict"]["layer.weight"])
-    for state, message in ((model.layer.state_dict(), "layer.weight is missing"), ([1], "holds no weights")):
-        torch.save({"state_dict": state}, two / "other.pth")
-        with pytest.raises(UserError, match=message):
-            load_weights(model, two / "other.pth")
-
-
-def test_files_are_written_complete(tmp_path, monkeypatch):
+def test_mmengine_writes_complete_files(tmp_path, monkeypatch):
+    checkpoints.patch_mmengine()
     path = tmp_path / "new" / "epoch_1.pth"
-    backend = CompleteFileBackend()
-    backend.put(b"old", path)
+    save_checkpoint(dict(state_dict={}), str(path))
+    assert type(get_file_backend(str(path))) is checkpoints.CompleteFileBackend
 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        backend.put(b"new", path)
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
-
-
-def test_mmengine_uses_them(tmp_path):
-    patch_mmengine()
-    patch_mmengine()
-    save_checkpoint(dict(state_dict={}), str(tmp_path / "x.pth"))
-    assert CheckpointLoader.load_checkpoint(str(tmp_path / "x.pth"), "cpu") == dict(state_dict={})
-    assert type(get_file_backend(str(tmp_path / "x.pth"))) is CompleteFileBackend
-    torch.save({"bomb": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(UserError, match="bomb.pth is damaged, or holds more than tensors"):
-        CheckpointLoader.load_checkpoint(str(tmp_path / "bomb.pth"), "cpu")
-
-
-def test_checkpoints_of_an_address_are_read_as_safely(folder, tmp_path, monkeypatch, capsys):
-    patch_mmengine()
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    torch.save({"bomb": Bomb()}, tmp_path / "bomb.pth")
-    assert load_from_http((folder / "epoch_2.pth").as_uri())["meta"]["epoch"] == 2
-    with pytest.raises(UserError, match="bomb.pth is damaged, or holds more than tensors"):
-        load_from_http((tmp_path / "bomb.pth").as_uri())
-    with pytest.raises(UserError, match="cannot fetch"):
-        load_from_http((tmp_path / "missing.pth").as_uri())
-    assert "exploded" not in capsys.readouterr().out
-    load = CheckpointLoader.load_checkpoint
-    assert mmengine.runner.checkpoint.load_from_http is load_from_http
-    monkeypatch.setattr(mmengine.runner.checkpoint, "load_from_http", lambda url, **_: dict(url=url))
-    assert load("torchvision://resnet50", "cpu")["url"].startswith("https://")  # goes through ours
-    with pytest.raises(UserError, match="from files and over http alone"):
-        mmengine.runner.checkpoint._safe_torch_load("x.pth")
+        save_checkpoint(dict(state_dict={"x": 1}), str(path))
+    assert CheckpointLoader.load_checkpoint(str(path), "cpu") == dict(state_dict={})
+    assert list(path.parent.iterdir()) == [path]

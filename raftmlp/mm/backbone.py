@@ -4,9 +4,7 @@ A config finds it by ``custom_imports = dict(imports=["raftmlp.mm"])``. It is re
 registry, where those of mmdet and mmseg look too.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,15 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..checkpoints.pretrained import pretrained_file
-from ..checkpoints.weights import (
-    describe_differences,
-    load_state_dict,
-    read_description,
-    shapes,
-    summary,
-)
+from ..checkpoints.weights import describe_differences, load_state_dict, read_description, shapes, summary
 from ..errors import UserError
-from ..model.arguments import choice, is_sequence, is_whole
 from ..model.conversion import adapt_state_dict, checkpoint_filter_fn
 from ..model.raftmlp import RaftMLP
-from .stand_ins import STAND_INS
+from .checkpoints import STAND_INS
 
 __all__ = ["RaftMLPBackbone"]
 
 EMBEDDING = -1  # stands for the first patch embedding among the indices of stages or blocks
-SET_BY_BACKBONE = ("num_classes", "global_pool", "drop_path_rate", "resizing")  # arguments of the network
 HEAD = ("norm.", "head.", "heads.0.1.", "classifier.")  # keys of the final norm and the classifier, ours and theirs
 
 
@@ -67,7 +57,7 @@ class RaftMLPBackbone(BaseModule):
         out_channels: Channels of the returned maps, what a neck needs as ``in_channels``.
 
     Raises:
-        UserError: If an argument is not allowed; the message names the value and what is allowed.
+        ValueError: If an argument is not allowed; the message names the value and what is allowed.
     """
 
     def __init__(
@@ -84,19 +74,17 @@ class RaftMLPBackbone(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
     ):
         super().__init__(init_cfg)
-        if init_cfg is not None and not isinstance(init_cfg, Mapping | list):
-            raise UserError(f"init_cfg {init_cfg!r} must be a dict, a list of dicts, or None")
-        for name, value in (("out_norm", out_norm), ("with_cp", with_cp)):
-            if not isinstance(value, bool):
-                raise UserError(f"{name} {value!r} must be True or False")
-        choice("first_map", first_map, ("stage", "embed"))
+        if first_map not in ("stage", "embed"):
+            raise UserError(f"first_map {first_map!r} must be 'stage' or 'embed'")
         self._network = dict(arch=arch, img_size=img_size, drop_path_rate=drop_path_rate, resizing=resizing)
         self.model = _create(**self._network)
         self._sources = _sources(self.model, first_map)
-        last = len(self._sources) - 1
-        self.out_indices = _indices(range(last + 1) if out_indices is None else out_indices, last)
-        if not is_whole(frozen_stages, -1, last + 1):
-            raise UserError(f"frozen_stages {frozen_stages!r} must be from -1 to {last + 1}")
+        count = len(self._sources)
+        self.out_indices = tuple(map(int, range(count) if out_indices is None else out_indices))
+        if not self.out_indices or [i for i in range(count) if i in self.out_indices] != list(self.out_indices):
+            raise UserError(f"out_indices {out_indices!r} must rise from 0 or more to {count - 1} or less")
+        if frozen_stages not in range(-1, count + 1):
+            raise UserError(f"frozen_stages {frozen_stages!r} must be from -1 to {count}")
         self.frozen_stages = int(frozen_stages)
         sources = [self._sources[i] for i in self.out_indices]
         self.layers, self.with_embed = [index for index in sources if index != EMBEDDING], EMBEDDING in sources
@@ -146,7 +134,7 @@ class RaftMLPBackbone(BaseModule):
         if not isinstance(self.init_cfg, Mapping) or self.init_cfg.get("type") != "Pretrained":
             super().init_weights()
             return
-        if self.init_cfg.keys() != {"type", "checkpoint"} or not isinstance(self.init_cfg["checkpoint"], str):
+        if self.init_cfg.keys() != {"type", "checkpoint"}:
             raise UserError(f"init_cfg {dict(self.init_cfg)} must be dict(type='Pretrained', checkpoint=FILE or NAME)")
         self._load(_weights_file(self.init_cfg["checkpoint"]))
         self.is_init = True
@@ -164,11 +152,11 @@ class RaftMLPBackbone(BaseModule):
         left_out = {f"model.{key}" for key in whole.state_dict()}
         if self.norms:
             left_out |= {f"norms.{i}.{kind}" for i in range(len(self._sources)) for kind in ("weight", "bias")}
-        state = {f"model.{key}": value for key, value in state.items() if not key.startswith(HEAD)}
-        state = {k: v for k, v in {**state, **norms}.items() if k in built or k not in left_out}
         if self.norms and not norms:  # a classifier's file, or that of a detector without
             print_log(f"{path} has no norms of feature maps: they keep their initial values", logger="current")
-            state = {**{key: value for key, value in built.items() if key.startswith("norms.")}, **state}
+            norms = self.norms.state_dict(prefix="norms.")
+        state = {f"model.{key}": value for key, value in state.items() if not key.startswith(HEAD)} | norms
+        state = {key: value for key, value in state.items() if key in built or key not in left_out}
         if differences := describe_differences(shapes(state), shapes(built)):
             whose = f" (it is of {description['model']})" if "model" in description else ""
             raise UserError(f"{path}{whose} does not fit the backbone {self._network['arch']}: {summary(differences)}")
@@ -178,36 +166,10 @@ class RaftMLPBackbone(BaseModule):
 def _create(arch: str | Mapping[str, Any], img_size, **kwargs: Any) -> RaftMLP:
     """Return the network without a classifier."""
     kwargs |= dict(num_classes=0, global_pool="")
-    if img_size is not None:
-        kwargs["img_size"] = img_size
+    size = {} if img_size is None else dict(img_size=img_size)
     if isinstance(arch, str):
-        known = timm.list_models(module="raftmlp")
-        if timm.models.split_model_name_tag(arch)[0] not in known:
-            near = get_close_matches(arch, known, n=3, cutoff=0.4) or known
-            raise UserError(f"unknown arch {arch!r}; did you mean {' or '.join(near)}?")
-        try:
-            return timm.create_model(arch, **kwargs)
-        except RuntimeError as error:  # timm's, for a tag that the variant does not have
-            raise UserError(f"arch {arch!r} cannot be built: {error}") from error
-    if not isinstance(arch, Mapping):
-        raise UserError(f"arch {arch!r} must be the name of a variant, or a dict of arguments of raftmlp.RaftMLP")
-    known = [name for name in inspect.signature(RaftMLP).parameters if name not in SET_BY_BACKBONE]
-    for key in arch.keys() - set(known):
-        near = get_close_matches(str(key), known, n=3) or known
-        raise UserError(f"unknown key {key!r} in arch; did you mean {' or '.join(near)}?")
-    try:
-        return RaftMLP(**{**arch, **kwargs})
-    except ValueError as error:
-        raise UserError(f"arch {dict(arch)} cannot be built: {error}") from error
-
-
-def _indices(out_indices: Sequence[int], last: int) -> tuple[int, ...]:
-    """Return the indices of maps if they rise from 0 or more to the last or less."""
-    if is_sequence(out_indices) and all(is_whole(i, 0, last) for i in out_indices):
-        indices = tuple(map(int, out_indices))
-        if indices and list(indices) == sorted(set(indices)):
-            return indices
-    raise UserError(f"out_indices {out_indices!r} must be a sequence that rises from 0 or more to {last} or less")
+        return timm.create_model(arch, **kwargs, **size)
+    return RaftMLP(**{**arch, **size}, **kwargs)
 
 
 def _sources(model: RaftMLP, first_map: str) -> list[int]:

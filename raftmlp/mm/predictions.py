@@ -1,6 +1,6 @@
 """Predictions of trained detectors and segmentors: of single images, and drawn beside the truth in an evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mmcv
@@ -14,76 +14,61 @@ from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import UserError, first_words
 from ..files import save_figure
-from ..processes import is_first_process
 from .checkpoints import load_weights, trained_classes
 from .configs import drop_pretrained
-from .data import check_heads
 
 
 class Predictor:
     """A trained detector or segmentor that predicts single images.
 
-    Args:
-        config: The config that it was trained with.
-        checkpoint: Its weights.
-        device: Where it runs.
-
-    Attributes:
-        classes: Names of the classes.
-
-    Raises:
-        UserError: If the model cannot be built, or the checkpoint is missing, damaged, another model's or no training
-            run's.
+    The toolboxes' own inferencers load weights that fit in part, and name COCO's or Cityscapes' classes if a checkpoint
+    has none.
     """
 
     def __init__(self, config: Config, checkpoint: Path, device: torch.device):
         init_default_scope(config.default_scope)
         drop_pretrained(config)
-        try:
-            model = MODELS.build(config.model)
-        except Exception as error:
-            raise UserError(f"cannot build the config's model: {first_words(error)}") from error
+        model = MODELS.build(config.model)
         content = load_weights(model, checkpoint)
         self.model, self.classes = model.to(device).eval(), trained_classes(content)
         if not self.classes:
             raise UserError(f"{checkpoint} does not name its classes: it is no checkpoint of raftmlp train-mm")
-        check_heads(model, self.classes, f"the checkpoint {checkpoint}")
         steps = config.test_dataloader.dataset.pipeline
-        steps = [step for step in steps if not step.type.startswith("Load") or step.type == "LoadImageFromFile"]
-        self.pipeline = Compose(steps)
+        self.pipeline = Compose([s for s in steps if not s.type.startswith("Load") or s.type == "LoadImageFromFile"])
         self.visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None, "name": "predictions"})
         palette = content["meta"]["dataset_meta"].get("palette") or "random"
         self.visualizer.dataset_meta = dict(classes=self.classes, palette=palette)
 
     @torch.inference_mode()
     def __call__(self, file: Path) -> BaseDataElement:
-        """Return an image's data sample, with ``pred_instances`` or ``pred_sem_seg``, on the CPU.
-
-        Raises:
-            UserError: If the image cannot be read.
-        """
+        """Return an image's data sample, with ``pred_instances`` or ``pred_sem_seg``, on the CPU."""
         try:
             data = self.pipeline(dict(img_path=str(file), img_id=0))
         except Exception as error:  # the readers of images raise anything on bytes that are no image
             raise UserError(f"cannot read {file}: {first_words(error)}") from error
         return self.model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
 
+    def write(self, sample: BaseDataElement, path: Path, score_thr: float) -> tuple[dict, str]:
+        """Write an image's files, whose names begin with a path's; returns its entry in the results, and its words.
 
-def objects(sample: BaseDataElement, classes: Sequence[str], score_thr: float) -> Iterator[dict]:
-    """Yield the objects in an image, most certain first: class, score, box as left, top, right and bottom in pixels."""
-    instances = sample.pred_instances
-    for label, score, box in zip(instances.labels.tolist(), instances.scores.tolist(), instances.bboxes.tolist()):
-        if score >= score_thr:
-            yield dict(name=classes[label], score=score, box=box)
-
-
-def label_map(sample: BaseDataElement, classes: Sequence[str]) -> np.ndarray:
-    """Return the class of every pixel, (H, W) of 8 bits, or 16 for more than 256 classes."""
-    return sample.pred_sem_seg.data[0].numpy().astype("uint16" if len(classes) > 256 else "uint8")
+        Objects are from a score on, most certain first; boxes are left, top, right and bottom in pixels.
+        """
+        picture = path.with_name(f"{path.name}.png")
+        draw(self.visualizer, sample, picture, score_thr, truth=False)
+        if "pred_instances" in sample:
+            found = sample.pred_instances
+            rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist())
+            objects = [dict(name=self.classes[i], score=p, box=box) for i, p, box in rows if p >= score_thr]
+            words = ", ".join(f"{o['name']} {o['score']:.2f}" for o in objects) or "nothing found"
+            return dict(picture=picture.name, objects=objects), words
+        labels = sample.pred_sem_seg.data[0].numpy().astype("uint16" if len(self.classes) > 256 else "uint8")
+        label_map = path.with_name(f"{path.name}_labels.png")
+        Image.fromarray(labels).save(label_map)
+        words = ", ".join(self.classes[label] for label in np.unique(labels))
+        return dict(picture=picture.name, label_map=label_map.name), words
 
 
 def draw(visualizer: Visualizer, sample: BaseDataElement, path: Path, score_thr: float, truth: bool) -> None:
@@ -94,9 +79,6 @@ def draw(visualizer: Visualizer, sample: BaseDataElement, path: Path, score_thr:
         return
     kwargs = dict(pred_score_thr=score_thr) if "pred_instances" in sample else dict(with_labels=False)
     visualizer.add_datasample(path.stem, image, sample, draw_gt=truth, out_file=str(path), **kwargs)
-
-
-# Evaluation
 
 
 class DrawHook(Hook):
@@ -116,32 +98,13 @@ class DrawHook(Hook):
             self.drawn.append(path)
 
 
-class ProgressHook(Hook):
-    """Shows the progress of an evaluation; of several processes, that of the first."""
-
-    def before_test(self, runner) -> None:
-        """Open the bar."""
-        hidden = None if is_first_process() else True
-        self.bar = tqdm(total=len(runner.test_dataloader), desc="evaluating", unit="batch", disable=hidden)
-
-    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Count a batch."""
-        self.bar.update()
-
-    def after_test(self, runner) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-
 def draw_overview(path: Path, images: Sequence[Path], title: str, columns: int = 4) -> None:
     """Draw several image files into one picture."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(14, 1.9 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
+    for number, image in enumerate(images, start=1):
+        axis = figure.add_subplot(rows, columns, number)
+        axis.imshow(mmcv.imread(image, channel_order="rgb"))
         axis.axis("off")
-    for axis, image in zip(axes.flat, images):
-        with Image.open(image) as opened:
-            axis.imshow(opened)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
