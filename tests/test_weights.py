@@ -14,7 +14,7 @@ import raftmlp
 from helpers import ROOT, same_weights
 from raftmlp.checkpoints.pretrained import find_pretrained
 from raftmlp.checkpoints.weights import load_state_dict, read_metadata, save_state_dict, unwrap
-from raftmlp.train.journal import export_path
+from raftmlp.train.run_logger import export_path
 
 SMALL = dict(embed_dims=(8, 12, 16, 20))
 

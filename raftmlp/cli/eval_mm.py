@@ -11,9 +11,9 @@ import math
 import tempfile
 from pathlib import Path
 
+from ..device import end_processes, is_first_process
 from ..errors import shared_errors
 from ..files import write_json
-from ..processes import end_processes, is_first_process
 from .config_files import find_config
 from .console import say
 from .launcher import load_package

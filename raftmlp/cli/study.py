@@ -150,9 +150,9 @@ def check_cells(plan: Plan, path: Path) -> tuple[dict[str, dict[str, Any]], dict
         try:
             settings = TrainSettings.select({**vars(args), "seed": plan.seeds[0]})
             trainer = Trainer.from_settings(settings)
-            shape = trainer.learner.model.pretrained_cfg["input_size"]
+            shape = trainer.train_step.model.pretrained_cfg["input_size"]
             size = settings.size or shape[-2:]
-            model = trainer.learner.model.to("cpu")
+            model = trainer.train_step.model.to("cpu")
             facts[cell.name] = dict(
                 parameters=sum(p.numel() for p in model.parameters()),
                 macs=count_macs(model, (shape[0], *size)),

@@ -8,8 +8,8 @@ With --resume an interrupted run continues from its newest readable checkpoint.
 
 from pathlib import Path
 
+from ..device import end_processes, is_first_process
 from ..errors import UserError, shared_errors
-from ..processes import end_processes, is_first_process
 from .config_files import find_config
 from .console import say
 from .launcher import load_package

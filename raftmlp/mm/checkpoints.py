@@ -24,9 +24,9 @@ from ..checkpoints.weights import (
     shapes,
     summary,
 )
+from ..device import is_first_process
 from ..errors import MissingFileError, UserError, first_words
 from ..files import write_bytes
-from ..processes import is_first_process
 from .stand_ins import STAND_INS, LogHistory
 
 _logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
+from ..device import is_first_process
 from ..errors import UserError, first_words
 from ..files import save_figure
-from ..processes import is_first_process
 from .checkpoints import load_weights, trained_classes
 from .configs import drop_pretrained
 from .data import check_heads

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..files import save_figure, write_csv, write_json, write_text
-from ..train.journal import versions
+from ..train.run_logger import versions
 from .plan import PREPARATION, Plan, Run
 from .runner import StudyFolder
 
