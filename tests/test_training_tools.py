@@ -1,13 +1,10 @@
-"""What trains networks elsewhere: Lightning, averaged weights, layer-wise decay."""
-
-import copy
+"""What trains networks elsewhere: Lightning, layer-wise decay."""
 
 import pytest
 import pytorch_lightning as lightning
 import timm
 import torch
 from timm.optim import create_optimizer_v2
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 TINY = dict(embed_dims=(8, 8, 16, 16), depths=(1, 2, 1, 1))
 
@@ -42,22 +39,6 @@ def test_lightning(tmp_path):
     images = torch.randn(1, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(again.eval().model(images), classifier.eval().model(images))
-
-
-@torch.no_grad()
-def test_averaged_weights():
-    model = timm.create_model("raftmlp_digits", **TINY).eval()
-    for average, expected in ((None, 0.5), (get_ema_multi_avg_fn(0.75), 0.25)):
-        averaged = AveragedModel(model, multi_avg_fn=average)
-        averaged.update_parameters(model)
-        other = copy.deepcopy(model)
-        for p in other.parameters():
-            p.add_(1.0)
-        averaged.update_parameters(other)
-        for p, q in zip(averaged.module.parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(p, q + expected)
-        update_bn([], averaged)
-        assert averaged(torch.randn(1, 3, 40, 40)).shape == (1, 10)
 
 
 def test_layer_wise_decay():
