@@ -25,7 +25,7 @@ from raftmlp.train import TrainSettings, run_logger
 from raftmlp.train.run_folder import RunFolder
 from raftmlp.train.run_logger import Progress, RunLogger, summarize
 from raftmlp.train.settings import make_recipe
-from raftmlp.train.state import DivergedError, TrainState, changed_options, reason_not_to_resume
+from raftmlp.train.state import DivergedError, TrainState, reason_not_to_resume
 
 DIGITS = [*TINY, "--dataset", "digits", "--batch-size", 256, "--warmup-epochs", 0]
 ALONE = Processes(torch.device("cpu"))
@@ -91,11 +91,6 @@ PROGRESSIVE = {**RECIPE, "train_img_sizes": ["24", "32"], "train_size_schedule":
 def test_reason_not_to_resume(changes, recipe, reason):
     given = reason_not_to_resume({**CHECKPOINT, **changes}, {**RECIPE, **recipe}, 5, ["cat", "dog"])
     assert reason in given and bool(reason) == bool(given)
-
-
-def test_changed_options():
-    before = {**RECIPE, "lr": 0.5, "of_another_version": 1}
-    assert changed_options(before, {**RECIPE, "new_option": 1}) == ["lr 0.5 -> 0.001"]
 
 
 # The folder
@@ -184,15 +179,6 @@ def test_which_checkpoint_is_resumed_from(folder, tmp_path):
     with pytest.raises(UserError, match="no checkpoint is complete"):
         folder.prepare("auto", overwrite=False)
     assert RunFolder(tmp_path / "new").prepare("auto", overwrite=False) is None
-
-
-def test_rollback(folder):
-    assert folder.roll_back(past_last=False) == folder.last
-    folder.save({**STATE, "epoch": 1})
-    assert folder.roll_back(past_last=True) == folder.previous
-    assert epoch_of(folder.path / "diverged.pth.tar") == 1 and not folder.last.exists()
-    folder.clear()
-    assert folder.roll_back(past_last=True) is None
 
 
 # What is logged

@@ -1,12 +1,12 @@
 """Runs: from Python, stopped, killed and resumed to the same bits, by several processes, diverged and rolled back."""
 
 import csv
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from helpers import ROOT, TINY, StoppingDigits, assert_same, make_image_folder, run_process, run_two_processes
 from raftmlp.checkpoints.weights import load_checkpoint
-from raftmlp.cli import train
+from raftmlp.cli import console, train
 from raftmlp.data import Digits
 from raftmlp.errors import UserError
 from raftmlp.train import Trainer, TrainSettings
@@ -42,80 +42,42 @@ RANDOM = [
 ]  # fmt: skip
 SHORT = [*DIGITS, *RANDOM, "--batch-size", "256", "--img-size", "24", "--warmup-epochs", "1"]  # 5 updates an epoch
 
-# A process that has imported all and computed nothing: every line of options it reads becomes a run in a fork of it.
-NURSERY = """
-import os, shlex, sys
-from raftmlp.cli import console, train
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        sys.stdin.close()
-        sys.argv = ["raftmlp train", *shlex.split(line)]
-        console.run(train.main)
-    print("process", child, flush=True)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print("status", status, flush=True)
-"""
+SERVER = multiprocessing.get_context("forkserver")  # its processes have imported all, and computed nothing
+SERVER.set_forkserver_preload(["raftmlp.cli.train", "raftmlp.train.trainer"])
 
 
-class Nursery:
-    """Runs of the train command in processes of their own, without the seconds that imports take.
-
-    One that takes more than five minutes is killed with the nursery, and fails its test.
-    """
-
-    def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        command = [sys.executable, "-c", NURSERY]
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-
-    def start(self, *options) -> int:
-        """Start a run; return its process."""
-        self.limit = threading.Timer(300, self.kill)
-        self.limit.start()
-        self.process.stdin.write(" ".join(map(str, options)) + "\n")
-        self.process.stdin.flush()
-        self.status = self.pid = None
-        self.lines: list[str] = []
-        self._read(lambda: self.pid is not None)
-        return self.pid
-
-    def wait_for(self, words: str, times: int = 1) -> None:
-        """Wait until so many lines have these words, or the run has ended without them."""
-        self._read(lambda: sum(words in line for line in self.lines) >= times)
-
-    def wait(self) -> tuple[int, str]:
-        """Wait for the end of the run; return its exit status and its output."""
-        self._read(lambda: False)
-        self.limit.cancel()
-        return self.status, "".join(self.lines)
-
-    def run(self, *options) -> tuple[int, str]:
-        self.start(*options)
-        return self.wait()
-
-    def _read(self, is_enough) -> None:
-        while not is_enough() and self.status is None:
-            line = self.process.stdout.readline()
-            assert line, "".join(self.lines)
-            word, _, number = line.strip().partition(" ")
-            if word in ("process", "status") and number.lstrip("-").isdigit():
-                setattr(self, {"process": "pid"}.get(word, word), int(number))
-            else:
-                self.lines.append(line)
+def run_train(options, output):
+    """Run the train command with its output in a file."""
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    torch.set_num_threads(1)
+    sys.argv = ["raftmlp train", *options]
+    console.run(train.main)
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.limit.cancel()
-    nursery.kill()
-    nursery.process.communicate()
+class Run:
+    """A run of the train command in a process of its own; one that takes more than four minutes is killed."""
+
+    def __init__(self, *options):
+        self.file = Path(tempfile.mkstemp()[1])
+        self.process = SERVER.Process(target=run_train, args=(list(map(str, options)), self.file))
+        self.process.start()
+
+    def wait_for(self, words, times=1):
+        """Wait until the words were written so often, or the run has ended without them."""
+        end = time.monotonic() + 240
+        while self.file.read_text().count(words) < times and self.process.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def end(self, number=0):
+        """Send it a signal, if any; return its exit status and its output when it has ended."""
+        if number:
+            os.kill(self.process.pid, number)
+        self.process.join(240)
+        self.process.kill()
+        self.process.join()
+        output = self.file.read_text()
+        self.file.unlink()
+        return self.process.exitcode, output
 
 
 def outcome(folder) -> dict:
@@ -128,10 +90,10 @@ def outcome(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(nursery, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The end of a run of six epochs that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    status, output = nursery.run(*SHORT, "--epochs", 6, "--output", folder)
+    status, output = Run(*SHORT, "--epochs", 6, "--output", folder).end()
     assert status == 0, output
     return outcome(folder)
 
@@ -223,24 +185,23 @@ def test_a_checkpoint_to_resume_from_that_says_what_cannot_be(tmp_path):
 # Exact resume
 
 
-def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_path):
+def test_killed_at_ten_moments_a_run_ends_the_same(uninterrupted, tmp_path):
     options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run", "--resume", "auto"]
     moments = random.Random(0)
     in_the_middle = 0
     for number in range(10):
         # two workers now and then: the numbers do not depend on them; a save after every update: kills fall into saves
         workers = 2 * (number % 3 == 2)
-        child = nursery.start(*options, "--save-every", 1, "--log-interval", 1, "--workers", workers)
+        run = Run(*options, "--save-every", 1, "--log-interval", 1, "--workers", workers)
         if number % 5 == 4:
             time.sleep(moments.uniform(0.2, 1.8))  # mostly before it trains
         else:
-            nursery.wait_for(", update ", times=moments.randint(1, 2))
+            run.wait_for(", update ", times=moments.randint(1, 2))
             time.sleep(moments.uniform(0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        status, output = nursery.wait()
+        status, output = run.end(signal.SIGKILL)
         in_the_middle += status == -signal.SIGKILL and ", update " in output
     assert in_the_middle > 5
-    status, output = nursery.run(*options)
+    status, output = Run(*options).end()
     assert status == 0, output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
     rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
@@ -249,35 +210,34 @@ def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_p
     assert not list((tmp_path / "run").glob(".*.tar"))  # left by kills in saves
 
 
-def test_signals_save_and_name_the_way_to_resume(nursery, uninterrupted, tmp_path):
+def test_signals_save_and_name_the_way_to_resume(uninterrupted, tmp_path):
     options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        child = nursery.start(*options, "--workers", 2, "--log-interval", 1, "--resume")
-        nursery.wait_for("update 3/5")
-        os.kill(child, number)
-        exit_status, output = nursery.wait()
+        run = Run(*options, "--workers", 2, "--log-interval", 1, "--resume")
+        run.wait_for("update 3/5")
+        exit_status, output = run.end(number)
         assert exit_status == status, output
         assert "stopped in epoch " in output and "--resume" in output.splitlines()[-1]
     assert load_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] < 6
     assert not (tmp_path / "run/summary.json").exists()
-    status, output = nursery.run(*options, "--resume")
+    status, output = Run(*options, "--resume").end()
     assert status == 0, output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
 
     last = tmp_path / "run/last.pth.tar"
     last.write_bytes(last.read_bytes()[:-1000])  # the one before takes its place
-    status, output = nursery.run(*options, "--resume")
+    status, output = Run(*options, "--resume").end()
     assert status == 0 and "epoch 6/6" in output and "epoch 5/6" not in output, output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
-    status, output = nursery.run(*options, "--resume")  # of a finished run: nothing is trained, nothing is lost
+    status, output = Run(*options, "--resume").end()  # of a finished run: nothing is trained, nothing is lost
     assert status == 0 and "epoch 6/6" not in output and "best top-1" in output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
 
 
-def test_two_processes_train_as_one_does(nursery, tmp_path):
+def test_two_processes_train_as_one_does(tmp_path):
     options = [*DIGITS, *RANDOM, "--batch-size", 64, "--global-batch-size", 256, "--epochs", 2, "--warmup-epochs", 1]
     options += ["--kd-model-name", "raftmlp_digits", "--train-img-sizes", 24, 32, "--train-batch-sizes", 128, 32]
-    status, output = nursery.run(*options, "--output", tmp_path / "one")
+    status, output = Run(*options, "--output", tmp_path / "one").end()
     assert status == 0, output
     done = run_two_processes(ROOT / "tools/train.py", *options, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr
