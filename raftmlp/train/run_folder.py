@@ -23,11 +23,7 @@ RUN_FILES = ("*.pth.tar", "args.yaml", "bad_batch.txt", "bad_images.txt", "curve
 
 @contextmanager
 def opening(path: Path, lock: FileLock, user: str) -> Iterator[None]:
-    """Make a folder and take its lock, then do what stands inside: the first writing into it.
-
-    Raises:
-        UserError: If another user, "run" or "study", has the lock.
-    """
+    """Make a folder and take its lock, unless another ``user`` ("run" or "study") has it; then write into it first."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -51,10 +47,6 @@ class RunFolder:
         Args:
             resume: A checkpoint file; "auto" for the last complete one in the folder, if any; None to start anew.
             overwrite: Whether a run in the folder may be lost.
-
-        Raises:
-            UserError: If the folder holds a run that would be lost, is in use, or all its checkpoints are damaged.
-            MissingFileError: If there is no file ``resume``.
         """
         if (self.path / "study.yaml").exists():
             raise UserError(f"{self.path} holds a study: name another folder with --output")
@@ -111,11 +103,7 @@ class RunFolder:
                 path.unlink()
 
     def save(self, state: dict, best: bool = False) -> None:
-        """Write a checkpoint as the last one, and as the best one too; a kill at any moment leaves complete ones.
-
-        Raises:
-            UserError: If it cannot be written; the earlier checkpoints are as they were.
-        """
+        """Write a checkpoint as the last one, and as the best one too; a kill at any moment leaves complete ones."""
         new = self.path / ".new.pth.tar"
         try:
             with new_file(new) as temporary, temporary.open("wb") as file:
@@ -153,11 +141,7 @@ class RunFolder:
         _copy(best if best.is_file() else checkpoint, self.best)
 
     def find_checkpoint(self) -> Path | None:
-        """Return the last complete checkpoint, None if there was never one; a damaged one is renamed, and logged.
-
-        Raises:
-            UserError: If there are checkpoints, and all are damaged.
-        """
+        """Return the last complete checkpoint, None if there was never one; a damaged one is renamed, and logged."""
         if self._keeps_best():
             raise UserError(
                 f"{self.path} holds a finished run of which only the best weights are kept, {self.best.name}: it "

@@ -55,9 +55,6 @@ class Trainer:
         val_data: Images and classes to evaluate on.
         processes: This process among those that train together; None for one alone.
         command: The command that the summary names.
-
-    Raises:
-        UserError: If model, data and settings do not fit each other.
     """
 
     def __init__(
@@ -163,8 +160,7 @@ class Trainer:
             overwrite: Whether a run that is in the folder is removed.
 
         Raises:
-            UserError: If the folder cannot be used, the run not be resumed so, the data not be read, or the loss is
-                infinite or no number.
+            UserError: If the run cannot be resumed so, or the loss is infinite or no number.
         """
         settings, on_first = self.settings, self.processes.on_first
         exported = export_path(settings.model, settings.export, overwrite) if settings.export else None
