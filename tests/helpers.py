@@ -5,6 +5,8 @@ import json
 import os
 import pkgutil
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -94,6 +96,30 @@ def assert_same(one, other, path=""):
             assert_same(a, b, f"{path}/{i}")
     else:
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, path
+
+
+def run_process(*command, timeout=300, **options):
+    """Run a command to its end, or end it and fail after so many seconds; returns it with its two outputs."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(list(map(str, command)), **pipes, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.terminate()  # torchrun ends its own processes then
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_two_processes(*command):
+    """Run a program as two processes of torchrun that meet at 127.0.0.1, whatever the host's name leads to."""
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, *meet]
+    return run_process(*torchrun, *command, cwd=ROOT, env=environment)
 
 
 class NamedImages(torch.utils.data.Dataset):

@@ -256,7 +256,7 @@ def make_trainer(folder, device, data, **settings):
 def test_training_with_a_scaler(device, tmp_path):
     trainer = make_trainer(tmp_path, device, Subset(Digits("train"), range(192)), amp=True, amp_dtype="float16")
     trainer.fit()
-    assert trainer.learner.scaler.state_dict()["scale"] > 0
+    assert trainer.train_step.scaler.state_dict()["scale"] > 0
     assert all(np.isfinite(row["train_loss"]) for row in trainer.state.log)
 
 
@@ -272,8 +272,8 @@ def test_a_run_resumes_to_the_same_bits(device, tmp_path):
         parts.fit(resume="auto")
     finally:
         torch.use_deterministic_algorithms(False)
-    for key, wanted in whole.learner.state_dict().items():
-        assert_same(parts.learner.state_dict()[key], wanted, key)
+    for key, wanted in whole.train_step.state_dict().items():
+        assert_same(parts.train_step.state_dict()[key], wanted, key)
 
 
 def _train_in_two_processes(rank, file, device, out):

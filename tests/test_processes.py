@@ -1,47 +1,48 @@
 """Several processes that train a network with BatchNorm: all evaluate what the first one saves."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from torch.utils.data import Subset
 
-from helpers import assert_same
+from helpers import assert_same, run_two_processes
 from raftmlp.checkpoints.weights import load_checkpoint
 from raftmlp.data import Digits
-from raftmlp.processes import end_processes, start_processes
+from raftmlp.device import end_processes, start_processes
 from raftmlp.train import Trainer, TrainSettings
 
 KEPT = ("state_dict", "state_dict_ema", "optimizer", "epoch", "update")
 
 
 def make_trainer(folder, processes=None, **settings):
-    """Return a trainer of two epochs of six updates."""
+    """Return a trainer of two epochs of three updates."""
+    torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10)
-    given = dict(epochs=2, batch_size=16, lr=0.01, workers=0, device="cpu", output=str(folder), **settings)
-    train_data, val_data = Subset(Digits("train"), range(192)), Subset(Digits("validation"), range(60))
+    given = dict(batch_size=16, lr=0.01, workers=0, device="cpu", output=str(folder)) | {"epochs": 2, **settings}
+    train_data, val_data = Subset(Digits("train"), range(96)), Subset(Digits("validation"), range(60))
     return Trainer(TrainSettings(**given), model, train_data, val_data, processes)
 
 
 def run(folder: str) -> None:
     """What each of two processes does: whole runs, and one that is stopped in its first epoch and resumed."""
     figures, processes = {}, start_processes("cpu")
-    for name, settings in dict(plain={}, ema=dict(model_ema=True), own=dict(dist_bn="")).items():
+    for name, settings in dict(plain={}, ema=dict(model_ema=True), own=dict(dist_bn="", epochs=1)).items():
         trainer = make_trainer(f"{folder}/{name}", processes, **settings)
         trainer.fit()
-        means = [b.tolist() for key, b in trainer.learner.eval_model.named_buffers() if "running_mean" in key]
+        means = [b.tolist() for key, b in trainer.train_step.eval_model.named_buffers() if "running_mean" in key]
         figures[name] = [means, trainer.state.log[-1]]
     parts = make_trainer(f"{folder}/parts", processes, model_ema=True)
-    update = parts.learner.update
+    update = parts.train_step.update
 
     def stopping_update(*args):
-        parts.stop.number = 15 if parts.state.position == (0, 3) else None
+        parts.stop.number = 15 if parts.state.position == (0, 0) else None
         return update(*args)
 
-    parts.learner.update = stopping_update
+    parts.train_step.update = stopping_update
     assert parts.fit() is None
     make_trainer(f"{folder}/parts", processes, model_ema=True).fit(resume="auto")
     Path(f"{folder}/{processes.rank}.json").write_text(json.dumps(figures))
@@ -52,8 +53,7 @@ def run(folder: str) -> None:
 def runs(tmp_path_factory):
     """The folder of the runs, and the figures of both processes."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_two_processes(__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -1,11 +1,12 @@
 """Runs: from Python, stopped, killed and resumed to the same bits, by several processes, diverged and rolled back."""
 
 import csv
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import timm
 import torch
 from torch.utils.data import Subset
 
-from helpers import ROOT, TINY, StoppingDigits, assert_same, make_image_folder
+from helpers import ROOT, TINY, StoppingDigits, assert_same, make_image_folder, run_process, run_two_processes
 from raftmlp.checkpoints.weights import load_checkpoint
-from raftmlp.cli import train
+from raftmlp.cli import console, train
 from raftmlp.data import Digits
 from raftmlp.errors import UserError
 from raftmlp.train import Trainer, TrainSettings
@@ -39,76 +40,44 @@ RANDOM = [
     "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.5", "--drop-path", "0.2", "--drop", "0.1", "--aa", "rand-m5-n2",
     "--cutout", "0.5", "--model-ema", "--model-ema-decay", "0.9",
 ]  # fmt: skip
-# sizes with batches of their own, so that an update has 256 images or 128
-SIZES = ["--train-img-sizes", "24", "32x40", "--train-batch-sizes", "256", "128", "--train-size-probs", "2", "1"]
-SHORT = [*DIGITS, *RANDOM, "--batch-size", "256", "--warmup-epochs", "1"]  # 5 updates an epoch
+SHORT = [*DIGITS, *RANDOM, "--batch-size", "256", "--img-size", "24", "--warmup-epochs", "1"]  # 5 updates an epoch
 
-# A process that has imported all and computed nothing: every line of options it reads becomes a run in a fork of it.
-NURSERY = """
-import os, shlex, sys
-from raftmlp.cli import console, train
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        sys.stdin.close()
-        sys.argv = ["raftmlp train", *shlex.split(line)]
-        console.run(train.main)
-    print("process", child, flush=True)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print("status", status, flush=True)
-"""
+SERVER = multiprocessing.get_context("forkserver")  # its processes have imported all, and computed nothing
+SERVER.set_forkserver_preload(["raftmlp.cli.train", "raftmlp.train.trainer"])
 
 
-class Nursery:
-    """Runs of the train command in processes of their own, without the seconds that imports take."""
-
-    def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], env=environment, **pipes)
-
-    def start(self, *options) -> int:
-        """Start a run; return its process."""
-        self.process.stdin.write(" ".join(map(str, options)) + "\n")
-        self.process.stdin.flush()
-        self.status = self.pid = None
-        self.lines: list[str] = []
-        self._read(lambda: self.pid is not None)
-        return self.pid
-
-    def wait_for(self, words: str, times: int = 1) -> bool:
-        """Wait until so many lines have these words; return False if the run has ended without them."""
-        return self._read(lambda: sum(words in line for line in self.lines) >= times)
-
-    def wait(self) -> tuple[int, str]:
-        """Wait for the end of the run; return its exit status and its output."""
-        self._read(lambda: False)
-        return self.status, "".join(self.lines)
-
-    def run(self, *options) -> tuple[int, str]:
-        self.start(*options)
-        return self.wait()
-
-    def _read(self, is_enough) -> bool:
-        while not is_enough():
-            if self.status is not None:
-                return False
-            line = self.process.stdout.readline()
-            assert line, "".join(self.lines)
-            word, _, number = line.strip().partition(" ")
-            if word in ("process", "status") and number.lstrip("-").isdigit():
-                setattr(self, {"process": "pid"}.get(word, word), int(number))
-            else:
-                self.lines.append(line)
-        return True
+def run_train(options, output):
+    """Run the train command with its output in a file."""
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    torch.set_num_threads(1)
+    sys.argv = ["raftmlp train", *options]
+    console.run(train.main)
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
+class Run:
+    """A run of the train command in a process of its own; one that takes more than four minutes is killed."""
+
+    def __init__(self, *options):
+        self.file = Path(tempfile.mkstemp()[1])
+        self.process = SERVER.Process(target=run_train, args=(list(map(str, options)), self.file))
+        self.process.start()
+
+    def wait_for(self, words, times=1):
+        """Wait until the words were written so often, or the run has ended without them."""
+        end = time.monotonic() + 240
+        while self.file.read_text().count(words) < times and self.process.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def end(self, number=0):
+        """Send it a signal, if any; return its exit status and its output when it has ended."""
+        if number:
+            os.kill(self.process.pid, number)
+        self.process.join(240)
+        self.process.kill()
+        self.process.join()
+        output = self.file.read_text()
+        self.file.unlink()
+        return self.process.exitcode, output
 
 
 def outcome(folder) -> dict:
@@ -121,10 +90,10 @@ def outcome(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(nursery, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The end of a run of six epochs that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    status, output = nursery.run(*SHORT, "--epochs", 6, "--output", folder)
+    status, output = Run(*SHORT, "--epochs", 6, "--output", folder).end()
     assert status == 0, output
     return outcome(folder)
 
@@ -157,105 +126,82 @@ def test_a_trainer_trains_stops_and_resumes(tmp_path):
         make_trainer(tmp_path / "parts", data).fit()
     last = tmp_path / "parts/last.pth.tar"
     state = load_checkpoint(last)
-    assert 0 < state["seconds"] < 100
     torch.save({**state, "seconds": 1000.0}, last)  # as if the first two updates of the epoch had taken so long
     resumed = make_trainer(tmp_path / "parts", data)
-    summary = resumed.fit(resume="auto")
-    assert summary["epochs"] == 3 and 1000 < summary["seconds"] < 1100
+    assert 1000 < resumed.fit(resume="auto")["seconds"] < 1100
     rows = resumed.state.log
-    assert 1000 < rows[0]["seconds"] < 1100 and rows[0]["train_images_per_second"] == pytest.approx(0.192, rel=0.1)
-    assert rows[1]["seconds"] < 100
+    assert rows[0]["train_images_per_second"] == pytest.approx(0.192, rel=0.1) and rows[1]["seconds"] < 100
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     parts.fit(resume="auto")  # the one that was stopped has the last state too
     assert_same(parts.state_dict()["state_dict"], whole.state_dict()["state_dict"])
+    assert not {"output", "workers", "device"} & state["options"].keys()
+    again = {key: resumed.evaluate()[key] for key in ("loss", "top1")}
+    assert again == {key: whole.state.log[-1][f"eval_{key}"] for key in ("loss", "top1")}
 
 
-TWO_SIZES = dict(epochs=2, train_img_sizes=[16, 24], train_batch_sizes=[24, 8], variable_batch_loss_scale=True)
-
-
-def test_a_trainer_of_several_sizes_stops_and_resumes(tmp_path):
+def test_a_trainer_of_several_sizes_stops_and_resumes(tmp_path, monkeypatch):
+    sizes = dict(epochs=2, train_img_sizes=[16, 24], train_batch_sizes=[24, 8], variable_batch_loss_scale=True)
     data = Subset(StoppingDigits("train"), range(96))
-    whole = make_trainer(tmp_path / "whole", data, **TWO_SIZES)
-    counts = whole.fit()["updates_by_size"]
-    assert counts == {size: sum(row[f"updates_{size}"] for row in whole.state.log) for size in ("16", "24")}
-    StoppingDigits.stop_at = int(whole.loader.batches.images_of(0, 2)[0])
-    parts = make_trainer(tmp_path / "parts", data, **TWO_SIZES)
-    assert parts.fit() is None and parts.state.position == (0, 3)  # of (2, 6)
-    resumed = make_trainer(tmp_path / "parts", data, **TWO_SIZES, workers=2)
-    assert resumed.fit(resume="auto")["updates_by_size"] == counts
-    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
-
-
-def test_every_update_has_one_size_and_its_share_of_the_loss(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, Subset(Digits("train"), range(96)), **TWO_SIZES)
-    seen, update = [], trainer.learner.update
+    whole = make_trainer(tmp_path / "whole", data, **sizes)
+    seen, update = [], whole.train_step.update
 
     def watch(batches, steps, number, scale):
         batches = list(batches)
         seen.append([steps, scale, *((len(images), *images.shape[2:]) for images, _ in batches)])
         return update(batches, steps, number, scale)
 
-    monkeypatch.setattr(trainer.learner, "update", watch)
-    trainer.fit()
-    choices = [trainer.updates.choice(epoch, number) for epoch in range(2) for number in range(6)]
-    assert set(choices) == {0, 1} and trainer.updates.average_images == 16
+    monkeypatch.setattr(whole.train_step, "update", watch)
+    counts = whole.fit()["updates_by_size"]
+    choices = [whole.updates.choice(epoch, number) for epoch in range(2) for number in range(6)]
     assert seen == [[[1, 1.5, (24, 16, 16)], [1, 0.5, (8, 24, 24)]][choice] for choice in choices]
-    assert [row["updates_24"] for row in trainer.state.log] == [sum(choices[:6]), sum(choices[6:])]
-    assert trainer.val_loader.dataset.shape == (3, 32, 32)
+    assert set(choices) == {0, 1} and [row["updates_24"] for row in whole.state.log] == [
+        sum(choices[:6]), sum(choices[6:]),
+    ]  # fmt: skip
+    assert whole.val_loader.dataset.shape == (3, 32, 32)
+    StoppingDigits.stop_at = int(whole.loader.batches.images_of(0, 2)[0])
+    parts = make_trainer(tmp_path / "parts", data, **sizes)
+    assert parts.fit() is None and parts.state.position == (0, 3)  # of (2, 6)
+    resumed = make_trainer(tmp_path / "parts", data, **sizes, workers=2)
+    assert resumed.fit(resume="auto")["updates_by_size"] == counts
+    state = load_checkpoint(tmp_path / "parts/last.pth.tar")["state_dict"]
+    assert_same(dict(state), dict(whole.state_dict()["state_dict"]))
 
 
 def test_a_program_with_workers_ends(tmp_path):
     (tmp_path / "program.py").write_text(FROM_PYTHON)
-    command, environment = [sys.executable, "program.py"], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_process(sys.executable, "program.py", timeout=120, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-def test_a_trainers_state(tmp_path):
-    data = Subset(Digits("train"), range(96))
-    one, other = (make_trainer(tmp_path / name, data, epochs=2) for name in ("one", "other"))
-    one.fit()
-    state = one.state_dict()
-    assert state["options"]["epochs"] == 2 and state["options"]["num_classes"] == 10
-    assert not {"output", "workers", "device"} & state["options"].keys()
-    other.load_state_dict(state)
-    assert_same(other.state_dict(), state)
-    assert {key: other.evaluate()[key] for key in ("loss", "top1")} == {
-        key: one.state.log[-1][f"eval_{key}"] for key in ("loss", "top1")
-    }
-
-
-@pytest.mark.parametrize(
-    "changed", [dict(options=3), dict(epoch="many"), dict(update=[]), dict(log=3), dict(state_dict={"a": 1})]
-)
-def test_a_checkpoint_to_resume_from_that_says_what_cannot_be(changed, tmp_path):
+def test_a_checkpoint_to_resume_from_that_says_what_cannot_be(tmp_path):
     one = make_trainer(tmp_path / "one", Subset(Digits("train"), range(96)))
-    torch.save({**one.state_dict(), **changed}, tmp_path / "odd.pth.tar")
-    with pytest.raises(UserError, match=r"odd\.pth\.tar"):
-        one.load(tmp_path / "odd.pth.tar")
+    for changed in (dict(options=3), dict(epoch="many"), dict(log=3), dict(state_dict={"a": 1})):
+        torch.save({**one.state_dict(), **changed}, tmp_path / "odd.pth.tar")
+        with pytest.raises(UserError, match=r"odd\.pth\.tar"):
+            one.load(tmp_path / "odd.pth.tar")
 
 
 # Exact resume
 
 
-def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_path):
+def test_killed_at_ten_moments_a_run_ends_the_same(uninterrupted, tmp_path):
     options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run", "--resume", "auto"]
     moments = random.Random(0)
     in_the_middle = 0
     for number in range(10):
         # two workers now and then: the numbers do not depend on them; a save after every update: kills fall into saves
         workers = 2 * (number % 3 == 2)
-        child = nursery.start(*options, "--save-every", 1, "--log-interval", 1, "--workers", workers)
+        run = Run(*options, "--save-every", 1, "--log-interval", 1, "--workers", workers)
         if number % 5 == 4:
             time.sleep(moments.uniform(0.2, 1.8))  # mostly before it trains
         else:
-            nursery.wait_for(", update ", times=moments.randint(1, 2))
+            run.wait_for(", update ", times=moments.randint(1, 2))
             time.sleep(moments.uniform(0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        status, output = nursery.wait()
+        status, output = run.end(signal.SIGKILL)
         in_the_middle += status == -signal.SIGKILL and ", update " in output
     assert in_the_middle > 5
-    status, output = nursery.run(*options)
+    status, output = Run(*options).end()
     assert status == 0, output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
     rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
@@ -264,144 +210,69 @@ def test_killed_at_ten_moments_a_run_ends_the_same(nursery, uninterrupted, tmp_p
     assert not list((tmp_path / "run").glob(".*.tar"))  # left by kills in saves
 
 
-def test_killed_between_updates_of_several_sizes_a_run_ends_the_same(nursery, tmp_path):
-    options = [*SHORT, *SIZES, "--variable-batch-loss-scale", "--epochs", 2, "--log-interval", 1, "--save-every", 1]
-    status, output = nursery.run(*options, "--output", tmp_path / "whole")
-    assert status == 0, output
-    assert "2 epochs of 6 updates of 213.3 images on average: 1 process, on cpu" in output
-    assert "image sizes of the updates: 24 (66.7 %, 1 x 256), 32x40 (33.3 %, 1 x 128)" in output
-    for words, workers in (("epoch 1/2, update 3/6", 2), ("epoch 2/2, update 2/6", 0)):
-        child = nursery.start(*options, "--output", tmp_path / "run", "--resume", "--workers", workers)
-        assert nursery.wait_for(words)
-        os.kill(child, signal.SIGKILL)
-        assert nursery.wait()[0] == -signal.SIGKILL
-    status, output = nursery.run(*options, "--output", tmp_path / "run", "--resume", "--workers", 2)
-    assert status == 0 and "resuming from" in output, output
-    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
-
-
-def test_sigterm_saves_and_names_the_way_to_resume(nursery, uninterrupted, tmp_path):
+def test_signals_save_and_name_the_way_to_resume(uninterrupted, tmp_path):
     options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        child = nursery.start(*options, "--workers", 2, "--log-interval", 1, "--resume")
-        assert nursery.wait_for("update 3/5")
-        os.kill(child, number)
-        exit_status, output = nursery.wait()
+        run = Run(*options, "--workers", 2, "--log-interval", 1, "--resume")
+        run.wait_for("update 3/5")
+        exit_status, output = run.end(number)
         assert exit_status == status, output
         assert "stopped in epoch " in output and "--resume" in output.splitlines()[-1]
     assert load_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] < 6
     assert not (tmp_path / "run/summary.json").exists()
-    status, output = nursery.run(*options, "--resume")
+    status, output = Run(*options, "--resume").end()
     assert status == 0, output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
 
-
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(nursery, uninterrupted, tmp_path):
-    options = [*SHORT, "--epochs", 6, "--output", tmp_path / "run"]
-    status, output = nursery.run(*options, "--epochs", 6, "--resume")
-    assert status == 0, output
-    assert "no checkpoint in" in output and "starting at the beginning" in output
     last = tmp_path / "run/last.pth.tar"
-    last.write_bytes(last.read_bytes()[:-1000])
-    status, output = nursery.run(*options, "--resume")
-    assert status == 0, output
-    assert "last.pth.tar is damaged" in output and "previous.pth.tar takes its place" in output
-    assert "epoch 6/6" in output and "epoch 5/6" not in output
+    last.write_bytes(last.read_bytes()[:-1000])  # the one before takes its place
+    status, output = Run(*options, "--resume").end()
+    assert status == 0 and "epoch 6/6" in output and "epoch 5/6" not in output, output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
-
-    status, output = nursery.run(*options, "--resume")  # of a finished run: nothing is trained, nothing is lost
+    status, output = Run(*options, "--resume").end()  # of a finished run: nothing is trained, nothing is lost
     assert status == 0 and "epoch 6/6" not in output and "best top-1" in output
     assert_same(outcome(tmp_path / "run"), uninterrupted)
 
-    last.write_bytes(b"")
-    (tmp_path / "run/previous.pth.tar").write_bytes(b"")
-    status, output = nursery.run(*options, "--resume")
-    assert status == 2 and "no checkpoint is complete" in output
 
-
-def test_two_runs_do_not_share_a_folder(nursery, tmp_path, run_command):
-    child = nursery.start(*SHORT, "--epochs", 50, "--output", tmp_path / "run", "--log-interval", 1)
-    assert nursery.wait_for("update 1/5")
-    status, _, err = run_command(train, *SHORT, "--epochs", 50, "--output", tmp_path / "run", "--resume")
-    os.kill(child, signal.SIGKILL)
-    nursery.wait()
-    assert status == 2 and "another run is writing into" in err
-
-
-# Several processes
-
-
-@pytest.mark.parametrize("program", ["script, a teacher", "-m, several sizes"])
-def test_two_processes_train_as_one_does(program, nursery, tmp_path):
+def test_two_processes_train_as_one_does(tmp_path):
     options = [*DIGITS, *RANDOM, "--batch-size", 64, "--global-batch-size", 256, "--epochs", 2, "--warmup-epochs", 1]
-    start, shares = [ROOT / "tools/train.py"], ["1 process x 4 x 64", "2 processes x 2 x 64"]
-    if program == "script, a teacher":
-        options += ["--kd-model-name", "raftmlp_digits"]
-    else:
-        start = ["-m", "raftmlp", "train"]
-        options += ["--train-img-sizes", 24, 32, "--train-batch-sizes", 128, 32]
-        shares = ["24 (2 x 128), 32 (8 x 32)", "24 (1 x 128), 32 (4 x 32)"]
-    status, output = nursery.run(*options, "--output", tmp_path / "one")
+    options += ["--kd-model-name", "raftmlp_digits", "--train-img-sizes", 24, 32, "--train-batch-sizes", 128, 32]
+    status, output = Run(*options, "--output", tmp_path / "one").end()
     assert status == 0, output
-    assert "2 epochs of 5 updates of 256 images: 1 process" in output and shares[0] in output
-    one = outcome(tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    command = [*torchrun, *start, *options, "--output", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    done = run_two_processes(ROOT / "tools/train.py", *options, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 epochs of 5 updates of 256 images: 2 processes") == 1 and shares[1] in done.stdout
-    two = outcome(tmp_path / "two")
+    for count, shares, text in ((1, "2 x 128 at 24 or 8 x 32", output), (2, "1 x 128 at 24 or 4 x 32", done.stdout)):
+        assert text.count("2 epochs of 5 updates of 256 images") == text.count(f": {count} process") == 1
+        assert shares in text
+    one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for key in ("state_dict", "state_dict_ema"):
         for name, weight in one[key].items():
             torch.testing.assert_close(two[key][name], weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
     for before, after in zip(one["log"], two["log"]):
-        assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-5)
-        assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
-        assert after["eval_top1"] == before["eval_top1"]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        assert after == {key: pytest.approx(value, rel=1e-5) for key, value in before.items()}
 
 
 # Losses that are no number
 
 
-@pytest.fixture
-def image_options(tmp_path):
-    """Options of training on a folder of 16 images."""
+def test_weights_that_diverged_are_not_resumed_from(run_command, tmp_path):
     images = make_image_folder(tmp_path / "images", train=8, val=3, suffix=".jpg")
-    return [*TINY, "--data-dir", images, "--batch-size", 4, "--warmup-epochs", 0, "--smoothing", 0]
-
-
-def test_a_loss_that_is_no_number_names_its_images(run_command, image_options):
-    status, _, err = run_command(train, *image_options, "--lr", "1e30", "--epochs", 9, "--output", "out")
-    assert status == 2 and "Traceback" not in err
-    assert "the loss became" in err and "at learning rate 9.9" in err and "out/bad_batch.txt lists its images" in err
-    names = Path("out/bad_batch.txt").read_text().splitlines()
-    assert len(names) == 4 and all(Path(name).is_file() for name in names)
-    assert "there is no checkpoint from before" in err
-    assert not Path("out/summary.json").exists() and not Path("out/last.pth.tar").exists()
-
-
-def test_weights_that_diverged_are_not_resumed_from(run_command, image_options):
-    options = [*image_options, "--sched", "constant", "--output", "out", "--epochs", 3]
+    options = [*TINY, "--data-dir", images, "--warmup-epochs", 0, "--smoothing", 0, "--sched", "constant"]
+    single = [*options, "--batch-size", 16, "--lr", "1e30", "--epochs", 1, "--output", "single"]
+    options += ["--batch-size", 4, "--output", "out", "--epochs", 3]
     status, _, err = run_command(train, *options, "--epochs", 1)
     assert status == 0, err
     status, _, err = run_command(train, *options, "--resume", "--lr", "1e30", "--save-every", 1)
-    assert status == 2 and "the loss became nan in epoch 2, update 2 of 4" in err
-    assert "--resume continues from out/previous.pth.tar" in err
+    assert status == 2 and "the loss became nan in epoch 2, update 2 of 4, at learning rate 1e+30" in err
+    assert "out/bad_batch.txt" in err and "--resume continues from out/previous.pth.tar" in err
+    names = Path("out/bad_batch.txt").read_text().splitlines()
+    assert len(names) == 4 and all(Path(name).is_file() for name in names)
     assert Path("out/diverged.pth.tar").exists() and not Path("out/last.pth.tar").exists()
     status, out, err = run_command(train, *options, "--resume")
     assert status == 0, err
     assert "resuming from out/previous.pth.tar, epoch 2, update 1" in out
 
-    # in a single update an epoch only the evaluation shows it
-    options = [*image_options, "--batch-size", 16, "--lr", "1e30", "--epochs", 1, "--output", "single"]
-    status, _, err = run_command(train, *options)
+    status, _, err = run_command(train, *single)  # in a single update an epoch only the evaluation shows it
     assert status == 2 and "the validation loss became nan in epoch 1; there is no checkpoint from before" in err
-    assert not Path("single/last.pth.tar").exists() and not Path("single/model_best.pth.tar").exists()
+    files = {path.name for path in Path("single").iterdir()}
+    assert "diverged.pth.tar" in files and not files & {"last.pth.tar", "model_best.pth.tar", "summary.json"}

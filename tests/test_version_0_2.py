@@ -6,9 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import raftmlp_onnx
 import torch
 
-import raftmlp_onnx
 from helpers import ROOT
 from raftmlp.cli import export, train, validate
 from raftmlp.config import ModelSettings

@@ -12,7 +12,7 @@ import raftmlp
 from helpers import ROOT, assert_same, same_weights
 from raftmlp.checkpoints.pretrained import find_pretrained
 from raftmlp.checkpoints.weights import load_state_dict, read_metadata, save_state_dict
-from raftmlp.train.journal import export_path
+from raftmlp.train.run_logger import export_path
 
 SMALL = dict(embed_dims=(8, 12, 16, 20))
 

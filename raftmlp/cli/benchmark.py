@@ -101,7 +101,7 @@ def conditions(settings: SpeedSettings, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
     import torch
 
-    from ..train.journal import versions
+    from ..train.run_logger import versions
 
     describe = getattr(torch.get_device_module(device), "get_device_name", None)
     name = describe(device) if describe else platform.processor() or platform.machine()

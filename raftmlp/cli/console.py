@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from typing import TextIO
 
 from ..data.workers import kill_workers
+from ..device import are_connected, is_first_process, process_numbers
 from ..errors import UserError, first_words, install_command
-from ..processes import are_connected, is_first_process, process_numbers
 from .streams import discard_output, prepare_streams
 
 __all__ = ["command_line", "run", "say", "show_error"]

@@ -11,9 +11,9 @@ import math
 import tempfile
 from pathlib import Path
 
+from ..device import end_processes, is_first_process
 from ..errors import shared_errors
 from ..files import write_json
-from ..processes import end_processes, is_first_process
 from .console import say
 from .mm_options import add_checkpoint_options, add_config_options, load_config
 from .options import PICTURES, Parser, option_type, output_file, output_folder

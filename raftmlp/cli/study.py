@@ -109,7 +109,7 @@ def build(cell: Cell, settings: TrainSettings, seed: int) -> tuple[dict[str, Any
 
     unset = [key for key in PREPARATION if getattr(settings, key) is None]
     settings = replace(settings, seed=seed, **{key: cell.options.get(key) for key in unset})
-    model = Trainer.from_settings(settings).learner.model.to("cpu")
+    model = Trainer.from_settings(settings).train_step.model.to("cpu")
     channels, *own = model.pretrained_cfg["input_size"]
     shape = (channels, *(settings.size or own))
     facts = dict(

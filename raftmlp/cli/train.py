@@ -12,9 +12,8 @@ with --resume, and ends with the same numbers.
 
 import signal
 
-from ..processes import end_processes, start_processes
+from ..device import StopSignals, end_processes, start_processes
 from ..train.settings import TrainSettings
-from ..train.signals import StopSignals
 from .console import command_line
 from .options import Parser
 

@@ -8,8 +8,8 @@ With --resume an interrupted run continues from its newest readable checkpoint.
 
 from pathlib import Path
 
+from ..device import end_processes, is_first_process
 from ..errors import shared_errors
-from ..processes import end_processes, is_first_process
 from .console import say
 from .mm_options import add_config_options, load_config
 from .options import Parser

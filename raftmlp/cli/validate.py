@@ -172,7 +172,7 @@ def worst_table(worst: list[dict]) -> str:
 
 def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.device) -> dict:
     """Return what the results depend on beside the models."""
-    from ..train.journal import versions
+    from ..train.run_logger import versions
 
     data = dict(dataset=args.dataset or "folder", data_dir=args.data_dir, split=args.val_split)
     execution = dict(device=str(device), precision=args.amp_dtype if args.amp else "float32")

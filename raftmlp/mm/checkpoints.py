@@ -17,9 +17,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..checkpoints import weights
+from ..device import is_first_process
 from ..errors import MissingFileError, UserError
 from ..files import write_bytes
-from ..processes import is_first_process
 
 _logger = logging.getLogger(__name__)
 

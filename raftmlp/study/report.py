@@ -7,7 +7,7 @@ from typing import Any
 from ..evaluate.plots import draw_study
 from ..evaluate.results import aligned
 from ..files import write_csv, write_json, write_text
-from ..train.journal import versions
+from ..train.run_logger import versions
 from .plan import PREPARATION, Plan, Run
 from .runner import StudyFolder
 

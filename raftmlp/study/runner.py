@@ -20,10 +20,10 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from ..device import StopSignals
 from ..errors import UserError
 from ..files import write_text
 from ..train.run_folder import RunFolder, opening
-from ..train.signals import StopSignals
 from .plan import PREPARATION, Cell, Plan, Run
 
 __all__ = ["StudyFolder", "run_study"]

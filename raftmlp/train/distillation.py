@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +30,9 @@ def create_teacher(
         checkpoint: The file of its weights; None takes timm's pretrained ones.
         student: Its channels and classes are the teacher's.
         shapes: The images (C, H, W) that it must take.
-
-    Raises:
-        UserError: If the teacher cannot be made, has other classes than the student, or cannot take the images.
     """
     settings = ModelSettings(model=name, pretrained=not checkpoint, checkpoint=checkpoint, in_chans=student.in_chans)
-    try:
-        teacher = create_model(settings, classes=student.num_classes).eval().requires_grad_(False)
-    except UserError as error:
-        raise UserError(f"cannot make the teacher {name}: {error}") from error
+    teacher = create_model(settings, classes=student.num_classes).eval().requires_grad_(False)
     if teacher.num_classes != student.num_classes:
         raise UserError(f"the teacher {name} has {teacher.num_classes} classes, the model {student.num_classes}")
     config = data_config(ImageSettings(), teacher)
@@ -59,37 +54,20 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 class DistillationTask(LogitDistillationTask):
     """timm's task of a student with a teacher, with hard labels too, and in float32 beside half precision.
 
-    The loss is ``task_weight`` times that of the labels plus ``distill_weight`` times the teacher's: for "kl",
-    temperature ** 2 times the divergence of the student's softmax from the teacher's, both at the temperature; for
-    "hard", the cross entropy to the teacher's best classes, as DeiT's (arXiv 2012.12877). Both are means over the
-    images. The teacher gets the student's images, normalised with its own mean and std.
+    The loss is ``task_loss_weight`` times that of the labels plus ``distill_loss_weight`` times the teacher's: for
+    "kl", temperature ** 2 times the divergence of the student's softmax from the teacher's, both at the temperature;
+    for "hard", the cross entropy to the teacher's best classes, as DeiT's (arXiv 2012.12877). Both are means over the
+    images. The teacher gets the student's images, normalized with its own mean and std.
 
     Args:
-        student: A classifier of timm's; its pretrained_cfg has the mean and std of the images.
-        teacher: What ``create_teacher`` returned.
-        criterion: The loss of the labels.
+        *args: Student, teacher and the loss of the labels, as timm's.
         loss_type: "kl" or "hard".
-        temperature: Of both softmaxes; no matter for "hard".
-        distill_weight: Weight of the teacher.
-        task_weight: Weight of the labels.
-        device: Where the teacher is moved.
+        **kwargs: More of timm's.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        criterion: nn.Module,
-        loss_type: str,
-        temperature: float,
-        distill_weight: float,
-        task_weight: float,
-        device: torch.device,
-    ):
-        weights = dict(distill_loss_weight=distill_weight, task_loss_weight=task_weight)
-        common = dict(temperature=temperature, device=device, verbose=False)
-        super().__init__(student, teacher.to(device), criterion, **weights, **common)
-        self.loss_type = loss_type
+    def __init__(self, *args: Any, loss_type: str = "kl", **kwargs: Any):
+        super().__init__(*args, verbose=False, **kwargs)
+        self.loss_type = loss_type  # timm's knows kl alone
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return loss, task_loss, kd_loss and the output (B, classes) of images (B, C, H, W) and targets."""

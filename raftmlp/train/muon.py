@@ -18,7 +18,7 @@ class _Float32OnCPU(TorchFunctionMode):
 
 
 class Muon(timm.optim.Muon):
-    """timm's Muon, which on a CPU orthogonalises its updates in float32 instead of bfloat16.
+    """timm's Muon, which on a CPU orthogonalizes its updates in float32 instead of bfloat16.
 
     Most CPUs have no products in bfloat16: there timm's own takes three quarters of the time of training a small
     Mask R-CNN. In float32 it is 13 times as fast, and another CPU gives the same weights to within rounding. On a GPU

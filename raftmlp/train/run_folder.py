@@ -23,19 +23,13 @@ RUN_FILES = ("*.pth.tar", "args.yaml", "bad_batch.txt", "bad_images.txt", "curve
 
 @contextmanager
 def opening(path: Path, lock: FileLock, user: str) -> Iterator[None]:
-    """Make a folder and take its lock, then do what stands inside: the first writing into it.
-
-    Raises:
-        UserError: If the folder cannot be made or written into, or another user, "run" or "study", has the lock.
-    """
+    """Make a folder and take its lock, unless another ``user`` ("run" or "study") has it; then write into it first."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         yield
     except Timeout as error:
         raise UserError(f"another {user} is writing into {path}: name another folder with --output") from error
-    except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror or error}") from error
 
 
 class RunFolder:
@@ -44,7 +38,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.last, self.previous = self.path / "last.pth.tar", self.path / "previous.pth.tar"
-        self.best = self.path / "model_best.pth.tar"
+        self.best, self.summary = self.path / "model_best.pth.tar", self.path / "summary.json"
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
     def prepare(self, resume: str | Path | None, overwrite: bool) -> Path | None:
@@ -53,37 +47,26 @@ class RunFolder:
         Args:
             resume: A checkpoint file; "auto" for the last complete one in the folder, if any; None to start anew.
             overwrite: Whether a run in the folder may be lost.
-
-        Raises:
-            UserError: If the folder holds a run that would be lost, cannot be written into or is in use, or all its
-                checkpoints are damaged.
-            MissingFileError: If there is no file ``resume``.
         """
         if (self.path / "study.yaml").exists():
             raise UserError(f"{self.path} holds a study: name another folder with --output")
-        is_file = resume not in (None, "auto")
-        if self.holds_run() and not overwrite and not (resume == "auto" or (is_file and self.contains(Path(resume)))):
+        file = Path(resume) if resume not in (None, "auto") else None
+        if self.holds_run() and not overwrite and resume != "auto" and not (file and self.contains(file)):
             raise UserError(
                 f"{self.path} holds a run: resume it with --resume, name another folder with --output, or --overwrite "
                 f"it"
             )
-        if is_file and not Path(resume).is_file():
-            hint = f"; to resume the run in that folder: --output {resume} --resume" if Path(resume).is_dir() else ""
+        if file and not file.is_file():
+            hint = f"; to resume the run in that folder: --output {resume} --resume" if file.is_dir() else ""
             raise MissingFileError(f"no checkpoint to resume from at {resume}{hint}")
         self.open()
-        if is_file:
-            return Path(resume)
-        path = self.find_checkpoint() if resume else None
+        path = file or (self.find_checkpoint() if resume else None)
         if resume and not path:
             _logger.info(f"no checkpoint in {self.path} yet: starting at the beginning")
         return path
 
     def open(self) -> None:
-        """Make the folder, and keep other runs out of it until ``close`` or the end of this process.
-
-        Raises:
-            UserError: If it cannot be made or written into, or another run is writing into it.
-        """
+        """Make the folder, and keep other runs out of it until ``close`` or the end of this process."""
         with opening(self.path, self._lock, "run"):
             self._remove(TEMPORARY)  # what a run left that was killed while it wrote
 
@@ -97,11 +80,13 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Return whether there is a checkpoint to resume from, or a finished run of which the best weights are kept."""
-        return self.last.exists() or self.previous.exists() or self._keeps_best()
+        return bool(self._checkpoints()) or self._keeps_best()
+
+    def _checkpoints(self) -> list[Path]:
+        return [path for path in (self.last, self.previous) if path.exists()]
 
     def _keeps_best(self) -> bool:
-        files = (self.last, self.previous, self.best, self.path / "summary.json")
-        return [file.exists() for file in files] == [False, False, True, True]
+        return not self._checkpoints() and self.best.exists() and self.summary.exists()
 
     def resumes(self, resume: str | Path | None) -> bool:
         """Return whether a run is resumed: from a file, or as "auto" from a checkpoint that is in the folder."""
@@ -118,65 +103,51 @@ class RunFolder:
                 path.unlink()
 
     def save(self, state: dict, best: bool = False) -> None:
-        """Write a checkpoint as the last one, and as the best one too; a kill at any moment leaves complete ones.
-
-        Raises:
-            UserError: If it cannot be written; the earlier checkpoints are as they were.
-        """
+        """Write a checkpoint as the last one, and as the best one too; a kill at any moment leaves complete ones."""
         new = self.path / ".new.pth.tar"
         try:
             with new_file(new) as temporary, temporary.open("wb") as file:
                 torch.save(state, file)
             if best:
-                _link(new, self.best)
-            if self.last.exists():
-                _link(self.last, self.previous)
-            os.replace(new, self.last)
-            _sync_folder(self.path)
+                _copy(new, self.best)
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
             raise UserError(
                 f"cannot save a checkpoint into {self.path}: {first_words(error)}; the earlier checkpoints are intact: "
                 f"free some space, then the same command with --resume continues"
             ) from error
+        if self.last.exists():
+            os.replace(self.last, self.previous)
+        os.replace(new, self.last)
 
     def keep_best(self) -> None:
-        """Keep the best weights of a finished run, and no other checkpoint, optimizer or weights before averaging.
-
-        Raises:
-            UserError: If the best checkpoint cannot be read.
-        """
+        """Keep the best weights of a finished run, and no other checkpoint, optimizer or weights before averaging."""
         checkpoint = load_checkpoint(self.best)
         dropped = {"optimizer", "amp_scaler"} | ({"state_dict"} if "state_dict_ema" in checkpoint else set())
         with new_file(self.best) as temporary:
             torch.save({key: value for key, value in checkpoint.items() if key not in dropped}, temporary)
-        for path in (self.last, self.previous):
-            path.unlink(missing_ok=True)
+        self.last.unlink(missing_ok=True)
+        self.previous.unlink(missing_ok=True)
 
     def roll_back(self, past_last: bool) -> Path | None:
         """Return the checkpoint to resume from, if any; ``past_last`` renames the last one, which does not count."""
-        paths = [path for path in (self.last, self.previous) if path.exists()]
-        if paths and past_last:
-            os.replace(paths.pop(0), self.path / "diverged.pth.tar")
-        return paths[0] if paths else None
+        if past_last and self.last.exists():
+            os.replace(self.last, self.path / "diverged.pth.tar")
+        return next(iter(self._checkpoints()), None)
 
     def take_best_of(self, checkpoint: Path) -> None:
         """Take over the best checkpoint of another folder's run, which is resumed from a checkpoint of it."""
         best = checkpoint.with_name(self.best.name)
-        _link(best if best.is_file() else checkpoint, self.best)
+        _copy(best if best.is_file() else checkpoint, self.best)
 
     def find_checkpoint(self) -> Path | None:
-        """Return the last complete checkpoint, None if there was never one; a damaged one is renamed, and logged.
-
-        Raises:
-            UserError: If there are checkpoints, and all are damaged.
-        """
+        """Return the last complete checkpoint, None if there was never one; a damaged one is renamed, and logged."""
         if self._keeps_best():
             raise UserError(
                 f"{self.path} holds a finished run of which only the best weights are kept, {self.best.name}: it "
                 f"cannot be resumed; name another folder with --output, or --overwrite it without --resume"
             )
-        path, damaged = first_readable(path for path in (self.last, self.previous) if path.exists())
+        path, damaged = first_readable(self._checkpoints())
         if damaged and path is None:
             hint = f"; --resume {self.best} starts from the best one" if self.best.exists() else ""
             raise UserError(f"no checkpoint is complete: {'; '.join(damaged)}{hint}")
@@ -187,24 +158,6 @@ class RunFolder:
         return path
 
 
-def _link(source: Path, target: Path) -> None:
-    """Let target be the file that source is; there is a complete target at every moment."""
-    beside = target.with_name(f".{target.name}")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), beside)
-        os.replace(beside, target)
-    except OSError:  # a file system without hard links
-        with new_file(target) as temporary:
-            shutil.copyfile(source, temporary)
-
-
-def _sync_folder(path: Path) -> None:
-    """Have the names in a folder written to the disk, where the system can open a folder: not on Windows."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _copy(source: Path, target: Path) -> None:
+    with new_file(target) as temporary:
+        shutil.copyfile(source, temporary)

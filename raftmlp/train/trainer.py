@@ -5,9 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,19 @@ from ..data.datasets import class_names
 from ..data.images import check_classes, data_config, evaluation_loader, image_count
 from ..data.training import TrainingLoader, check_splits, seed_everything
 from ..data.updates import Updates, share_batches
-from ..device import find_device
+from ..device import Processes, StopSignals, find_device, tf32_products
 from ..errors import UserError, first_words
 from ..evaluate.evaluation import check_sizes, evaluate
 from ..files import write_json, write_text
 from ..model.create import create_recorded_model
 from ..model.raftmlp import RaftMLP
-from ..processes import Processes
-from ..sizes import check_memory, parse_size, size_name
+from ..sizes import check_memory, parse_size
 from .distillation import create_teacher, weights_sha256
-from .journal import Journal, export_path, export_pretrained, summarise
-from .learner import Learner
-from .progress import Progress
-from .resume import changed_options, reason_not_to_resume
 from .run_folder import RunFolder
-from .settings import MIN_LR, WARMUP_EPOCHS, TrainSettings, make_recipe, without_effect
-from .signals import StopSignals
-from .state import DivergedError, Losses, RunState
+from .run_logger import Progress, RunLogger, export_path, export_pretrained, headline, summarize, updates_in_words
+from .settings import MIN_LR, TrainSettings, make_recipe, without_effect
+from .state import DivergedError, TrainState, changed_options, reason_not_to_resume
+from .train_step import TrainStep
 
 __all__ = ["Trainer"]
 
@@ -52,7 +46,7 @@ class Trainer:
     """Trains a model and evaluates it after every epoch.
 
     Writes into the output folder: last.pth.tar, previous.pth.tar and model_best.pth.tar (weights, averaged weights,
-    optimiser), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end.
+    optimizer), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end.
 
     Args:
         settings: The settings of the run; ``from_settings`` creates the model and the data sets that they name.
@@ -61,9 +55,6 @@ class Trainer:
         val_data: Images and classes to evaluate on.
         processes: This process among those that train together; None for one alone.
         command: The command that the summary names.
-
-    Raises:
-        UserError: If model, data and settings do not fit each other.
     """
 
     def __init__(
@@ -75,76 +66,58 @@ class Trainer:
         processes: Processes | None = None,
         command: str = "",
     ):
-        self.processes = processes = processes or Processes(find_device(settings.device))
-        self.device, self.command = processes.device, command
-        ranks = dict(rank=processes.rank, world_size=processes.world_size)
-        val_classes = check_splits(train_data, val_data, share_root=bool(settings.val_share))
-        check_classes(train_data, model)
+        self.processes = processes or Processes(find_device(settings.device))
+        self.device, self.command = self.processes.device, command
         settings = replace(settings, exif=settings.exif is not False)  # whatever the weights were trained with before
+        settings.check_teacher()
+        check_classes(train_data, model)
         config, count = data_config(settings, model, settings.size), image_count(train_data)
-        self.updates = updates = plan_updates(settings, config["input_size"][-2:], count, **ranks)
-        if settings.lr_base_size and not updates.fixed_images:
-            raise UserError("--lr-base-size is for updates of one number of images: give --global-batch-size")
-        self.settings = settings = replace(
+        self.updates = updates = plan_updates(settings, config["input_size"][-2:], count, self.processes)
+        settings = replace(
             settings,
             model=settings.name(model),
             num_classes=model.num_classes,
             in_chans=config["input_size"][0],
             global_batch_size=updates.fixed_images,
         )
-        has_open_warmup = settings.warmup_epochs is None
-        self.settings = settings = settings.with_schedule()
+        self.settings = settings.with_schedule()
         cfg = training_cfg(model, config, class_names(train_data))
         model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
-        self.recipe = make_recipe(settings)
+        self.recipe = make_recipe(self.settings)
         self.description = dict(arch=settings.model, model_kwargs=settings.model_kwargs, pretrained_cfg=cfg)
-        self.folder, self.state = RunFolder(settings.output), RunState()
-        self.summary_file = self.folder.path / "summary.json"
-
+        self.folder, self.state, self.stop = RunFolder(settings.output), TrainState(), StopSignals()
+        self.saved: tuple[int, int] | None = None  # the position of the last checkpoint in the folder
         shapes = [(config["input_size"][0], *size) for size in updates.sizes]
-        transforms = [training_transform(settings, {**config, "input_size": shape}) for shape in shapes]
-        bad_images = self.folder.path / "bad_images.txt"
-        self.loader = TrainingLoader(
-            train_data, transforms, config, self.device, updates, settings, settings.seed, bad_images
-        )
+        self._create_loaders(train_data, val_data, config, shapes)
         self.updates_per_epoch = self.loader.updates_per_epoch
         largest = max(share.images for share in updates.shares)
         if not self.updates_per_epoch or largest > count:
             raise UserError(f"{count} images make no update of {largest}: choose --global-batch-size {count} or less")
-        self.val_loader = evaluation_loader(
-            val_data, config, self.device, settings.batch_size, settings.workers, **ranks, classes=val_classes
-        )
         batch_sizes = [share.batch_size for share in updates.shares]
         self.augment = BatchAugmentation(settings, batch_sizes, model.num_classes, settings.smoothing, self.device)
         if settings.train_img_sizes:
             check_sizes(model, settings.model, shapes, "--train-img-sizes")
-        settings.check_teacher()
         teacher = None
         if settings.kd_model_name:
             teacher = create_teacher(settings.kd_model_name, settings.kd_checkpoint, model, shapes)
             self.recipe["kd_sha256"] = weights_sha256(teacher.state_dict())
-        self.learner = Learner(settings, model, self.updates_per_epoch, processes, teacher)
-        self.saved: tuple[int, int] | None = None  # the position of the last checkpoint in the folder
-        self.stop = StopSignals()
-        height, width = config["input_size"][-2:]
-        parameters = sum(p.numel() for p in model.parameters())
-        self.headline = (
-            f"{settings.model}, {parameters:,} parameters, {model.num_classes} classes, {height}x{width}: "
-            f"{count} images to train on, {image_count(val_data)} to evaluate on\n"
-            f"{settings.epochs} epochs of {self.updates_per_epoch} updates of {shares_in_words(updates)}, on "
-            f"{self.device}"
+        self.train_step = TrainStep(self.settings, model, self.updates_per_epoch, self.processes, teacher)
+        images = f"{count} images to train on, {image_count(val_data)} to evaluate on"
+        work = f"{self.updates_per_epoch} updates of {updates_in_words(updates)}, on {self.device}"
+        self.headline = headline(settings, model, config["input_size"][-2:], images, work)
+
+    def _create_loaders(self, train_data: Dataset, val_data: Dataset, config: dict, shapes: list[tuple]) -> None:
+        """Make the loaders of images to train on, of these shapes, and of those to evaluate on."""
+        settings, ranks = self.settings, dict(rank=self.processes.rank, world_size=self.processes.world_size)
+        classes = check_splits(train_data, val_data, share_root=bool(settings.val_share))
+        transforms = [training_transform(settings, {**config, "input_size": shape}) for shape in shapes]
+        bad_images = self.folder.path / "bad_images.txt"
+        self.loader = TrainingLoader(
+            train_data, transforms, config, self.device, self.updates, settings, settings.seed, bad_images
         )
-        if settings.train_img_sizes:
-            self.headline += f"\nimage sizes of the updates: {sizes_in_words(updates)}"
-        if has_open_warmup and settings.warmup_epochs < WARMUP_EPOCHS:
-            self.headline += (
-                f"\nwarm-up: {settings.warmup_epochs} of the {settings.epochs} epochs, since the recipe's or "
-                f"the default does not fit; --warmup-epochs changes it"
-            )
-        if settings.lr_base_size:
-            self.headline += (
-                f"\nlearning rate {settings.peak_lr:.3g}: {settings.lr:.3g} at {settings.lr_base_size} images an update"
-            )
+        self.val_loader = evaluation_loader(
+            val_data, config, self.device, settings.batch_size, settings.workers, **ranks, classes=classes
+        )
 
     @classmethod
     def from_settings(
@@ -156,11 +129,7 @@ class Trainer:
     ) -> "Trainer":
         """Return a trainer of the model and the data sets that the settings name; random numbers are seeded.
 
-        ``resume`` is what ``fit`` will get: a model whose run is resumed does not load the weights that the run began
-        with.
-
-        Raises:
-            UserError: If a setting cannot be used.
+        ``resume`` is what ``fit`` will get: a run that is resumed does not load the weights that it began with.
         """
         resumes = RunFolder(settings.output).resumes(resume)
         if resumes and settings.min_lr == MIN_LR:  # args.yaml of version 0.2 has it whatever the peak was
@@ -191,8 +160,7 @@ class Trainer:
             overwrite: Whether a run that is in the folder is removed.
 
         Raises:
-            UserError: If the folder cannot be used, the run not be resumed so, the data not be read, or the loss is
-                infinite or no number.
+            UserError: If the run cannot be resumed so, or the loss is infinite or no number.
         """
         settings, on_first = self.settings, self.processes.on_first
         exported = export_path(settings.model, settings.export, overwrite) if settings.export else None
@@ -202,10 +170,10 @@ class Trainer:
             if checkpoint:
                 self.load(checkpoint)
             is_finished = on_first(self._start_folder, checkpoint, overwrite)
-            log_to = dict(tensorboard=settings.log_tensorboard, wandb=settings.log_wandb)
-            self.journal = Journal(self.folder.path, self.recipe, writes=self.processes.is_first, **log_to)
+            trackers = settings.log_tensorboard, settings.log_wandb
+            self.logger = RunLogger(self.folder.path, self.recipe, *trackers, writes=self.processes.is_first)
             _logger.info(self.headline)
-            with self.stop, _tf32(settings.tf32 and self.device.type == "cuda"):
+            with self.stop, tf32_products(settings.tf32 and self.device.type == "cuda"):
                 while self.state.epoch < settings.epochs:
                     if not self._run_epoch():
                         _logger.info(
@@ -220,7 +188,7 @@ class Trainer:
 
     def _start_folder(self, checkpoint: Path | None, overwrite: bool) -> bool:
         """Make the folder this run's; return whether the run was finished before, whose records stay as they are."""
-        if self.state.epoch >= self.settings.epochs and self.summary_file.exists():
+        if self.state.epoch >= self.settings.epochs and self.folder.summary.exists():
             return True
         if not checkpoint:
             self.loader.bad_images.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
@@ -235,17 +203,17 @@ class Trainer:
     def _finish(self, was_finished: bool, exported: Path | None) -> dict[str, Any]:
         """Write what a finished run has; return the summary."""
         if not was_finished:
-            self.journal.write(self.state.log)  # again: a kill may have come between the last checkpoint and the log
+            self.logger.write(self.state.log)  # again: a kill may have come between the last checkpoint and the log
             summary = dict(
                 model=self.settings.model,
-                parameters=sum(p.numel() for p in self.learner.model.parameters()),
+                parameters=sum(p.numel() for p in self.train_step.model.parameters()),
                 epochs=self.settings.epochs,
-                **summarise(self.state.log, self.state.best),
+                **summarize(self.state.log, self.state.best),
                 command=self.command,
                 best_checkpoint=str(self.folder.best),
             )
-            write_json(self.summary_file, summary)
-        summary = json.loads(self.summary_file.read_text())
+            write_json(self.folder.summary, summary)
+        summary = json.loads(self.folder.summary.read_text())
         _logger.info(
             f"best top-1 {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}, {summary['seconds']} s"
         )
@@ -258,80 +226,58 @@ class Trainer:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a checkpoint of this moment.
-
-        Random states are not in it: they are functions of the seed and of the position in the run.
-        """
-        return dict(
-            **self.description,
-            version=__version__,
-            options=self.recipe,
-            updates_per_epoch=self.updates_per_epoch,
-            **self.state.state_dict(),
-            **self.learner.state_dict(),
-        )
+        """Return a checkpoint of this moment; random states follow from the seed and the position in the run."""
+        run = dict(version=__version__, options=self.recipe, updates_per_epoch=self.updates_per_epoch)
+        return {**self.description, **run, **self.state.state_dict(), **self.train_step.state_dict()}
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned."""
-        self.learner.load_state_dict(checkpoint)
+        self.train_step.load_state_dict(checkpoint)
         self.state.load_state_dict(checkpoint)
-        self.learner.start_at(self._updates_done)
+        self.train_step.start_at(self._updates_done)
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint into the folder, as the last one, and as the best one too.
-
-        Raises:
-            UserError: If it cannot be written; the earlier checkpoints are as they were.
-        """
+        """Write a checkpoint into the folder, as the last one, and as the best one too."""
         self.saved = self.state.position
         self.processes.on_first(lambda: self.folder.save(self.state_dict(), best))
 
     def load(self, path: Path) -> None:
-        """Load a checkpoint to resume from.
-
-        Raises:
-            UserError: If it is damaged, or of a run that this one cannot resume.
-        """
+        """Load a checkpoint to resume from; one that is damaged or of another run raises a UserError."""
         checkpoint = load_checkpoint(path)
         try:
             names = self.description["pretrained_cfg"].get("label_names")
-            if reason := reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch, names):
-                raise UserError(f"{path} {reason}")
-            self.load_state_dict(checkpoint)
-        except UserError:
-            raise
+            reason = reason_not_to_resume(checkpoint, self.recipe, self.updates_per_epoch, names)
+            if not reason:
+                self.load_state_dict(checkpoint)
         except Exception as error:  # whatever a foreign file brings about
-            raise UserError(f"cannot resume from {path}: {first_words(error)}") from error
+            reason = f"is no checkpoint of such a run: {first_words(error)}"
+        if reason:
+            raise UserError(f"{path} {reason}")
         self.saved = self.state.position if self.folder.contains(path) else None
         if "exif" not in checkpoint.get("options", {}):  # of version 0.2, which applied no orientation: so it goes on
-            self._leave_exif()
+            self.settings = replace(self.settings, exif=False)
+            self.recipe["exif"] = self.loader.pixels.exif = self.val_loader.pixels.exif = False
+            self.description["pretrained_cfg"]["notes"] = (EXIF_NOTES[False],)
         if changed := changed_options(checkpoint.get("options", {}), self.recipe):
             _logger.info(f"note: not the options of before: {', '.join(changed)}")
-        where = f"epoch {self.state.epoch + 1}, update {self.state.update + 1}"
-        if self.state.epoch >= self.settings.epochs:
-            where = "which is finished"
-        elif self.state.update == self.updates_per_epoch:
-            where = f"epoch {self.state.epoch + 1}, which is to be evaluated"
+        update = f"update {self.state.update + 1}"
+        if self.state.update == self.updates_per_epoch:
+            update = "which is to be evaluated"
+        is_finished = self.state.epoch >= self.settings.epochs
+        where = "which is finished" if is_finished else f"epoch {self.state.epoch + 1}, {update}"
         _logger.info(f"resuming from {path}, {where}")
-
-    def _leave_exif(self) -> None:
-        """Read images from now on as they are stored, whatever their EXIF orientation."""
-        self.settings = replace(self.settings, exif=False)
-        self.recipe["exif"] = self.loader.pixels.exif = self.val_loader.pixels.exif = False
-        self.description["pretrained_cfg"]["notes"] = (EXIF_NOTES[False],)
 
     # An epoch
 
     def _run_epoch(self) -> bool:
         """Train what is left of the epoch and evaluate; return False if asked to stop, which is saved too."""
-        if self._asked_to_stop():
+        asked = torch.tensor(float(self.stop.number is not None), device=self.device)
+        if self.processes.sum(asked).item():  # one of the processes
             self.save()
             return False
         settings, state, title = self.settings, self.state, f"epoch {self.state.epoch + 1}/{self.settings.epochs}"
         images = self.updates.mean_images(state.epoch)
-        interval, is_first = settings.log_interval, self.processes.is_first
-        done = (state.update, state.seconds)
-        progress = Progress(title, *done, self.updates_per_epoch, images, interval, self.device, is_first)
+        progress = Progress(title, state, self.updates_per_epoch, images, settings.log_interval, self.processes)
         try:
             with progress:
                 if not self._train(progress):
@@ -339,7 +285,7 @@ class Trainer:
             row = dict(epoch=state.epoch + 1, train_loss=state.loss_sum / self.updates_per_epoch)
             if len(self.updates.sizes) > 1:
                 row |= {f"updates_{size}": count for size, count in self.updates.counts(state.epoch).items()}
-            row["train_images_per_second"] = progress.rate(state.update)
+            row["train_images_per_second"] = progress.rate
             row |= {f"eval_{key}": value for key, value in self.evaluate().items()}
         except DivergedError as error:
             raise UserError(self._diverged(error), shared=True) from error
@@ -349,53 +295,43 @@ class Trainer:
                 f"{self._roll_back(state.update)}",
                 shared=True,
             )
-        row |= dict(lr=self.learner.lr, bad_images=self.loader.bad_image_count, seconds=progress.seconds)
+        row |= dict(lr=self.train_step.lr, bad_images=self.loader.bad_image_count, seconds=progress.seconds)
         state.end_epoch(row)
         self.save(best=state.best is row)
-        self.journal.write(state.log)
-        self.journal.report(row)
-        left = timedelta(seconds=round(row["seconds"] * (settings.epochs - state.epoch)))
-        _logger.info(
-            f"epoch {state.epoch}/{settings.epochs}: training loss {row['train_loss']:.4f}, validation loss "
-            f"{row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} % (best {state.best['eval_top1']:.2f} in epoch "
-            f"{state.best['epoch']}), {row['train_images_per_second']:.0f} images/s, {left} left"
-        )
+        self.logger.write(state.log)
+        self.logger.report(row, state.best, settings.epochs)
         return True
 
     def _train(self, progress: Progress) -> bool:
         """Train what is left of the epoch; return False if asked to stop, which is saved too."""
         state, every, total = self.state, self.settings.save_every, self.updates_per_epoch
-        self.losses = Losses(state)
-        self.learner.start_at(self._updates_done)
+        self.train_step.start_at(self._updates_done)
         batches = self.loader.epoch(state.epoch, state.update)
         while state.update < total:
             self._update(batches, progress)
-            state.update += 1
-            stop = self.losses.read(keep=1)
+            stop = state.read_losses(keep=1)
             if state.update == total:
-                self.learner.distribute_statistics()
+                self.train_step.distribute_statistics()
             # also before the evaluation, which may take long
             save = state.update == total or (every and state.update % every == 0)
             if save or stop:
-                stop = self.losses.read() or stop
+                stop = state.read_losses() or stop
                 state.seconds = progress.seconds
                 self.save()
             if stop:
                 return False
-            progress.advance(state.update, self.losses.mean, self.learner.lr)
+            progress.advance(self.train_step.lr)
         return True
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]], progress: Progress) -> None:
-        """Take one step of the optimiser, on the gradient of an update's images."""
+        """Take one step of the optimizer, on the gradient of an update's images."""
         share, scale = self.updates.share(self.state.epoch, self.state.update), 1.0
         if self.settings.variable_batch_loss_scale:
             scale = share.images / self.updates.average_images
         images = self._augmented(batches, share.steps, progress)
-        loss = self.learner.update(images, share.steps, self._updates_done + 1, scale)
+        loss = self.train_step.update(images, share.steps, self._updates_done + 1, scale)
         result = torch.stack([loss, torch.full_like(loss, self.stop.number is not None)])
-        if self.processes.world_size > 1:
-            torch.distributed.all_reduce(result)
-        self.losses.add(result, self.state.update, self.learner.lr)
+        self.state.end_update(self.processes.sum(result), self.train_step.lr)
 
     @property
     def _updates_done(self) -> int:
@@ -413,20 +349,9 @@ class Trainer:
             seed_everything(self.settings.seed, 2, self.state.epoch, self.state.update, batch)
             yield self.augment(images, target)
 
-    def _asked_to_stop(self) -> bool:
-        """Return whether one of the processes was asked to stop."""
-        asked = torch.tensor(float(self.stop.number is not None), device=self.device)
-        if self.processes.world_size > 1:
-            torch.distributed.all_reduce(asked)
-        return asked.item() > 0
-
     def evaluate(self) -> dict[str, float]:
-        """Return the figures of the model on the validation images; of the averaged weights, if there are such.
-
-        Raises:
-            UserError: If none of the images can be read.
-        """
-        model, autocast = self.learner.eval_model, self.settings.autocast(self.device)
+        """Return the figures of the model on the validation images; of the averaged weights, if there are such."""
+        model, autocast = self.train_step.eval_model, self.settings.autocast(self.device)
         together = dict(distributed=self.processes.world_size > 1, progress=self.processes.is_first)
         figures = evaluate(model, self.val_loader, self.device, autocast, **together)
         if not figures["images"]:
@@ -458,39 +383,17 @@ class Trainer:
         return f"--resume continues from {checkpoint}, which is from before; {hint}"
 
 
-def plan_updates(settings: TrainSettings, size: tuple[int, int], images: int, rank: int, world_size: int) -> Updates:
-    """Return the updates of a run on so many images, at ``size`` where the settings do not name others.
-
-    Raises:
-        UserError: If the processes cannot have equal shares of an update.
-    """
+def plan_updates(settings: TrainSettings, size: tuple[int, int], images: int, processes: Processes) -> Updates:
+    """Return the updates of a run on so many images, at ``size`` where the settings do not name others."""
     sizes = [parse_size(text) for text in settings.train_img_sizes or ()] or [size]
     batch_sizes = (settings.train_img_sizes and settings.train_batch_sizes) or [settings.batch_size] * len(sizes)
-    shares = {n: share_batches(n, settings.global_batch_size, rank, world_size) for n in batch_sizes}
-    schedule = dict(probs=settings.train_size_probs, schedule=settings.train_size_schedule)
-    return Updates(
-        images, sizes, [shares[n] for n in batch_sizes], **schedule, epochs=settings.epochs, seed=settings.seed
-    )
-
-
-def shares_in_words(updates: Updates) -> str:
-    """Return how the images of an update are shared: "64 images: 1 process x 1 x 64"; batches where all are alike."""
-    first, are_alike = updates.shares[0], len(set(updates.shares)) == 1
-    images = (
-        f"{updates.fixed_images} images" if updates.fixed_images else f"{updates.average_images:.1f} images on average"
-    )
-    batches = f" x {first.steps} x {first.batch_size}" if are_alike else ""
-    return f"{images}: {first.world_size} process{'es' * (first.world_size > 1)}{batches}"
-
-
-def sizes_in_words(updates: Updates) -> str:
-    """Return the sizes, with probabilities and batches where there are several: "24 (30 %, 1 x 128), ..."."""
-    words = []
-    for i, (size, share) in enumerate(zip(updates.sizes, updates.shares)):
-        notes = [f"{100 * updates.probs[i] / sum(updates.probs):.3g} %"] if updates.probs else []
-        notes += [f"{share.steps} x {share.batch_size}"] if len(set(updates.shares)) > 1 else []
-        words.append(f"{size_name(size)} ({', '.join(notes)})" if notes else size_name(size))
-    return ", ".join(words) + ", from the first to the last" * (updates.schedule == "progressive")
+    ranks = processes.rank, processes.world_size
+    shares = {n: share_batches(n, settings.global_batch_size, *ranks) for n in batch_sizes}
+    schedule = dict(probs=settings.train_size_probs, schedule=settings.train_size_schedule, epochs=settings.epochs)
+    updates = Updates(images, sizes, [shares[n] for n in batch_sizes], **schedule, seed=settings.seed)
+    if settings.lr_base_size and not updates.fixed_images:
+        raise UserError("--lr-base-size is for updates of one number of images: give --global-batch-size")
+    return updates
 
 
 def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dict[str, Any]:
@@ -500,15 +403,3 @@ def training_cfg(model: nn.Module, config: dict, names: list[str] | None) -> dic
     cfg |= dict(num_classes=model.num_classes, input_size=(config["input_size"][0], *size))
     cfg["notes"] = (EXIF_NOTES[config["exif"]],)
     return cfg | dict(label_names=names) if names and len(names) == model.num_classes else cfg
-
-
-@contextmanager
-def _tf32(is_on: bool) -> Iterator[None]:
-    """Let float32 products be TensorFloat-32; on a CPU that would mean something else."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if is_on:
-            torch.set_float32_matmul_precision("high")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""A model in training: what an update does to it."""
+"""A step of training: what an update does to a model."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -11,30 +11,28 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..errors import UserError, first_words
-from ..processes import Processes
+from ..device import Processes
 from .distillation import DistillationTask
 from .muon import Muon
-from .settings import OptimizationSettings, TrainSettings, known_optimizer
+from .settings import TrainSettings
 
-__all__ = ["Learner", "create_optimisation"]
+__all__ = ["TrainStep", "create_optimization"]
 
 
-def create_optimisation(
-    settings: OptimizationSettings, model: nn.Module, updates_per_epoch: int
+def create_optimization(
+    settings: TrainSettings, model: nn.Module, updates_per_epoch: int
 ) -> tuple[Optimizer, Scheduler]:
-    """Return the optimiser and the schedule: a warm-up, then ``sched`` over the other epochs.
-
-    Raises:
-        UserError: If the settings do not fit each other, or timm does not take them or the optimiser cannot be used.
-    """
+    """Return timm's optimizer and its schedule: a warm-up, then ``sched`` over the other epochs."""
     settings = settings.with_schedule()
-    known_optimizer(settings.opt)
+    options = optimizer_kwargs(settings) | dict(lr=settings.peak_lr, filter_bias_and_bn=settings.filter_bias_and_bn)
+    optimizer = create_optimizer_v2(model, **options)
+    if isinstance(optimizer, timm.optim.Muon):
+        optimizer.__class__ = Muon  # its subclass, which timm's names do not lead to
     schedule = scheduler_kwargs(settings) | dict(
         num_epochs=settings.epochs - settings.warmup_epochs,
         warmup_prefix=True,
@@ -42,29 +40,15 @@ def create_optimisation(
         decay_epochs=None,
         updates_per_epoch=updates_per_epoch,
     )
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            **optimizer_kwargs(settings) | dict(lr=settings.peak_lr),
-            filter_bias_and_bn=settings.filter_bias_and_bn,
-        )
-        if isinstance(optimizer, timm.optim.Muon):
-            optimizer.__class__ = Muon  # its subclass, which timm's names do not lead to
-        scheduler, _ = create_scheduler_v2(optimizer, **schedule)
-    except (ValueError, AssertionError, RuntimeError, TypeError, ImportError) as error:
-        raise UserError(f"--opt {settings.opt}, --sched {settings.sched}: {first_words(error)}") from error
-    return optimizer, scheduler
+    return optimizer, create_scheduler_v2(optimizer, **schedule)[0]
 
 
-class Learner:
-    """A model with its loss, optimiser and schedule, averaged weights and gradient scaler where there are such.
+class TrainStep:
+    """timm's task of a model and its loss, with optimizer and schedule, averaged weights and gradient scaler.
 
     The model is moved to the device. Its targets are classes (B,), those of a run that mixes images shares of classes
     (B, num_classes). A teacher, see ``create_teacher``, is no part of the state. ``lr`` is the learning rate of the
     last update.
-
-    Raises:
-        UserError: If the settings do not fit each other.
     """
 
     def __init__(
@@ -83,20 +67,19 @@ class Learner:
         is_soft = settings.makes_soft_targets
         loss = SoftTargetCrossEntropy() if is_soft else LabelSmoothingCrossEntropy(settings.smoothing)
         if teacher:
-            teacher.to(memory_format=settings.memory_format)
             self.task = DistillationTask(
                 model,
-                teacher,
+                teacher.to(device, memory_format=settings.memory_format),
                 loss,
                 loss_type=settings.kd_loss_type,
                 temperature=settings.kd_temperature,
-                distill_weight=settings.distill_loss_weight,
-                task_weight=settings.task_loss_weight,
+                distill_loss_weight=settings.distill_loss_weight,
+                task_loss_weight=settings.task_loss_weight,
                 device=device,
             )
         else:
             self.task = ClassificationTask(model, loss, device=device, verbose=False)
-        self.optimizer, self.scheduler = create_optimisation(settings, model, updates_per_epoch)
+        self.optimizer, self.scheduler = create_optimization(settings, model, updates_per_epoch)
         if settings.model_ema:
             self.task.setup_ema(settings.model_ema_decay, use_warmup=True)
         if settings.compile:
@@ -105,13 +88,9 @@ class Learner:
         if self.world_size > 1:
             self.task.prepare_distributed([device] if device.type != "cpu" else None)
         self.model = unwrap_model(self.task.get_trainable_module())
-        self.scaler = NativeScaler(device.type) if settings.amp and settings.amp_dtype == "float16" else None
+        scales = settings.amp and settings.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scales)  # calls the optimizer alone where it is not
         self.lr = self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def averaged_model(self) -> nn.Module:
-        """The model of the averaged weights."""
-        return self.task.get_trainable_module(ema=True).module
 
     @property
     def eval_model(self) -> nn.Module:
@@ -129,40 +108,29 @@ class Learner:
     def update(
         self, batches: Iterable[tuple[Tensor, Tensor]], steps: int, number: int, loss_scale: float = 1.0
     ) -> Tensor:
-        """Take one step of the optimiser on the mean gradient of ``steps`` batches, images (B, C, H, W) and targets.
+        """Take one step of the optimizer on the mean gradient of ``steps`` batches, images (B, C, H, W) and targets.
 
         ``number`` counts the updates of the run, this one too; ``loss_scale`` multiplies the gradient. Returns this
         process's share of the mean loss, which is not scaled.
         """
-        total = torch.zeros((), device=self.device)
+        settings, total = self.settings, torch.zeros((), device=self.device)
         for step, (images, target) in enumerate(batches, 1):
-            images = images.contiguous(memory_format=self.settings.memory_format)
-            is_last = step == steps
-            with nullcontext() if is_last else self.task.no_sync():
-                with self.settings.autocast(self.device):
+            images = images.contiguous(memory_format=settings.memory_format)
+            with nullcontext() if step == steps else self.task.no_sync():
+                with settings.autocast(self.device):
                     loss = self.task(images, target)["loss"] / steps
-                self._backward(loss * loss_scale, is_last)
+                self.scaler.scale(loss * loss_scale).backward()
             total += loss.detach() / self.world_size
-        if self.settings.model_ema:
-            self.task.update_ema(step=number)
+        if settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), settings.clip_grad, mode=settings.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.task.update_ema(step=number)
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step_update(number)
         return total
-
-    def _backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add a batch's gradient; after an update's last batch let the optimiser step."""
-        clip_grad, mode, parameters = self.settings.clip_grad, self.settings.clip_mode, self.model.parameters()
-        if self.scaler:
-            clip = dict(clip_grad=clip_grad, clip_mode=mode, parameters=parameters)
-            self.scaler(loss, self.optimizer, **clip, need_update=is_last)
-        else:
-            loss.backward()
-            if is_last:
-                if clip_grad is not None:
-                    dispatch_clip_grad(parameters, clip_grad, mode=mode)
-                self.optimizer.step()
-        if is_last:
-            self.optimizer.zero_grad()
 
     def distribute_statistics(self) -> None:
         """Give all processes the same statistics of BatchNorm, as ``dist_bn`` says, at the end of an epoch.
@@ -173,25 +141,24 @@ class Learner:
         if self.world_size > 1 and self.settings.dist_bn:
             distribute_bn(self.model, self.world_size, reduce=self.settings.dist_bn == "reduce")
             if self.settings.model_ema:
-                distribute_bn(self.averaged_model, self.world_size)
+                distribute_bn(unwrap_model(self.task.get_trainable_module(ema=True)), self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, averaged weights, and the state of optimiser and gradient scaler."""
-        state = dict(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        if self.settings.model_ema:
-            state["state_dict_ema"] = self.averaged_model.state_dict()
-        if self.scaler:
+        """Return weights, averaged weights, and the state of optimizer and gradient scaler."""
+        state = dict(self.task.get_checkpoint_state(), optimizer=self.optimizer.state_dict())
+        state |= self.task.get_checkpoint_state(ema=True)
+        if self.scaler.is_enabled():
             state["amp_scaler"] = self.scaler.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what ``state_dict`` returned; the optimiser's hyperparameters stay those of the settings."""
+        """Load what ``state_dict`` returned; the optimizer's hyperparameters stay those of the settings."""
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.model.load_state_dict(state["state_dict"])
+        self.task.load_checkpoint_state(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, hyperparameters):
             group.update(values)
         if self.settings.model_ema:
-            self.averaged_model.load_state_dict(state["state_dict_ema"])
-        if self.scaler and "amp_scaler" in state:
+            self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+        if self.scaler.is_enabled() and "amp_scaler" in state:
             self.scaler.load_state_dict(state["amp_scaler"])
