@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,10 +13,13 @@ from timm.optim import param_groups_layer_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import raftmlp
+from helpers import ROOT, same_weights
 from raftmlp.model.resize import RESIZINGS
 
 VARIANTS = timm.list_models("raftmlp*")
-OTHER_RULES = [("raftmlp_digits", "update"), ("raftmlp_mixer_b16", "update")]
+OTHER_RULES = [("raftmlp_digits", "residual"), ("raftmlp_mixer_b16", "residual")]
+# one of each kind: several stages, one stage, plain token mixing, another rule
+KINDS = [("raftmlp_digits", "full"), ("raftmlp_12_r2_ms", "full"), ("raftmlp_mixer_b16", "full"), *OTHER_RULES[:1]]
 SIZES = [(64, 64), (33, 49), (96, 40)]  # the trained grid's, an odd one, a rectangle
 
 
@@ -28,14 +32,14 @@ def narrow(name, **kwargs):
     return timm.create_model(name, **{**small, **kwargs})
 
 
-@pytest.fixture(scope="module", params=[*((name, "map") for name in VARIANTS), *OTHER_RULES], ids="-".join)
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def model(request):
     torch.manual_seed(0)
     name, resizing = request.param
     return narrow(name, resizing=resizing).eval()
 
 
-@pytest.fixture(scope="module", params=["map", "update"])
+@pytest.fixture(scope="module", params=RESIZINGS)
 def small(request):
     """Two stages, raft sizes 2 and 4, odd depths: enough of everything for the compilers."""
     torch.manual_seed(0)
@@ -67,7 +71,7 @@ def test_registered():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_default_cfg(name):
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, device="meta")
     cfg = model.default_cfg
     assert (cfg["interpolation"], cfg["license"]) == ("bilinear", "apache-2.0")
     assert cfg["crop_pct"] == (1.0 if name == "raftmlp_digits" else 0.875)
@@ -78,12 +82,18 @@ def test_default_cfg(name):
     assert f"stages.0.embed.convs.{len(model.stages[0].embed.convs) - 1}" in str(first_conv)
     assert state[f"{cfg['classifier']}.weight"].shape[0] == cfg["num_classes"] == model.num_classes
     assert model.grids(cfg["input_size"][-2:])[-1] == tuple(cfg["pool_size"])
-    with torch.no_grad():
-        features = model.forward_features(torch.randn(1, *cfg["input_size"]))
-    assert features.shape == (1, model.num_features, *cfg["pool_size"])
 
 
-def test_initialisation_is_that_of_the_papers_linears():
+def test_entry_points_of_torch_hub():
+    one_stage = dict(embed_dims=(8,), depths=(1,), patch_sizes=(4,), patch_kernels=((4,),), raft_size=1, img_size=16)
+    for name in VARIANTS:
+        model = torch.hub.load(str(ROOT), name, source="local", **one_stage, num_classes=3)
+        assert isinstance(model, raftmlp.RaftMLP) and model.num_classes == 3
+    model = torch.hub.load(str(ROOT), "raftmlp_digits", source="local", pretrained=True)
+    assert same_weights(model, timm.create_model("raftmlp_digits", pretrained=True))
+
+
+def test_initialization_is_that_of_the_papers_linears():
     torch.manual_seed(0)
     model = timm.create_model("raftmlp_s")
     embed = model.stages[0].embed
@@ -128,19 +138,19 @@ def test_the_callers_arguments_win():
     [
         (dict(raft_size=3), "raft_size 3 must be a positive divisor of the stage's width 64"),
         (dict(raft_size=(2, 2)), "the same number of stages everywhere.*raft_size \\(2, 2\\)"),
-        (dict(depths=(2, 2, 6)), "the same number of stages everywhere.*depths \\(2, 2, 6\\)"),
-        (dict(depths=(2, 0, 6, 2)), "depths \\(2, 0, 6, 2\\): every entry must be 1 or more"),
+        (dict(depths=(2, 0, 6, 2)), "depths \\(2, 0, 6, 2\\)"),
+        (dict(depths=(2, 2, 6, 10**9)), "depths .* from 1 to 1000"),
+        (dict(embed_dims=5), "embed_dims 5"),
+        (dict(patch_sizes=(4, 2, 2, 2.5)), "patch_sizes"),
         (dict(patch_kernels=((4, 6), (2, 4), (2, 4), (2,))), "patch_kernels \\(4, 6\\).*stride 4"),
-        (dict(patch_kernels=((2, 4), (2, 4), (2, 4), (2,))), "patch_kernels \\(2, 4\\).*stride 4"),
         (dict(patch_kernels=((8, 4), (2, 4), (2, 4), (2,))), "patch_kernels \\(8, 4\\).*ascending"),
         (dict(patch_sizes=(3, 2, 2, 2), patch_kernels=((3, 6), (2,), (2,), (2,))), "\\(3, 6\\).*even number"),
-        (dict(token_mixing="mlp"), "token_mixing 'mlp' must be 'raft' or 'plain'"),
-        (dict(resizing="crop"), "resizing 'crop' must be .*'map'.*'update'"),
-        (dict(global_pool="mean"), "global_pool 'mean' must be one of '', 'avg'"),
+        (dict(token_mixing="mlp"), "token_mixing 'mlp' must be one of 'raft', 'plain'"),
+        (dict(resizing="crop"), "resizing 'crop' must be one of 'full', 'residual'"),
         (dict(num_classes=-1), "num_classes -1"),
+        (dict(num_classes=True), "num_classes True"),
         (dict(img_size=0), "img_size 0"),
         (dict(img_size=(224, 224, 3)), "img_size \\(224, 224, 3\\)"),
-        (dict(in_chans=0), "in_chans 0"),
         (dict(drop_path_rate=1.0), "drop_path_rate 1.0"),
         (dict(token_mlp_ratio=0.001), "ratio of 0.001"),
     ],
@@ -148,6 +158,33 @@ def test_the_callers_arguments_win():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("raftmlp_s", **arguments)
+
+
+def test_numbers_of_numpy():
+    plain = dict(num_classes=3, img_size=8, embed_dims=(4, 8), depths=(1, 1), patch_sizes=(2, 2), mlp_ratio=2.5)
+    made = {name: np.float32(2.5) if name == "mlp_ratio" else np.array(value)[()] for name, value in plain.items()}
+    model = raftmlp.RaftMLP(**made, patch_kernels=None)
+    assert str(model) == str(raftmlp.RaftMLP(**plain, patch_kernels=None))
+    assert (type(model.img_size[0]), type(model.num_classes), type(model.num_features)) == (int, int, int)
+    torch.jit.script(model)
+
+
+def test_failed_calls_change_nothing(small):
+    before = str(small), small.num_classes, small.img_size
+    for call in (
+        lambda: small.reset_classifier(-1, "max"),
+        lambda: small.reset_classifier(5, "token"),
+        lambda: small.set_input_size((0, 64)),
+        lambda: small.prune_intermediate_layers([7]),
+    ):
+        with pytest.raises((ValueError, AssertionError)):
+            call()
+    assert (str(small), small.num_classes, small.img_size) == before
+
+
+def test_names_of_before_are_taken():
+    for before, now in (("map", "full"), ("update", "residual")):
+        assert tiny(resizing=before).stages[0].blocks[0].resizing == now
 
 
 @pytest.mark.parametrize(
@@ -169,7 +206,7 @@ def test_bad_images(small, shape, message):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [*SIZES, (1, 1), (2, 131), (224, 224)])
+@pytest.mark.parametrize("size", [*SIZES, (1, 1), (2, 131)])
 def test_any_size(model, size):
     logits = model(batch(size))
     assert logits.shape == (2, 7)
@@ -225,9 +262,9 @@ def test_every_rule_gives_the_same_bits_at_the_trained_size(name, rule):
 
 
 @torch.no_grad()
-def test_update_keeps_what_token_mixing_does_not_change():
+def test_residual_keeps_what_token_mixing_does_not_change():
     """Where the second Linear of token mixing is zero, a block sees every pixel by itself: nothing is blurred."""
-    block = raftmlp.model.layers.RaftMLPBlock(8, (4, 4), resizing="update")
+    block = raftmlp.model.layers.RaftMLPBlock(8, (4, 4), resizing="residual")
     for mixing in (*block.tokens, block.channels):
         torch.nn.init.zeros_(mixing.fc2.weight)
         torch.nn.init.zeros_(mixing.fc2.bias)
@@ -292,8 +329,6 @@ def test_head(model):
     model.reset_classifier(5, "catavgmax")
     assert model(x).shape == (2, 5)
     assert model.head.in_features == 2 * model.num_features
-    with pytest.raises(ValueError, match="global_pool 'token'"):
-        model.reset_classifier(5, "token")
 
 
 def test_reset_classifier_keeps_dtype_and_mode():
@@ -354,14 +389,16 @@ def test_intermediates_options(model):
     assert not called
 
     for indices in ([count], [-count - 1], count + 1, 0, []):
-        with pytest.raises(ValueError, match="feature indices"):
+        with pytest.raises((AssertionError, ValueError)):
             model.forward_intermediates(x, indices=indices)
+    again = model.forward_intermediates(x, indices=[-1, 0, 0], intermediates_only=True)
+    assert all(torch.equal(a, maps[i]) for a, i in zip(again, (-1, 0, 0), strict=True))
     with pytest.raises(ValueError, match="output_fmt 'NLC'"):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["raftmlp_digits", "raftmlp_cifar", "raftmlp_mixer_b16"])
 def test_features_only(name):
     torch.manual_seed(0)
     plain = narrow(name).eval()
@@ -375,15 +412,40 @@ def test_features_only(name):
 
     narrow(name, features_only=True, depths=(2,) * len(plain.stages))  # fewer blocks than maps by default
     first = narrow(name, features_only=True, out_indices=(0,)).eval()
-    assert first.feature_info.channels() == [16]
-    assert first(x)[0].shape[1] == 16
+    assert first.feature_info.channels() == [16] and first(x)[0].shape[1] == 16
     assert sum(p.numel() for p in first.parameters()) < sum(p.numel() for p in plain.parameters())
-    with pytest.raises(ValueError, match="feature indices"):
-        narrow(name, features_only=True, out_indices=(len(plain.feature_info),))
 
     traced = narrow(name, features_only=True, feature_cls="fx").eval()
     assert str(traced.output_fmt) == "Format.NHWC"
     assert [m.shape[3] for m in traced(x)] == traced.feature_info.channels()
+
+
+@torch.no_grad()
+def test_features_in_any_order_as_a_list_or_a_dict():
+    small = dict(features_only=True, embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))
+    model = timm.create_model("raftmlp_digits", **small, out_indices=(2, 0, 2)).eval()
+    images = torch.randn(1, 3, 32, 40)
+    maps = model(images)
+    assert [y.shape[1] for y in maps] == model.feature_info.channels() == [24, 8, 24]
+    same = timm.create_model("raftmlp_digits", **small, out_indices=(2, 0, 2), feature_cls="list").eval()
+    same.load_state_dict(model.state_dict())
+    assert all(map(torch.equal, same(images), maps))
+    with_names = timm.create_model("raftmlp_digits", **small, feature_cls="dict").eval()
+    with_names.load_state_dict(model.state_dict(), strict=False)
+    found = with_names(images)
+    assert list(found) == ["0", "1", "2", "3"] and torch.equal(found["2"], maps[0])
+    for cls in ("dict", "hook", "fx"):
+        with pytest.raises(ValueError, match="out_indices .* must rise"):
+            timm.create_model("raftmlp_digits", **small, out_indices=(2, 0), feature_cls=cls)
+
+
+def test_output_stride_is_that_of_the_patch_sizes():
+    small = dict(embed_dims=(8,) * 4, depths=(1,) * 4)
+    strides = dict(patch_sizes=(4, 2, 2, 1), patch_kernels=((4,), (2,), (2,), (1,)), output_stride=16)
+    model = timm.create_model("raftmlp_digits", **small, **strides, features_only=True)
+    assert model.feature_info.reduction() == [4, 8, 16, 16]
+    with pytest.raises(ValueError, match="output_stride 8 must be 32, the product of patch_sizes .4, 2, 2, 2."):
+        timm.create_model("raftmlp_digits", **small, output_stride=8)
 
 
 @torch.no_grad()
@@ -396,6 +458,7 @@ def test_pruning(model):
     actual = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert pruned(x).shape[1] == pruned.num_features
+    assert len(pruned.feature_info) == 2
 
 
 # Training aids
@@ -439,7 +502,7 @@ def test_group_matcher_sorts_every_parameter_by_depth(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(128, 128), (64, 96), (96, 64)])
+@pytest.mark.parametrize("size", [(128, 128), (64, 96)])
 def test_set_input_size_larger(model, size):
     resized = copy.deepcopy(model)
     resized.set_input_size(size)
@@ -546,7 +609,7 @@ def test_fx(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["raftmlp_s", "raftmlp_mixer_cifar"])
 def test_fx_gives_the_same_bits(name):
     # as timm's own test_model_forward_fx asks of every model at its full size
     torch.manual_seed(0)
@@ -575,7 +638,7 @@ def test_fx_backward(small):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size, strict", [(SIZES[0], False), (SIZES[1], True), (SIZES[2], False)])
+@pytest.mark.parametrize("size, strict", [(SIZES[1], True), (SIZES[2], False)])
 def test_export(small, size, strict):
     dynamic = {0: torch.export.Dim("batch", min=1, max=64)}
     exported = torch.export.export(small, (batch(size),), dynamic_shapes=(dynamic,), strict=strict).module()
@@ -584,7 +647,7 @@ def test_export(small, size, strict):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, resizing", [("raftmlp_digits", "map"), ("raftmlp_mixer_b16", "map"), OTHER_RULES[0]])
+@pytest.mark.parametrize("name, resizing", KINDS[1:])
 def test_compile_makes_one_graph(name, resizing):
     torch._dynamo.reset()
     model = narrow(name, resizing=resizing).eval()
@@ -600,7 +663,7 @@ def test_compile_with_dynamic_sizes_does_not_make_a_graph_a_size(resizing):
     graphs = []
     model = tiny(embed_dims=(8, 8), depths=(1, 1), raft_size=2, resizing=resizing).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g)
-    for size in [*SIZES, (64, 65), (50, 70), (31, 31), (40, 40), (77, 13), (100, 90), (66, 30)]:
+    for size in [*SIZES, (64, 65), (50, 70), (31, 31), (77, 13)]:
         assert_same(compiled(batch(size)), model(batch(size)))
     assert len(graphs) <= 5
 

@@ -15,7 +15,7 @@ TWO_STAGES = dict(embed_dims=(8, 16), depths=(1, 1), img_size=32, encoder_depth=
     [
         ("Unet", "raftmlp_digits", TINY, 64),
         ("Unet", "raftmlp_digits", TINY | dict(encoder_depth=3, decoder_channels=(16, 8, 8), in_channels=1), 72),
-        ("Unet", "raftmlp_digits", TINY | dict(resizing="update"), 64),
+        ("Unet", "raftmlp_digits", TINY | dict(resizing="residual"), 64),
         ("Unet", "raftmlp_cifar", TWO_STAGES, 32),
         ("UnetPlusPlus", "raftmlp_digits", TINY, 64),
         ("MAnet", "raftmlp_digits", TINY, 64),

@@ -41,7 +41,7 @@ def test_a_script_run_with_the_models(tmp_path):
     "mixed, amp, scripted, kwargs",
     [
         (False, False, False, {}),
-        (True, True, False, dict(resizing="update", drop_path_rate=0.1)),
+        (True, True, False, dict(resizing="residual", drop_path_rate=0.1)),
         (False, False, True, {}),
     ],
 )
@@ -137,7 +137,7 @@ def test_weights_of_a_run(tmp_path, run_command):
 def test_arguments_in_words():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
-    kwargs = parser.parse_args(["--model-kwargs", "resizing=update", "img_size=48"]).model_kwargs
+    kwargs = parser.parse_args(["--model-kwargs", "resizing=residual", "img_size=48"]).model_kwargs
     assert timm.create_model("raftmlp_digits", **TINY, **kwargs).img_size == (48, 48)
 
 

@@ -167,7 +167,7 @@ def split_name(text: str) -> tuple[str, dict[str, Any]]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not (separator and key.isidentifier() and value):
-            raise UserError(f"{text!r}: {pair!r} must be KEY=VALUE, as in raftmlp_s,resizing=update")
+            raise UserError(f"{text!r}: {pair!r} must be KEY=VALUE, as in raftmlp_s,resizing=residual")
         try:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a word

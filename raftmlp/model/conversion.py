@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..checkpoints.weights import check_tensors, check_types, unwrap
 from ..errors import UserError
-from .arguments import check_weight
 from .layers import RaftTokenMixing, TokenMixing
 from .resize import bicubic_matrix
 
@@ -20,6 +19,8 @@ __all__ = [
 ]  # fmt: skip
 
 StateDict = dict[str, Tensor]
+
+AXES = {"height": slice(0, 1), "width": slice(1, 2), "both": slice(2)}  # of a grid, by the axis of token mixing
 
 
 # The authors' 2021 release
@@ -139,7 +140,7 @@ def resample_grid(
     for i, (old_grid, new_grid) in enumerate(zip(model.grids(source), model.grids(target))):
         for j, block in enumerate(model.stages[i].blocks):
             for name, mixing in block.tokens.named_children():
-                old, new = mixing.mixed_axes(old_grid), mixing.mixed_axes(new_grid)
+                old, new = old_grid[AXES[mixing.axis]], new_grid[AXES[mixing.axis]]
                 prefix = f"stages.{i}.blocks.{j}.tokens.{name}."
                 mlp = {key: state.get(prefix + key) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
                 before, after = (mixing.raft_size * math.prod(axes) for axes in (old, new))  # features
@@ -148,7 +149,6 @@ def resample_grid(
                 if old == new or [getattr(value, "shape", None) for value in mlp.values()] != made_for_old:
                     continue
                 hidden = int(after * mixing.mlp_ratio)
-                check_weight("img_size and token_mlp_ratio", after, hidden)
                 mlp = _resample_token_mlp(mlp, old, new, hidden, mixing.raft_size)
                 state.update({prefix + key: value for key, value in mlp.items()})
     return state

@@ -23,6 +23,7 @@ from ..checkpoints.weights import (
 from ..config import ModelSettings, is_folder_name, known_model
 from ..errors import UserError, first_words
 from ..sizes import check_memory
+from .arguments import current_names
 from .conversion import adapt_state_dict
 from .raftmlp import RaftMLP
 
@@ -77,7 +78,7 @@ def create_recorded_model(
     Without ``load``, its weights are random. Other arguments and errors are those of ``create_model``.
     """
     plan = _plan(settings, to_train, classes, kwargs)
-    recorded = {**plan.described.get("model_kwargs", {}), **settings.model_kwargs}
+    recorded = current_names({**plan.described.get("model_kwargs", {}), **settings.model_kwargs})
     pretrained = settings.pretrained and load
     state = load_state_dict(settings.checkpoint) if settings.checkpoint and load else {}
     name, cfg = plan.name, plan.described.get("pretrained_cfg")

@@ -5,6 +5,7 @@ from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
+from ..model.arguments import current_names
 from .settings import TrainSettings
 
 __all__ = ["changed_options", "reason_not_to_resume"]
@@ -37,7 +38,9 @@ def reason_not_to_resume(
     """
     if "optimizer" not in checkpoint:
         return "holds weights only: --checkpoint starts a new run from them"
-    before = checkpoint.get("options", {})
+    before = dict(checkpoint.get("options", {}))
+    if "model_kwargs" in before:
+        before["model_kwargs"] = current_names(before["model_kwargs"])
     for key in STRUCTURAL:
         if key in before and before[key] != recipe[key]:
             return (
