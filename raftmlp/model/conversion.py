@@ -15,7 +15,8 @@ from .layers import RaftTokenMixing, TokenMixing
 from .resize import bicubic_matrix
 
 __all__ = [
-    "ReleaseEntry", "adapt_state_dict", "checkpoint_filter_fn", "is_release_format", "release_entries", "resample_grid",
+    "ReleaseEntry", "adapt_on_load", "adapt_state_dict", "checkpoint_filter_fn", "is_release_format",
+    "release_entries", "resample_grid",
 ]  # fmt: skip
 
 StateDict = dict[str, Tensor]
@@ -221,6 +222,13 @@ def adapt_state_dict(state: Mapping[str, Tensor], model: nn.Module, source: str 
     resampled = resample_grid(state, model, _pretrained_size(model), model.img_size)
     expected = {key: parameter.shape for key, parameter in model.named_parameters()}
     return {key: value if value.shape == expected.get(key) else resampled[key] for key, value in state.items()}
+
+
+def adapt_on_load(model: nn.Module, state_dict: StateDict, prefix: str, *args) -> None:
+    """Adapt a checkpoint's weights in place before they are loaded, for a model at any prefix: a hook of the model."""
+    weights = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    weights = adapt_state_dict({key.removeprefix(prefix): value for key, value in weights.items()}, model)
+    state_dict.update({prefix + key: value for key, value in weights.items()})
 
 
 def _converted(state: Mapping[str, Tensor], model: nn.Module, source: str | Path = "the checkpoint") -> StateDict:

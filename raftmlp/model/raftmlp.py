@@ -5,6 +5,7 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoints.pretrained import resolve_cfg
 from ..errors import UserError
 from . import arguments
-from .conversion import adapt_state_dict, checkpoint_filter_fn, resample_grid
+from .conversion import adapt_on_load, checkpoint_filter_fn, resample_grid
 from .layers import RaftMLPStage, embedded_size, to_nhwc
 
 __all__ = ["RaftMLP"]  # register_model adds the entry points
@@ -87,7 +88,7 @@ class RaftMLP(nn.Module):
     ):
         super().__init__()
         per_stage = arguments.per_stage(embed_dims, depths, patch_sizes, patch_kernels, raft_size)
-        self.in_chans = int(in_chans)
+        self.in_chans = operator.index(in_chans)
         self.img_size = arguments.image_size(img_size)
 
         block_kwargs = dict(
@@ -104,9 +105,8 @@ class RaftMLP(nn.Module):
         channels, grid, reduction = self.in_chans, self.img_size, 1
         for i, (dim, depth, stride, kernels, raft) in enumerate(per_stage):
             grid, reduction = embedded_size(grid, stride), reduction * stride
-            self.stages.append(
-                RaftMLPStage(channels, dim, depth, stride, kernels, grid, raft_size=raft, **block_kwargs)
-            )
+            stage = RaftMLPStage(channels, dim, depth, stride, kernels, grid, raft_size=raft, **block_kwargs)
+            self.stages.append(stage)
             channels = dim
             # a network of one resolution has features after every block
             names = [f"stages.{i}"] if len(per_stage) > 1 else [f"stages.0.blocks.{j}" for j in range(depth)]
@@ -114,18 +114,8 @@ class RaftMLP(nn.Module):
         self.num_features = self.head_hidden_size = channels
         self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
         self.head_drop = nn.Dropout(arguments.share("drop_rate", drop_rate))
-        self._build_head(num_classes, global_pool, device, dtype)
-        self.register_load_state_dict_pre_hook(_adapt_on_load)
-
-    def _build_head(self, num_classes: int, global_pool: str, device=None, dtype=None) -> None:
-        if not arguments.is_whole(num_classes, 0):
-            raise UserError(f"num_classes {num_classes!r} must be a whole number, 0 or more")
-        num_classes = int(num_classes)
-        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        features = self.num_features * pool.feat_mult()
-        head = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
-        self.num_classes, self.global_pool, self.head = num_classes, pool, head
-        self.dense_head = not global_pool  # without pooling every position gets its logits
+        self.reset_classifier(num_classes, global_pool)
+        self.register_load_state_dict_pre_hook(adapt_on_load)
 
     def grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the stages' grids, height and width in positions, for an image size in pixels."""
@@ -171,12 +161,8 @@ class RaftMLP(nn.Module):
 
         An embedding behind the first stage goes with its stage's first block.
         """
-        return dict(
-            stem=r"^stages\.0\.embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))],
-        )
+        blocks = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stages\.0\.embed", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -195,12 +181,16 @@ class RaftMLP(nn.Module):
 
         Nothing changes where an argument is not allowed.
         """
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if not arguments.is_whole(num_classes, 0):
+            raise UserError(f"num_classes {num_classes!r} must be a whole number, 0 or more")
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
+        sizes = self.num_features * pool.feat_mult(), int(num_classes)
         with torch.inference_mode(False):  # as in set_input_size
-            self._build_head(num_classes, pool, weight.device, weight.dtype)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
+            head = nn.Linear(*sizes, device=weight.device, dtype=weight.dtype) if num_classes else nn.Identity()
+        self.num_classes, self.global_pool, self.head = sizes[1], pool.train(self.training), head.train(self.training)
+        self.dense_head = not pool_type  # without pooling every position gets its logits
 
     def forward_intermediates(
         self,
@@ -300,13 +290,6 @@ class RaftMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, num_classes) for images (B, in_chans, H, W) of any size."""
         return self.forward_head(self.forward_features(x))
-
-
-def _adapt_on_load(model: RaftMLP, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-    """Convert a checkpoint's weights in place before they are loaded, for a model at any prefix."""
-    weights = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    weights = adapt_state_dict({key.removeprefix(prefix): value for key, value in weights.items()}, model)
-    state_dict.update({prefix + key: value for key, value in weights.items()})
 
 
 class FeatureDict(FeatureGetterNet):
