@@ -26,7 +26,6 @@ from .conversion import adapt_on_load, checkpoint_filter_fn, resample_grid
 from .layers import RaftMLPStage, embedded_size, to_nhwc
 
 __all__ = ["RaftMLP"]  # register_model adds the entry points
-
 torch.fx.wrap("to_nhwc")  # a leaf for every tracer: it looks at sizes
 
 
@@ -146,9 +145,8 @@ class RaftMLP(nn.Module):
                 setattr(linear, kind, nn.Parameter(new[key], requires_grad=requires_grad))
                 linear.out_features, linear.in_features = linear.weight.shape
         self.img_size = img_size
-        # timm's record of how the model was made, which its hub export reads
-        self._traits = dict(getattr(self, "_traits", {}), img_size=img_size)
-        self._model_args = dict(getattr(self, "_model_args", {}), img_size=img_size)
+        for record in ("_traits", "_model_args"):  # timm's, of how the model was made: its hub export reads them
+            setattr(self, record, dict(getattr(self, record, {}), img_size=img_size))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -177,10 +175,7 @@ class RaftMLP(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling.
-
-        Nothing changes where an argument is not allowed.
-        """
+        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling."""
         if not arguments.is_whole(num_classes, 0):
             raise UserError(f"num_classes {num_classes!r} must be a whole number, 0 or more")
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
@@ -254,7 +249,7 @@ class RaftMLP(nn.Module):
     ) -> list[int]:
         """Remove what the feature maps of the given indices do not need; returns the indices, none negative."""
         taken, last = feature_take_indices(len(self.feature_info), indices)
-        pruned, has_stages = last < len(self.feature_info) - 1, len(self.stages) > 1
+        pruned, has_stages = last + 1 < len(self.feature_info), len(self.stages) > 1
         if has_stages:
             self.stages = self.stages[: last + 1]
         else:
@@ -315,8 +310,7 @@ def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], 
             f"output_stride {output_stride} must be {math.prod(strides)}, the product of patch_sizes {strides}: stages "
             f"are not dilated; for another stride give other patch_sizes, and patch_kernels that fit them"
         )
-    # the maps of all stages, or of the last three blocks in a network of one
-    maps = range(len(depths)) if len(depths) > 1 else range(depths[0])[-3:]
+    maps = range(len(depths)) if len(depths) > 1 else range(depths[0])[-3:]  # of all stages, or of three blocks
     feature_cfg = dict(out_indices=tuple(maps), feature_cls="getter")
     if "feature_cls" in kwargs:
         feature_cls = kwargs["feature_cls"]
@@ -326,15 +320,8 @@ def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], 
             raise UserError(f"out_indices {indices} must rise: only feature_cls='getter' and 'list' keep an order")
         if feature_cls in ("hook", "fx"):  # these return the maps that are inside, NHWC
             feature_cfg["output_fmt"] = "NHWC"
-    return build_model_with_cfg(
-        RaftMLP,
-        variant,
-        pretrained,
-        pretrained_cfg=cfg.to_dict(),
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    how = dict(pretrained_cfg=cfg.to_dict(), pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg)
+    return build_model_with_cfg(RaftMLP, variant, pretrained, **how, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -356,23 +343,20 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _single_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(**{"pool_size": (14, 14), "first_conv": "stages.0.embed.convs.0", **kwargs})
-
-
+ONE_STAGE = dict(pool_size=(14, 14), first_conv="stages.0.embed.convs.0")
 default_cfgs = generate_default_cfgs({
     "raftmlp_s": _cfg(),
     "raftmlp_m": _cfg(),
     "raftmlp_l": _cfg(),
     "raftmlp_m_ss": _cfg(first_conv="stages.0.embed.convs.0"),
-    "raftmlp_12_r1": _single_cfg(),
-    "raftmlp_12_r2": _single_cfg(),
-    "raftmlp_12_r4": _single_cfg(),
+    "raftmlp_12_r1": _cfg(**ONE_STAGE),
+    "raftmlp_12_r2": _cfg(**ONE_STAGE),
+    "raftmlp_12_r4": _cfg(**ONE_STAGE),
     "raftmlp_12_r2_ms": _cfg(pool_size=(14, 14)),
-    "raftmlp_36_r2": _single_cfg(),
-    "raftmlp_mixer_b16": _single_cfg(),
+    "raftmlp_36_r2": _cfg(**ONE_STAGE),
+    "raftmlp_mixer_b16": _cfg(**ONE_STAGE),
     "raftmlp_cifar": _cfg(pool_size=(56, 56), first_conv=tuple(f"stages.0.embed.convs.{k}" for k in range(3))),
-    "raftmlp_mixer_cifar": _single_cfg(pool_size=(56, 56)),
+    "raftmlp_mixer_cifar": _cfg(pool_size=(56, 56), first_conv="stages.0.embed.convs.0"),
     "raftmlp_digits.sklearn": _cfg(
         file="raftmlp_digits.sklearn.safetensors", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1),
         crop_pct=1.0, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD,
@@ -381,13 +365,7 @@ default_cfgs = generate_default_cfgs({
 })  # fmt: skip
 
 
-RAFTMLP_S = dict(
-    embed_dims=(64, 128, 256, 512),
-    depths=(2, 2, 6, 2),
-    patch_sizes=(4, 2, 2, 2),
-    patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
-    raft_size=2,
-)
+RAFTMLP_S = dict(depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2))  # what _create_raftmlp asks for
 RAFTMLP_12 = dict(embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None)  # of one resolution
 
 
