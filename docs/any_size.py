@@ -101,7 +101,7 @@ MIXER = {
     "arch.embed_dims": "[32,64,128,128]",
     "arch.depths": "[1,2,2,1]",
     "arch.token_mixing": "plain",
-    "resizing": "update",
+    "resizing": "residual",
     "img_size": 32,
     "init_cfg.checkpoint": RUNS / "mixer" / "model_best.pth.tar",
 }
@@ -119,16 +119,16 @@ class Arm:
 
 
 ARMS = {
-    "map": Arm(dict(resizing="map")),
-    "update": Arm(dict(resizing="update")),
+    "map": Arm(dict(resizing="full")),
+    "update": Arm(dict(resizing="residual")),
     "update, resized to 128": Arm(run="update", resized=128),
     "ResNet-18, a quarter as wide": Arm(RESNET),
     "ResNet-18, a quarter as wide, resized to 128": Arm(run="ResNet-18, a quarter as wide", resized=128),
-    "update, several sizes": Arm(dict(resizing="update"), several_sizes=True),
+    "update, several sizes": Arm(dict(resizing="residual"), several_sizes=True),
     "update, several sizes, resized to 160": Arm(run="update, several sizes", resized=160),
-    "weights resampled to 128": Arm(dict(resizing="map", img_size=128)),
-    "weights resampled to 128, update": Arm(run="weights resampled to 128", resizing="update"),
-    "map, first map the embedding": Arm(dict(resizing="map", first_map="embed")),
+    "weights resampled to 128": Arm(dict(resizing="full", img_size=128)),
+    "weights resampled to 128, update": Arm(run="weights resampled to 128", resizing="residual"),
+    "map, first map the embedding": Arm(dict(resizing="full", first_map="embed")),
     "mixer, update": Arm(MIXER),
 }
 

@@ -90,7 +90,7 @@ def draw_rules(path: Path, model: RaftMLP) -> None:
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     images = ((torch.from_numpy(scene.image).permute(2, 0, 1) / 255 - mean) / std)[None]
     maps = {"the embedding": model.stages[0].embed(images.permute(0, 2, 3, 1))}
-    for rule in ("map", "update"):
+    for rule in ("full", "residual"):
         for block in model.stages[0].blocks:
             block.resizing = rule
         maps[f'after the block, "{rule}"'] = model.stages[0].mix(maps["the embedding"])

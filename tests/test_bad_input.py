@@ -33,7 +33,7 @@ from raftmlp.cli import train, validate
         (["--dataset", "digits", "--model-kwargs", "raft_size=3"], "raft_size 3"),
         (["--dataset", "digits", "--model-kwargs", "raft_sise=2"], "raft_sise"),
         (["--dataset", "digits", "--model-kwargs", "resizing=foo"], "resizing 'foo'"),
-        (["--dataset", "digits", *DIGITS, "--model-kwargs", "raft_size=4"], "--model-kwargs raft_size=4"),
+        (["--dataset", "digits", *DIGITS, "--model-kwargs", "raft_size=4"], "size mismatch"),
         (["--dataset", "digits", "--model-kwargs", "num_classes=7"], "the data has 10 classes, the model 7"),
         (["--dataset", "digits", "--img-size", "10000000"], "10000000 pixels take"),
         (["--dataset", "digits", "--background", "whiet"], "whiet"),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn import functional as F
 
 from raftmlp.model import ops
 from raftmlp.model.layers import ChannelMixing, RaftTokenMixing, TokenMixing
@@ -20,7 +19,6 @@ DTYPES = [torch.float16, torch.bfloat16][: 1 + HAS_GPU]
 MIXINGS = {
     "vertical": lambda: RaftTokenMixing(12, 5, 2),  # lengths and widths that are no powers of two
     "horizontal": lambda: RaftTokenMixing(12, 7, 2, horizontal=True),
-    "one group": lambda: RaftTokenMixing(32, 5, 1),
     "four groups": lambda: RaftTokenMixing(64, 7, 4, horizontal=True),
     "wide": lambda: RaftTokenMixing(300, 5, 2),  # a line at a time
     "many hidden units": lambda: RaftTokenMixing(12, 5, 2, mlp_ratio=7),
@@ -39,7 +37,13 @@ def make(kind, dtype):
 
 
 def arguments(layer, x):
-    return x if layer.order else x.flatten(0, 2), *layer._weights(), layer.norm.eps, layer.raft_size, layer.order
+    weights = [p for part in (layer.norm, layer.fc1, layer.fc2) for p in (part.weight, part.bias)]
+    return x, *weights, layer.norm.eps, layer.raft_size, layer.axis
+
+
+def plain(x, *parameters):
+    """The mixing with plain operators."""
+    return x + ops._mlp(x, *parameters).reshape(x.shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,10 +51,10 @@ def arguments(layer, x):
 def test_the_kernels_round_no_more_than_the_plain_operators(kind, dtype):
     layer, x = make(kind, dtype)
     x, *parameters = arguments(layer, x)
-    exact = ops._plain(x.double(), *(p.double() if isinstance(p, torch.Tensor) else p for p in parameters))
+    exact = plain(x.double(), *(p.double() if isinstance(p, torch.Tensor) else p for p in parameters))
     out = fused.mix(x, *parameters)
     assert out.dtype == dtype and out.shape == x.shape
-    errors = [(y.double() - exact).abs().mean() for y in (out, ops._plain(x, *parameters))]
+    errors = [(y.double() - exact).abs().mean() for y in (out, plain(x, *parameters))]
     assert errors[0] < 1.1 * errors[1]
 
 
@@ -60,16 +64,8 @@ def test_large_hidden_values(kind, dtype):
     layer, x = make(kind, dtype)
     layer.fc1.bias.copy_(torch.linspace(-60, 60, len(layer.fc1.bias)))
     x, *parameters = arguments(layer, x)
-    expected = ops._plain(x, *parameters).double()
+    expected = plain(x, *parameters).double()
     assert (fused.mix(x, *parameters).double() - expected).abs().max() < 0.02 * expected.abs().max()
-
-
-def test_the_logistic_forms_of_gelu():
-    """The formulas in float64, with an exact tanh for that of bfloat16."""
-    x = torch.linspace(-60, 60, 100001, dtype=torch.float64)
-    z = (x * x).clamp(max=50)
-    in_bfloat16 = 0.5 * x * (1 + torch.tanh(x * ((-0.000351521 * z + 0.0370056742) * z + 0.79750785)))
-    assert (in_bfloat16 - F.gelu(x)).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("kind", ["vertical", "horizontal"])
@@ -77,12 +73,6 @@ def test_positions_that_are_padded_do_not_count(kind):
     layer, x = make(kind, torch.float16)
     layer.norm.eps = 0.0  # their deviation is 0
     assert fused.mix(*arguments(layer, x)).isfinite().all()
-
-
-def test_an_empty_batch():
-    for kind in ("vertical", "channels"):
-        layer, x = make(kind, torch.float16)
-        assert fused.mix(*arguments(layer, x[:0])).numel() == 0
 
 
 @pytest.mark.parametrize(
@@ -98,29 +88,33 @@ def test_an_empty_batch():
     ],
 )
 def test_what_the_kernels_take(layer, expected):
-    channels = layer.norm.weight.numel()
-    assert fused.takes(layer.fc1.weight, channels, layer.raft_size, layer.order) == expected
+    features, channels = layer.fc1.weight.shape[1], layer.norm.weight.numel()
+    assert fused.is_supported(features, channels, layer.raft_size, layer.axis) == expected
 
 
-def test_other_mixings_are_computed_with_plain_operators(monkeypatch):
-    """What a GPU's kernel does with a mixing, here of the tensors at hand."""
+def test_which_mixings_go_to_the_kernels(monkeypatch):
     monkeypatch.setattr(ops, "_has_triton", lambda device: True)
     layer, x = make("vertical", torch.float16)
     x, *given = arguments(layer, x)
-    tensors, others = given[:6], given[6:]
-    assert torch.equal(ops._on_chip(x, *given), fused.mix(x, *given))
-    assert torch.equal(ops._on_chip(x.transpose(1, 2).contiguous().transpose(1, 2), *given), fused.mix(x, *given))
-    without_bias = [*tensors[:5], None, *others]
+    tensors, others = given[:6], given[7:]
+    assert torch.equal(ops._triton(x.transpose(1, 2).contiguous().transpose(1, 2), *given), fused.mix(x, *given))
+    assert ops._fits_triton(x, tensors, *others)
     wide = [p.float() for p in tensors]
-    for other, parameters in (
-        (x, without_bias),
-        (x.float(), [*wide, *others]),
-        (x.double(), [*map(torch.Tensor.double, wide), *others]),
-    ):
-        assert torch.equal(ops._on_chip(other, *parameters), ops._plain(other, *parameters))
+    for other, weights in ((x, [*tensors[:5], None]), (x.float(), wide), (x, wide), (x.double(), tensors)):
+        assert not ops._fits_triton(other, weights, *others)
+    assert not ops._fits_triton(x, tensors, 3, "height")
     monkeypatch.setattr(ops, "_has_triton", lambda device: False)
-    x, parameters = x.half(), [p.half() for p in tensors]
-    assert torch.equal(ops._on_chip(x, *parameters, *others), ops._plain(x, *parameters, *others))
+    assert not ops._fits_triton(x, tensors, *others)
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_a_compilation_asks_too(monkeypatch, answer):
+    monkeypatch.setattr(ops, "_has_triton", lambda device: answer)
+    torch.compiler.reset()
+    layer, x = make("vertical", torch.float16)
+    x, *given = arguments(layer, x)
+    decide = torch.compile(lambda y: y + ops._fits_triton(y, given[:6], *given[7:]), fullgraph=True, backend="eager")
+    assert torch.equal(decide(x), x + answer)
 
 
 def test_gpus_whose_kernels_do_not_run_have_plain_operators(monkeypatch):

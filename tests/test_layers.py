@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 
-import raftmlp
 from raftmlp import ChannelMixing, MultiScalePatchEmbed, RaftTokenMixing, TokenMixing
 from raftmlp.model import reference
 from raftmlp.model.resize import RESIZINGS
@@ -90,7 +89,3 @@ def test_whole_network(size, resizing):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_public_names():
-    assert all(hasattr(raftmlp, name) for name in raftmlp.__all__)

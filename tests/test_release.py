@@ -1,4 +1,4 @@
-"""The release's checkpoints: their format, and that models take them as they are."""
+"""The release's checkpoints, which models take as they are, and weights of another trained grid."""
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ def test_release_format_is_the_catalogues(name):
     assert {e.key: list(e.shape) for e in entries} == CATALOGUE[name]["state_dict_shapes"]
 
 
-@pytest.mark.parametrize("wrap", ["plain", "model", "module", "model and module", "state_dict", "backbone"])
+@pytest.mark.parametrize("wrap", ["plain", "model and module", "state_dict", "backbone"])
 def test_timm_takes_release_checkpoints_as_they_are(release_s, wrap, tmp_path):
     weights, expected = release_s
     file = tmp_path / "release.pth"
@@ -92,3 +92,43 @@ def test_pruned_models_take_release_checkpoints(release_s):
     result = backbone.model.load_state_dict(release_s[0], strict=False)
     assert not result.missing_keys
     assert torch.equal(backbone.model.stages[3].embed.bias, release_s[1].stages[3].embed.bias)
+
+
+# Another trained grid
+
+
+def test_loading_into_a_larger_grid_resamples(tmp_path):
+    weights = release_weights("raftmlp_s")
+    expected = timm.create_model("raftmlp_s")
+    expected.load_state_dict(weights)
+    torch.save(weights, tmp_path / "release.pth")
+    loaded = timm.create_model("raftmlp_s", img_size=(256, 288), checkpoint_path=str(tmp_path / "release.pth"))
+    resized = timm.create_model("raftmlp_s")
+    resized.load_state_dict(expected.state_dict())
+    resized.set_input_size((256, 288))
+    assert same_weights(loaded, resized)
+
+
+def test_loading_what_was_saved_at_the_same_grid_changes_nothing():
+    small = dict(num_classes=10, embed_dims=(8, 12, 16, 20))
+    digits = timm.create_model("raftmlp_digits", **small)
+    digits.set_input_size((48, 64))
+    again = timm.create_model("raftmlp_digits", **small, img_size=(48, 64))
+    again.load_state_dict(digits.state_dict())
+    assert same_weights(again, digits)
+
+
+def test_a_mixers_own_weights_are_never_resampled():
+    # 7x28 positions are as many as 14x14: the shapes do not tell them apart
+    kwargs = dict(embed_dims=(16,), depths=(2,), img_size=(112, 448))
+    made = timm.create_model("raftmlp_mixer_b16", **kwargs)
+    again = timm.create_model("raftmlp_mixer_b16", **kwargs)
+    again.load_state_dict(made.state_dict())
+    assert same_weights(again, made)
+
+    resized = timm.create_model("raftmlp_mixer_b16", **kwargs)
+    resized.load_state_dict(made.state_dict())
+    resized.set_input_size((448, 112))
+    assert not torch.equal(
+        resized.stages[0].blocks[0].tokens.plain.fc1.weight, made.stages[0].blocks[0].tokens.plain.fc1.weight
+    )

@@ -55,7 +55,7 @@ def test_values_inside(name, kwargs, resizing):
 )
 def test_detectors(detector, kwargs):
     torch.manual_seed(0)
-    maps = timm.create_model("raftmlp_digits", **TINY, features_only=True, feature_cls="dict", resizing="update")
+    maps = timm.create_model("raftmlp_digits", **TINY, features_only=True, feature_cls="dict", resizing="residual")
     backbone = nn.Sequential(maps, FeaturePyramidNetwork(maps.feature_info.channels(), 8, LastLevelMaxPool()))
     backbone.out_channels = 8
     model = detector(backbone, num_classes=3, min_size=64, max_size=96, **kwargs)

@@ -11,16 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
     TimmBackbone,
     TimmBackboneConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
-    Trainer,
-    TrainingArguments,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
     pipeline,
 )
 
@@ -66,19 +60,6 @@ def test_classifier_there_and_back(model):
     assert again.pretrained_cfg["label_names"] == NAMES and same_weights(again, model)
 
 
-def test_fine_tuning_for_other_classes(model):
-    classes = dict(num_labels=2, id2label={0: "cat", 1: "dog"}, label_names=["cat", "dog"])
-    wrapped = TimmWrapperForImageClassification.from_pretrained("folder", **classes, ignore_mismatched_sizes=True)
-    images = [dict(pixel_values=torch.randn(1, 32, 48), labels=i % 2) for i in range(4)]
-    options = TrainingArguments("run", max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True)
-    Trainer(wrapped, options, train_dataset=images).train()
-    wrapped.save_pretrained("tuned")
-    tuned = timm.create_model("local-dir:tuned", pretrained=True)
-    assert tuned.num_classes == 2 and tuned.pretrained_cfg["label_names"] == ["cat", "dog"]
-    assert same_weights(tuned, wrapped.timm_model)
-    assert not torch.equal(tuned.norm.bias, model.norm.bias)
-
-
 def test_exported_and_tuned_folders_in_the_commands(run_command):
     assert run_command(export, *TINY_MODEL, "--format", "hf", "--out", "exported")[0] == 0
     TimmWrapperForImageClassification.from_pretrained("exported").save_pretrained("tuned")
@@ -98,45 +79,6 @@ def test_backbone(indices):
     maps = backbone(torch.randn(1, 3, 64, 96)).feature_maps
     assert [y.shape[1:] for y in maps] == [(64 << i, 16 >> i, 24 >> i) for i in indices]
     assert backbone.channels == [64 << i for i in indices]
-
-
-def test_a_step_of_upernet_and_a_round_trip(tmp_path):
-    backbone = TimmBackboneConfig(backbone="raftmlp_digits", out_indices=[0, 1, 2, 3])
-    config = UperNetConfig(
-        backbone_config=backbone, hidden_size=8, auxiliary_in_channels=128, auxiliary_channels=8, num_labels=3
-    )
-    model = UperNetForSemanticSegmentation(config).train()
-    images = torch.randn(2, 3, 64, 64)
-    model(images, labels=torch.randint(0, 3, (2, 64, 64))).loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-    torch.optim.SGD(model.parameters(), 1e-3).step()
-    model.save_pretrained(tmp_path)
-    again = UperNetForSemanticSegmentation.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(again(images).logits, model.eval()(images).logits)
-
-
-def test_a_step_of_rt_detr():
-    config = RTDetrConfig(
-        backbone_config=TimmBackboneConfig(backbone="raftmlp_digits", out_indices=[1, 2, 3]),
-        encoder_in_channels=[64, 128, 128],
-        decoder_in_channels=[16, 16, 16],
-        encoder_hidden_dim=16,
-        d_model=16,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        decoder_layers=1,
-        num_queries=10,
-        num_denoising=4,
-        num_labels=3,
-    )
-    model = RTDetrForObjectDetection(config).train()
-    target = dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.3]]))
-    model(torch.randn(2, 3, 64, 64), labels=[target, target]).loss.backward()
-    assert all(p.grad is not None for p in model.model.backbone.parameters())
-    torch.optim.SGD(model.parameters(), 1e-3).step()
 
 
 @pytest.mark.parametrize("targets", [["fc1", "fc2"], r".*stages\.3\..*\.channels\.fc[12]"])

@@ -14,7 +14,7 @@ model = dict(
         _delete_=True,
         type="RaftMLP",
         arch="raftmlp_digits",
-        resizing="update",
+        resizing="residual",
         out_norm=True,
         init_cfg=dict(type="Pretrained", checkpoint="raftmlp_digits.sklearn"),
     ),

@@ -1,4 +1,4 @@
-# RetinaNet with RaftMLP-S, FPN, COCO 1x: the paper's experiment with resizing="update",
+# RetinaNet with RaftMLP-S, FPN, COCO 1x: the paper's experiment with resizing="residual",
 # which keeps the detail of maps that are larger than the trained grid, and a LayerNorm on every map.
 #   torchrun --nproc-per-node 8 tools/train_mm.py configs/detection/retinanet_raftmlp_s_fpn_1x_coco_update.py \
 #       --data-dir coco
@@ -9,6 +9,6 @@ _base_ = "retinanet_raftmlp_s_fpn_1x_coco.py"
 
 # The head has no use for the first map, and its LayerNorm would not train: the neck begins with the second one.
 model = dict(
-    backbone=dict(resizing="update", first_map="stage", out_norm=True, out_indices=(1, 2, 3)),
+    backbone=dict(resizing="residual", first_map="stage", out_norm=True, out_indices=(1, 2, 3)),
     neck=dict(in_channels=[128, 256, 512], start_level=0),
 )

@@ -1,7 +1,7 @@
 """Compare how fast models are, in turns: A B A B, so that other work on the machine affects all of them alike.
 
     raftmlp benchmark raftmlp_s reference:raftmlp_s convnext_nano --output runs/benchmark
-    raftmlp benchmark raftmlp_s raftmlp_s,resizing=update --sizes 512 800x1333 -b 1
+    raftmlp benchmark raftmlp_s raftmlp_s,resizing=residual --sizes 512 800x1333 -b 1
     raftmlp benchmark raftmlp_s --modes eager compile --tasks inference training --sizes 224 800x1333 -b 4
 
 Ratios are to the first model in the first mode. reference:NAME is one of ours computed with the sequence of operations

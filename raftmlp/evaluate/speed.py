@@ -164,7 +164,7 @@ def split_name(text: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, AttributeError):
         pairs = {None: None}
     if None in pairs or call.args:
-        raise UserError(f"{text!r}: its arguments must be KEY=VALUE, as in raftmlp_s,resizing=update")
+        raise UserError(f"{text!r}: its arguments must be KEY=VALUE, as in raftmlp_s,resizing=residual")
     for key, value in pairs.items():
         try:
             pairs[key] = ast.literal_eval(value)

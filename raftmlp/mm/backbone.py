@@ -69,7 +69,7 @@ class RaftMLPBackbone(BaseModule):
         frozen_stages: int = -1,
         with_cp: bool = False,
         drop_path_rate: float = 0.0,
-        resizing: str = "map",
+        resizing: str = "full",
         first_map: str = "stage",
         init_cfg: Mapping[str, Any] | None = None,
     ):

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from ..checkpoints.weights import check_tensors, check_types, unwrap
 from ..errors import UserError
-from .arguments import check_weight
 from .layers import RaftTokenMixing, TokenMixing
 from .resize import bicubic_matrix
 
 __all__ = [
-    "ReleaseEntry", "adapt_state_dict", "checkpoint_filter_fn", "is_release_format", "release_entries", "resample_grid",
+    "ReleaseEntry", "adapt_on_load", "adapt_state_dict", "checkpoint_filter_fn", "is_release_format",
+    "release_entries", "resample_grid",
 ]  # fmt: skip
 
 StateDict = dict[str, Tensor]
+
+AXES = {"height": slice(0, 1), "width": slice(1, 2), "both": slice(2)}  # of a grid, by the axis of token mixing
 
 
 # The authors' 2021 release
@@ -139,7 +141,7 @@ def resample_grid(
     for i, (old_grid, new_grid) in enumerate(zip(model.grids(source), model.grids(target))):
         for j, block in enumerate(model.stages[i].blocks):
             for name, mixing in block.tokens.named_children():
-                old, new = mixing.mixed_axes(old_grid), mixing.mixed_axes(new_grid)
+                old, new = old_grid[AXES[mixing.axis]], new_grid[AXES[mixing.axis]]
                 prefix = f"stages.{i}.blocks.{j}.tokens.{name}."
                 mlp = {key: state.get(prefix + key) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
                 before, after = (mixing.raft_size * math.prod(axes) for axes in (old, new))  # features
@@ -148,7 +150,6 @@ def resample_grid(
                 if old == new or [getattr(value, "shape", None) for value in mlp.values()] != made_for_old:
                     continue
                 hidden = int(after * mixing.mlp_ratio)
-                check_weight("img_size and token_mlp_ratio", after, hidden)
                 mlp = _resample_token_mlp(mlp, old, new, hidden, mixing.raft_size)
                 state.update({prefix + key: value for key, value in mlp.items()})
     return state
@@ -221,6 +222,13 @@ def adapt_state_dict(state: Mapping[str, Tensor], model: nn.Module, source: str 
     resampled = resample_grid(state, model, _pretrained_size(model), model.img_size)
     expected = {key: parameter.shape for key, parameter in model.named_parameters()}
     return {key: value if value.shape == expected.get(key) else resampled[key] for key, value in state.items()}
+
+
+def adapt_on_load(model: nn.Module, state_dict: StateDict, prefix: str, *args) -> None:
+    """Adapt a checkpoint's weights in place before they are loaded, for a model at any prefix: a hook of the model."""
+    weights = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    weights = adapt_state_dict({key.removeprefix(prefix): value for key, value in weights.items()}, model)
+    state_dict.update({prefix + key: value for key, value in weights.items()})
 
 
 def _converted(state: Mapping[str, Tensor], model: nn.Module, source: str | Path = "the checkpoint") -> StateDict:

@@ -18,11 +18,11 @@ from timm.layers import DropPath
 from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as all_modules
+from torch.nn.modules.module import _has_any_global_hook
 
-from .arguments import check_weight
-from .ops import add_mixed, gather_vectors, mixing, scatter_vectors, token_mlp
-from .resize import from_trained_grid, resize_bicubic
+from . import ops
+from .arguments import choice, current_names
+from .resize import RESIZINGS, from_trained_grid, resize_bicubic
 
 __all__ = [
     "ChannelMixing",
@@ -39,13 +39,6 @@ PLAIN_WEIGHTS = (Tensor, nn.Parameter, NoneType, FakeTensor)  # the last stands 
 
 torch.fx.wrap("resize_bicubic")  # leaves for every tracer: they look at sizes
 torch.fx.wrap("from_trained_grid")
-
-
-def _is_exporting() -> bool:
-    """Return whether torch.export calls: before torch 2.12 its own is_exporting() is True in compilations too."""
-    if hasattr(torch.compiler, "_is_exporting_flag"):
-        return torch.compiler._is_exporting_flag
-    return torch.compiler.is_compiling()  # torch 2.6 cannot distinguish the two
 
 
 def to_nhwc(x: Tensor, in_chans: int) -> Tensor:
@@ -71,7 +64,7 @@ def embedded_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 class MultiScalePatchEmbed(nn.Module):
-    """Patch embedding over patches of several sizes around the same centres, NHWC in and out.
+    """Patch embedding over patches of several sizes around the same centers, NHWC in and out.
 
     The paper concatenates the patches of every kernel size and applies one Linear. That is a sum of convolutions of one
     stride, hence one convolution whose kernel is the largest one with the smaller ones added in its middle. The kernels
@@ -102,9 +95,6 @@ class MultiScalePatchEmbed(nn.Module):
                 f"patch_kernels {kernels}: each must be a multiple of its stage's stride {stride} "
                 f"and differ from it by an even number"
             )
-        check_weight(
-            "in_chans, embed_dims, patch_sizes and patch_kernels", in_chans, embed_dim, kernels[-1], kernels[-1]
-        )
         self.stride = stride
         self.kernels = kernels
         self.padding = (kernels[-1] - stride) // 2
@@ -159,39 +149,41 @@ def _is_plain(module: nn.Module, *kinds: type) -> bool:
     It does for a module of one of the kinds without hooks, whose ``forward`` is not replaced, and whose weights are
     plain tensors: a quantized weight, or another subclass of Tensor, brings operators of its own.
     """
-    hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or all_modules._global_forward_hooks
-        or all_modules._global_forward_pre_hooks
-        or all_modules._global_backward_hooks
-        or all_modules._global_backward_pre_hooks
+    weights = module._parameters
+    return (
+        type(module) in kinds
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
+        and "forward" not in module.__dict__
+        and type(weights.get("weight")) in PLAIN_WEIGHTS
+        and type(weights.get("bias")) in PLAIN_WEIGHTS
     )
-    plain_weights = all(type(p) in PLAIN_WEIGHTS for p in module._parameters.values())
-    return type(module) in kinds and "forward" not in module.__dict__ and not hooks and plain_weights
 
 
-class _ResidualMLP(nn.Module):
-    """The common part of the three mixings: x + drop_path(fc2(gelu(fc1(norm(x))))).
+class _Mixing(nn.Module):
+    """The common part of the mixings: x + drop_path(mlp(norm(x))), an MLP along an axis of the map.
 
-    Where the layers inside are plain ones, a call is the operator ``raftmlp.model.ops.mixing``. Otherwise (hooks,
-    adapters, quantised layers, stochastic depth) they are called one by one, as in exported graphs and TorchScript.
-
-    ``order`` describes the vectors that the MLP maps: for token mixing, the axes of (B, H, W, r, C / r), with the raft
-    size r, in the order 0, the two along which a vector runs, and the other two; empty for channel mixing.
+    Args:
+        dim: Channels C.
+        features: Inputs of the MLP.
+        axis: "height", "width", "both" (height and width together) or "channels".
+        raft_size: Number r of channel groups.
+        mlp_ratio: Hidden units per input of the MLP.
+        drop_path: Rate of stochastic depth.
     """
 
     raft_size: int
-    order: list[int]
+    axis: str
 
-    def __init__(self, dim: int, features: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self, dim: int, features: int, axis: str, raft_size: int, mlp_ratio: float, drop_path: float, device, dtype
+    ):
         super().__init__()
-        check_weight("img_size, embed_dims, token_mlp_ratio and mlp_ratio", features, features * mlp_ratio)
         hidden = int(features * mlp_ratio)
         if hidden < 1:
             raise ValueError(f"an mlp_ratio of {mlp_ratio} leaves {features} features no hidden unit")
+        self.axis = axis
+        self.raft_size = raft_size
         self.mlp_ratio = mlp_ratio
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.fc1 = nn.Linear(features, hidden, device=device, dtype=dtype)
@@ -201,55 +193,47 @@ class _ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x of shape (B, H, W, C), whose mixed axes have the trained lengths: returns the same shape."""
         if not torch.jit.is_scripting():
-            if self._is_one_operator(x):
-                return self._mix(x)
-        return add_mixed(x, self.drop_path(self.mlp(self.norm(x))))
-
-    @torch.jit.unused
-    def _is_one_operator(self, x: Tensor) -> bool:
-        drops = isinstance(self.drop_path, DropPath) and self.drop_path.training
-        return (
-            type(x) is Tensor
-            and not _is_exporting()
-            and not drops
-            and _is_plain(self.norm, nn.LayerNorm)
-            and _is_plain(self.fc1, nn.Linear)
-            and _is_plain(self.fc2, nn.Linear)
-            and _is_plain(self.drop_path, nn.Identity, DropPath)
-        )
-
-    def _weights(self) -> list[Tensor | None]:
-        return [p for layer in (self.norm, self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
-
-    @torch.jit.unused
-    def _mix(self, x: Tensor) -> Tensor:
-        vectors = x if self.order else x.flatten(0, 2)
-        return mixing(vectors, *self._weights(), self.norm.eps, self.raft_size, self.order).view(x.shape)
-
-
-class _TokenMixing(_ResidualMLP):
-    """The common part of both token mixings."""
+            if ops.may_be_fused(x, self.mlp_ratio):
+                fused = self._fused(x)
+                if fused is not None:
+                    return fused
+        y = self.drop_path(self.mlp(self.norm(x)))
+        if self.axis == "height" or self.axis == "width":  # B H W r C/r
+            return (x.reshape(y.shape) + y).flatten(3)
+        return x + y
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP of x, (B, H, W, C), as (B, H, W, r, C / r)."""
+        """Return the MLP of x, (B, H, W, C), in the same shape, or as (B, H, W, r, C / r) in raft-token mixing."""
+        if self.axis == "channels":
+            return self.fc2(F.gelu(self.fc1(x)))
         if self._has_plain_linears():
-            return token_mlp(
-                x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.raft_size, self.order
-            )
-        vectors = gather_vectors(x, self.raft_size, self.order)  # B F1 F2 N1 N2
-        rows = vectors.flatten(1, 2).flatten(2).transpose(1, 2)  # adapters and quantised layers take rows
-        columns = self.fc2(F.gelu(self.fc1(rows))).transpose(1, 2)
-        return scatter_vectors(columns.reshape(vectors.shape), self.order)
+            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return ops.token_mlp(x, *weights, self.raft_size, self.axis)
+        H, W = x.shape[1], x.shape[2]
+        rows = ops.vectors_to_matrix(x, self.raft_size, self.axis).transpose(1, 2)  # what adapters take
+        rows = self.fc2(F.gelu(self.fc1(rows)))
+        return ops.vectors_to_map(rows.transpose(1, 2), H, W, self.raft_size, self.axis)
 
     def _has_plain_linears(self) -> bool:
         if not torch.jit.is_scripting():
             return _is_plain(self.fc1, nn.Linear) and _is_plain(self.fc2, nn.Linear)
         return True
 
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """Return the mixing by a kernel for inference, or None where the layers inside are to be called."""
+        norm, fc1, fc2, drop = self.norm, self.fc1, self.fc2, self.drop_path
+        if not (_is_plain(norm, nn.LayerNorm) and _is_plain(fc1, nn.Linear) and _is_plain(fc2, nn.Linear)):
+            return None
+        if not _is_plain(drop, nn.Identity, DropPath) or (drop.training and type(drop) is DropPath):
+            return None
+        weights = [p for layer in (norm, fc1, fc2) for p in (layer.weight, layer.bias)]
+        return ops.fused(x, weights, norm.eps, self.raft_size, self.axis)
+
 
 @register_notrace_module
-class RaftTokenMixing(_TokenMixing):
-    """Raft-token mixing along one axis, residual included: x + drop_path(MLP(LN(x))).
+class RaftTokenMixing(_Mixing):
+    """Raft-token mixing along one axis, residual included.
 
     Channels are split into raft_size groups of consecutive ones, channel = g * (C / raft_size) + o. For every o and
     every column (every row, if horizontal) the groups' values along it are one vector, indexed g * length + position,
@@ -282,19 +266,12 @@ class RaftTokenMixing(_TokenMixing):
     ):
         if raft_size < 1 or dim % raft_size:
             raise ValueError(f"raft_size {raft_size} must be a positive divisor of the stage's width {dim}")
-        super().__init__(dim, raft_size * length, mlp_ratio, drop_path, device, dtype)
-        self.raft_size = raft_size
-        self.horizontal = horizontal
-        self.order = [0, 3, 2, 1, 4] if horizontal else [0, 3, 1, 2, 4]  # B (g x) (y o) or B (g y) (x o)
-
-    @torch.jit.ignore
-    def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Return the length of a grid along which this layer mixes."""
-        return grid[1:] if self.horizontal else grid[:1]
+        axis = "width" if horizontal else "height"
+        super().__init__(dim, raft_size * length, axis, raft_size, mlp_ratio, drop_path, device, dtype)
 
 
 @register_notrace_module
-class TokenMixing(_TokenMixing):
+class TokenMixing(_Mixing):
     """Plain token mixing of MLP-Mixer, residual included: one MLP over all positions of a channel, row-major.
 
     Source: the baseline of RaftMLP's release; MLP-Mixer, arXiv 2105.01601.
@@ -315,19 +292,12 @@ class TokenMixing(_TokenMixing):
         device=None,
         dtype=None,
     ):
-        super().__init__(dim, grid[0] * grid[1], mlp_ratio, drop_path, device, dtype)
-        self.raft_size = 1
-        self.order = [0, 1, 2, 4, 3]  # B (y x) C
-
-    @torch.jit.ignore
-    def mixed_axes(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Return the lengths of a grid along which this layer mixes: both."""
-        return grid
+        super().__init__(dim, grid[0] * grid[1], "both", 1, mlp_ratio, drop_path, device, dtype)
 
 
 @register_notrace_module
-class ChannelMixing(_ResidualMLP):
-    """Channel mixing, residual included: an MLP over the channels of every position.
+class ChannelMixing(_Mixing):
+    """Channel mixing, residual included: an MLP over the channels of every position, for maps of any size.
 
     Args:
         dim: Channels C.
@@ -336,13 +306,7 @@ class ChannelMixing(_ResidualMLP):
     """
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
-        super().__init__(dim, dim, mlp_ratio, drop_path, device, dtype)
-        self.raft_size = 1
-        self.order = []
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP of x, (B, H, W, C) with any H and W, in the same shape."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        super().__init__(dim, dim, "channels", 1, mlp_ratio, drop_path, device, dtype)
 
 
 class RaftMLPBlock(nn.Module):
@@ -359,7 +323,7 @@ class RaftMLPBlock(nn.Module):
         token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
         mlp_ratio: Hidden units per channel of the channel-mixing MLP.
         drop_path: Rate of stochastic depth, for each of the mixings.
-        resizing: The rule for maps of another size, one of ``raftmlp.resize.RESIZINGS``.
+        resizing: The rule for maps of another size, one of ``raftmlp.model.resize.RESIZINGS``.
     """
 
     def __init__(
@@ -371,14 +335,14 @@ class RaftMLPBlock(nn.Module):
         token_mlp_ratio: float = 2.0,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
-        resizing: str = "map",
+        resizing: str = "full",
         device=None,
         dtype=None,
     ):
         super().__init__()
         kwargs = dict(drop_path=drop_path, device=device, dtype=dtype)
         self.grid = grid
-        self.resizing = resizing
+        self.resizing = choice("resizing", current_names(dict(resizing=resizing))["resizing"], RESIZINGS)
         if token_mixing == "raft":
             tokens = OrderedDict(
                 vertical=RaftTokenMixing(dim, grid[0], raft_size, False, token_mlp_ratio, **kwargs),

@@ -5,7 +5,9 @@ Paper: RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Loc
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +15,17 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import resolve_cfg
 from ..errors import UserError
 from . import arguments
-from .conversion import adapt_state_dict, checkpoint_filter_fn, resample_grid
+from .conversion import adapt_on_load, checkpoint_filter_fn, resample_grid
 from .layers import RaftMLPStage, embedded_size, to_nhwc
-from .resize import RESIZINGS
 
 __all__ = ["RaftMLP"]  # register_model adds the entry points
-
-GLOBAL_POOLS = ("", "avg", "max", "avgmax", "catavgmax")
-
 torch.fx.wrap("to_nhwc")  # a leaf for every tracer: it looks at sizes
 
 
@@ -54,8 +52,8 @@ class RaftMLP(nn.Module):
         raft_size: Channel groups in raft-token mixing, one number or one a stage.
         token_mlp_ratio: Hidden units per input of the token-mixing MLPs.
         mlp_ratio: Hidden units per channel of the channel-mixing MLPs.
-        resizing: What a block does with a map of another size than its trained grid: "map" resizes the whole map to
-            the grid, mixes, and resizes it back, which is the paper's rule; "update" resizes only what token mixing
+        resizing: What a block does with a map of another size than its trained grid: "full" resizes the whole map to
+            the grid, mixes, and resizes it back, which is the paper's rule; "residual" resizes only what token mixing
             adds to the map, so that its detail stays. At the grid's size both are the same.
         drop_rate: Rate of dropout before the classifier.
         drop_path_rate: Rate of stochastic depth, the same for every block.
@@ -81,7 +79,7 @@ class RaftMLP(nn.Module):
         raft_size: int | Sequence[int] = 2,
         token_mlp_ratio: float = 2.0,
         mlp_ratio: float = 4.0,
-        resizing: str = "map",
+        resizing: str = "full",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -89,48 +87,34 @@ class RaftMLP(nn.Module):
     ):
         super().__init__()
         per_stage = arguments.per_stage(embed_dims, depths, patch_sizes, patch_kernels, raft_size)
-        arguments.check_device(device)
-        arguments.check_dtype(dtype)
-
-        self.in_chans = arguments.whole("in_chans", in_chans)
-        self.img_size = arguments.image_size("img_size", img_size)
-        self.num_features = self.head_hidden_size = per_stage["embed_dims"][-1]
+        self.in_chans = operator.index(in_chans)
+        self.img_size = arguments.image_size(img_size)
 
         block_kwargs = dict(
             token_mixing=arguments.choice("token_mixing", token_mixing, ("raft", "plain")),
-            token_mlp_ratio=arguments.ratio("token_mlp_ratio", token_mlp_ratio),
-            mlp_ratio=arguments.ratio("mlp_ratio", mlp_ratio),
-            resizing=arguments.choice("resizing", resizing, RESIZINGS),
-            drop_path=arguments.rate("drop_path_rate", drop_path_rate),
+            token_mlp_ratio=float(token_mlp_ratio),
+            mlp_ratio=float(mlp_ratio),
+            resizing=resizing,
+            drop_path=arguments.share("drop_path_rate", drop_path_rate),
             device=device,
             dtype=dtype,
         )
         self.stages = nn.ModuleList()
         self.feature_info: list[dict[str, Any]] = []
         channels, grid, reduction = self.in_chans, self.img_size, 1
-        for i, (dim, depth, stride, kernels, raft) in enumerate(zip(*per_stage.values())):
+        for i, (dim, depth, stride, kernels, raft) in enumerate(per_stage):
             grid, reduction = embedded_size(grid, stride), reduction * stride
-            self.stages.append(
-                RaftMLPStage(channels, dim, depth, stride, kernels, grid, raft_size=raft, **block_kwargs)
-            )
+            stage = RaftMLPStage(channels, dim, depth, stride, kernels, grid, raft_size=raft, **block_kwargs)
+            self.stages.append(stage)
             channels = dim
-            self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=reduction))
-        if len(self.stages) == 1:  # a network of one resolution has features after every block
-            self.feature_info = [dict(self.feature_info[0], module=f"stages.0.blocks.{j}") for j in range(depth)]
+            # a network of one resolution has features after every block
+            names = [f"stages.{i}"] if len(per_stage) > 1 else [f"stages.0.blocks.{j}" for j in range(depth)]
+            self.feature_info += [dict(module=name, num_chs=dim, reduction=reduction) for name in names]
+        self.num_features = self.head_hidden_size = channels
         self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
-        self.head_drop = nn.Dropout(arguments.rate("drop_rate", drop_rate))
-        self._build_head(num_classes, global_pool, device, dtype)
-        self.register_load_state_dict_pre_hook(_adapt_on_load)
-
-    def _build_head(self, num_classes: int, global_pool: str, device=None, dtype=None) -> None:
-        num_classes = arguments.whole("num_classes", num_classes, least=0)
-        global_pool = arguments.choice("global_pool", global_pool, GLOBAL_POOLS)
-        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        features = self.num_features * pool.feat_mult()
-        arguments.check_weight("num_classes and embed_dims", num_classes, features)
-        head = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
-        self.num_classes, self.global_pool, self.head = num_classes, pool, head
-        self.dense_head = not global_pool  # without pooling every position gets its logits
+        self.head_drop = nn.Dropout(arguments.share("drop_rate", drop_rate))
+        self.reset_classifier(num_classes, global_pool)
+        self.register_load_state_dict_pre_hook(adapt_on_load)
 
     def grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the stages' grids, height and width in positions, for an image size in pixels."""
@@ -144,9 +128,9 @@ class RaftMLP(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make the trained grid that of another image size in pixels, resampling the token-mixing weights.
 
-        Parameters are replaced: call it before an optimiser is built.
+        Parameters are replaced: call it before an optimizer is built.
         """
-        img_size = arguments.image_size("img_size", img_size)
+        img_size = arguments.image_size(img_size)
         old = self.state_dict()
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be trained later on
             new = resample_grid(old, self, self.img_size, img_size)
@@ -161,9 +145,8 @@ class RaftMLP(nn.Module):
                 setattr(linear, kind, nn.Parameter(new[key], requires_grad=requires_grad))
                 linear.out_features, linear.in_features = linear.weight.shape
         self.img_size = img_size
-        # timm's record of how the model was made, which its hub export reads
-        self._traits = dict(getattr(self, "_traits", {}), img_size=img_size)
-        self._model_args = dict(getattr(self, "_model_args", {}), img_size=img_size)
+        for record in ("_traits", "_model_args"):  # timm's, of how the model was made: its hub export reads them
+            setattr(self, record, dict(getattr(self, record, {}), img_size=img_size))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -176,12 +159,8 @@ class RaftMLP(nn.Module):
 
         An embedding behind the first stage goes with its stage's first block.
         """
-        return dict(
-            stem=r"^stages\.0\.embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))],
-        )
+        blocks = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stages\.0\.embed", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -196,16 +175,17 @@ class RaftMLP(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling.
-
-        Nothing changes where an argument is not allowed.
-        """
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        """Replace the classifier by a fresh one; arguments as in the constructor, None keeps the pooling."""
+        if not arguments.is_whole(num_classes, 0):
+            raise UserError(f"num_classes {num_classes!r} must be a whole number, 0 or more")
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
+        sizes = self.num_features * pool.feat_mult(), int(num_classes)
         with torch.inference_mode(False):  # as in set_input_size
-            self._build_head(num_classes, pool, weight.device, weight.dtype)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
+            head = nn.Linear(*sizes, device=weight.device, dtype=weight.dtype) if num_classes else nn.Identity()
+        self.num_classes, self.global_pool, self.head = sizes[1], pool.train(self.training), head.train(self.training)
+        self.dense_head = not pool_type  # without pooling every position gets its logits
 
     def forward_intermediates(
         self,
@@ -227,7 +207,7 @@ class RaftMLP(nn.Module):
             stop_early: Stop after the last map asked for.
             output_fmt: "NCHW" or "NHWC", of the maps.
             intermediates_only: Return the maps alone.
-            with_embed: Put one more map first, the output of the first patch embedding, never normalised.
+            with_embed: Put one more map first, the output of the first patch embedding, never normalized.
 
         Returns:
             The maps, contiguous; before them, unless intermediates_only, the result of ``forward_features``.
@@ -236,52 +216,54 @@ class RaftMLP(nn.Module):
             ValueError: If an index is out of range, or the format unknown.
         """
         arguments.choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        single = len(self.stages) == 1
-        layers: Sequence[nn.Module] = self.stages[0].blocks if single else self.stages
-        taken, last = arguments.feature_indices(len(layers), indices)
+        layers = self._feature_layers()
+        taken, last = feature_take_indices(len(layers), indices)
+        has_norm = [info["module"].startswith(f"stages.{len(self.stages) - 1}") for info in self.feature_info]
         x = embedded = self.stages[0].embed(to_nhwc(x, self.in_chans))
         maps: dict[int, Tensor] = {}
         for i, layer in enumerate(layers[: last + 1] if stop_early else layers):
-            if single and self.stages[0].grad_checkpointing:
-                x = checkpoint(layer, x, use_reentrant=False)
-            elif i == 0 and not single:
-                x = layer.mix(x)
-            else:
-                x = layer(x)
+            x = layer(x)
             if i in taken:
-                maps[i] = self.norm(x) if norm and (single or i == len(layers) - 1) else x
+                maps[i] = self.norm(x) if norm and has_norm[i] else x
         intermediates = [embedded] * with_embed + [maps[i] for i in taken]
         if output_fmt == "NCHW":
             intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
         if intermediates_only:
             return intermediates
-        if single or i == len(layers) - 1:  # not so where it stopped early
+        if has_norm[i]:  # not so where it stopped early
             x = self.norm(x)
         return x.permute(0, 3, 1, 2), intermediates
+
+    def _feature_layers(self) -> list[Callable[[Tensor], Tensor]]:
+        """Return what makes each feature map of the one before it; of the first embedding's output, the first one."""
+        first, *others = self.stages
+        if others:
+            return [first.mix, *others]
+        if first.grad_checkpointing:
+            return [partial(checkpoint, block, use_reentrant=False) for block in first.blocks]
+        return list(first.blocks)
 
     @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the feature maps of the given indices do not need; returns the indices, none negative."""
-        single = len(self.stages) == 1
-        layers = self.stages[0].blocks if single else self.stages
-        taken, last = arguments.feature_indices(len(layers), indices)
-        pruned = last < len(layers) - 1
-        if single:
-            self.stages[0].blocks = layers[: last + 1]
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        pruned, has_stages = last + 1 < len(self.feature_info), len(self.stages) > 1
+        if has_stages:
+            self.stages = self.stages[: last + 1]
         else:
-            self.stages = layers[: last + 1]
-        if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or (pruned and not single):
+            self.stages[0].blocks = self.stages[0].blocks[: last + 1]
+        self.feature_info = self.feature_info[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or (pruned and has_stages):  # it was made for the last stage
             self.norm = nn.Identity()
         if prune_head or pruned:
             self.reset_classifier(0, "")
         return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map of the last stage, (B, num_features, H', W'), for images (B, in_chans, H, W)."""
+        """Return the normalized map of the last stage, (B, num_features, H', W'), for images (B, in_chans, H, W)."""
         x = to_nhwc(x, self.in_chans)
         for stage in self.stages:
             x = stage(x)
@@ -305,13 +287,6 @@ class RaftMLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _adapt_on_load(model: RaftMLP, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-    """Convert a checkpoint's weights in place before they are loaded, for a model at any prefix."""
-    weights = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    weights = adapt_state_dict({key.removeprefix(prefix): value for key, value in weights.items()}, model)
-    state_dict.update({prefix + key: value for key, value in weights.items()})
-
-
 class FeatureDict(FeatureGetterNet):
     """timm's wrapper for feature maps, NCHW, as a dict: each under its index, "0", "1", ..."""
 
@@ -320,8 +295,8 @@ class FeatureDict(FeatureGetterNet):
         return dict(zip(map(str, self.out_indices), super().forward(x)))
 
 
-# what timm's wrappers are here: its "list" and "dict" call a model's children in turn, which "getter" does not need
-FEATURE_CLASSES = {"getter": "getter", "list": "getter", "dict": FeatureDict, "hook": "hook", "fx": "fx"}
+# timm's "list" and "dict" call a model's children in turn, which its "getter" does not need
+FEATURE_CLASSES = {"list": "getter", "dict": FeatureDict}
 
 
 def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> RaftMLP:
@@ -329,39 +304,24 @@ def _create_raftmlp(variant: str, pretrained: bool, model_args: dict[str, Any], 
     asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg, described = resolve_cfg(variant, pretrained, *asked)
     kwargs = {"img_size": tuple(cfg.input_size[-2:]), **RAFTMLP_S, **model_args, **described, **kwargs}
-    stages, depths, strides = (
-        arguments.whole_numbers(name, kwargs[name]) for name in ("embed_dims", "depths", "patch_sizes")
-    )
+    strides, depths = kwargs["patch_sizes"], kwargs["depths"]
     if (output_stride := kwargs.pop("output_stride", None)) not in (None, math.prod(strides)):
         raise UserError(
             f"output_stride {output_stride} must be {math.prod(strides)}, the product of patch_sizes {strides}: stages "
             f"are not dilated; for another stride give other patch_sizes, and patch_kernels that fit them"
         )
-    single = len(stages) == 1
-    num_maps = depths[0] if single else len(stages)
-    maps = min(3, num_maps) if single else tuple(range(num_maps))
-    feature_cfg = dict(out_indices=maps, feature_cls="getter")
-    if isinstance(kwargs.get("feature_cls"), str):
-        kwargs["feature_cls"] = FEATURE_CLASSES[
-            arguments.choice("feature_cls", kwargs["feature_cls"], tuple(FEATURE_CLASSES))
-        ]
-    if kwargs.get("feature_cls", "getter") != "getter":
-        if kwargs["feature_cls"] is not FeatureDict:  # timm's other wrappers return the NHWC maps
+    maps = range(len(depths)) if len(depths) > 1 else range(depths[0])[-3:]  # of all stages, or of three blocks
+    feature_cfg = dict(out_indices=tuple(maps), feature_cls="getter")
+    if "feature_cls" in kwargs:
+        feature_cls = kwargs["feature_cls"]
+        kwargs["feature_cls"] = FEATURE_CLASSES.get(feature_cls, feature_cls)
+        indices = kwargs.get("out_indices", maps)
+        if kwargs["feature_cls"] != "getter" and not isinstance(indices, int) and list(indices) != sorted(set(indices)):
+            raise UserError(f"out_indices {indices} must rise: only feature_cls='getter' and 'list' keep an order")
+        if feature_cls in ("hook", "fx"):  # these return the maps that are inside, NHWC
             feature_cfg["output_fmt"] = "NHWC"
-        taken, _ = arguments.feature_indices(num_maps, kwargs.get("out_indices", maps))
-        if taken != sorted(set(taken)):
-            raise UserError(
-                f"out_indices {kwargs['out_indices']} must rise: only feature_cls='getter' and 'list' keep an order"
-            )
-    return build_model_with_cfg(
-        RaftMLP,
-        variant,
-        pretrained,
-        pretrained_cfg=cfg.to_dict(),
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    how = dict(pretrained_cfg=cfg.to_dict(), pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg)
+    return build_model_with_cfg(RaftMLP, variant, pretrained, **how, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -383,23 +343,20 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _single_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(**{"pool_size": (14, 14), "first_conv": "stages.0.embed.convs.0", **kwargs})
-
-
+ONE_STAGE = dict(pool_size=(14, 14), first_conv="stages.0.embed.convs.0")
 default_cfgs = generate_default_cfgs({
     "raftmlp_s": _cfg(),
     "raftmlp_m": _cfg(),
     "raftmlp_l": _cfg(),
     "raftmlp_m_ss": _cfg(first_conv="stages.0.embed.convs.0"),
-    "raftmlp_12_r1": _single_cfg(),
-    "raftmlp_12_r2": _single_cfg(),
-    "raftmlp_12_r4": _single_cfg(),
+    "raftmlp_12_r1": _cfg(**ONE_STAGE),
+    "raftmlp_12_r2": _cfg(**ONE_STAGE),
+    "raftmlp_12_r4": _cfg(**ONE_STAGE),
     "raftmlp_12_r2_ms": _cfg(pool_size=(14, 14)),
-    "raftmlp_36_r2": _single_cfg(),
-    "raftmlp_mixer_b16": _single_cfg(),
+    "raftmlp_36_r2": _cfg(**ONE_STAGE),
+    "raftmlp_mixer_b16": _cfg(**ONE_STAGE),
     "raftmlp_cifar": _cfg(pool_size=(56, 56), first_conv=tuple(f"stages.0.embed.convs.{k}" for k in range(3))),
-    "raftmlp_mixer_cifar": _single_cfg(pool_size=(56, 56)),
+    "raftmlp_mixer_cifar": _cfg(pool_size=(56, 56), first_conv="stages.0.embed.convs.0"),
     "raftmlp_digits.sklearn": _cfg(
         file="raftmlp_digits.sklearn.safetensors", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1),
         crop_pct=1.0, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD,
@@ -408,13 +365,7 @@ default_cfgs = generate_default_cfgs({
 })  # fmt: skip
 
 
-RAFTMLP_S = dict(
-    embed_dims=(64, 128, 256, 512),
-    depths=(2, 2, 6, 2),
-    patch_sizes=(4, 2, 2, 2),
-    patch_kernels=((4, 8), (2, 4), (2, 4), (2,)),
-    raft_size=2,
-)
+RAFTMLP_S = dict(depths=(2, 2, 6, 2), patch_sizes=(4, 2, 2, 2))  # what _create_raftmlp asks for
 RAFTMLP_12 = dict(embed_dims=(768,), depths=(12,), patch_sizes=(16,), patch_kernels=None)  # of one resolution
 
 

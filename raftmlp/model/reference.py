@@ -44,7 +44,7 @@ def patch_embed(x: Tensor, embed: MultiScalePatchEmbed) -> Tensor:
 def raft_token_mixing(x: Tensor, layer: RaftTokenMixing) -> Tensor:
     """Mix x, (B, C, H, W), along its height or its width."""
     y = layer_norm(x, layer.norm).unflatten(1, (layer.raft_size, -1))  # B g o H W
-    order = (0, 2, 3, 1, 4) if layer.horizontal else (0, 2, 4, 1, 3)  # B o H (g W) or B o W (g H)
+    order = (0, 2, 3, 1, 4) if layer.axis == "width" else (0, 2, 4, 1, 3)  # B o H (g W) or B o W (g H)
     y = y.permute(order)
     y = mlp(y.flatten(3), layer).reshape(y.shape)
     return x + y.permute([order.index(axis) for axis in range(5)]).flatten(1, 2)
@@ -71,7 +71,7 @@ def mix_tokens(x: Tensor, module: RaftMLPBlock) -> Tensor:
 def block(x: Tensor, module: RaftMLPBlock) -> Tensor:
     """Map x, (B, C, H, W), to the same shape; token mixing runs on the trained grid."""
     size, grid = x.shape[2:], module.grid
-    if module.resizing == "map" or tuple(size) == tuple(grid):
+    if module.resizing == "full" or tuple(size) == tuple(grid):
         x = resize(mix_tokens(resize(x, grid), module), size)
     else:
         small = resize(x, grid)
@@ -80,7 +80,7 @@ def block(x: Tensor, module: RaftMLPBlock) -> Tensor:
 
 
 def features(x: Tensor, model: RaftMLP) -> Tensor:
-    """Map images, (B, in_chans, H, W), to the normalised map of the last stage, (B, C, H', W')."""
+    """Map images, (B, in_chans, H, W), to the normalized map of the last stage, (B, C, H', W')."""
     for stage in model.stages:
         x = patch_embed(x, stage.embed)
         for module in stage.blocks:

@@ -13,7 +13,7 @@ from torch.fx.experimental import symbolic_shapes
 
 __all__ = ["RESIZINGS", "bicubic_matrix", "from_trained_grid", "resize_bicubic"]
 
-RESIZINGS = ("map", "update")  # rules for maps of another size than the trained grid
+RESIZINGS = ("full", "residual")  # rules for maps of another size than the trained grid
 BAND = 64  # outputs that a large resizing computes at a time
 
 
@@ -76,12 +76,6 @@ def _matrix(x: Tensor, size_in: int, size_out: int) -> Tensor:
     return _cached_bicubic_matrix(size_in, size_out, dtype, x.device)
 
 
-# torch 2.6 cannot trace the question, which came with guard_or_false; it gets a graph for every answer
-_known_true = (
-    symbolic_shapes.statically_known_true if hasattr(symbolic_shapes, "guard_or_false") else lambda answer: answer
-)
-
-
 def same_length(size: int, other: int) -> bool:
     """Return whether two lengths are known to be the same.
 
@@ -92,7 +86,7 @@ def same_length(size: int, other: int) -> bool:
         return size == other
     if torch.jit.is_tracing():  # sizes are tensors there
         return bool(size == other)
-    return _known_true(size == other)
+    return symbolic_shapes.statically_known_true(size == other)
 
 
 def _plain_sizes(x: Tensor) -> bool:
@@ -205,6 +199,6 @@ def from_trained_grid(x: Tensor, before: Tensor, after: Tensor, resizing: str) -
         Maps of x's shape.
     """
     H, W = x.shape[1], x.shape[2]
-    if resizing == "map" or (same_length(before.shape[1], H) and same_length(before.shape[2], W)):
+    if resizing == "full" or (same_length(before.shape[1], H) and same_length(before.shape[2], W)):
         return resize_bicubic(after, H, W)
     return x + resize_bicubic(after - before, H, W)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["SHARED_MEMORY", "mix", "takes"]
+__all__ = ["SHARED_MEMORY", "is_supported", "mix"]
 
 TILE = 2**14  # numbers that a program may hold: two of them in float32 fill half of a multiprocessor's registers
 UNITS = 32  # hidden units at a time
@@ -65,11 +65,11 @@ def _mix_channels(
     offsets = row * CHANNELS + channel[None, :]
     values = tl.load(x + offsets, inside, 0.0).to(tl.float32)
     mean = tl.sum(values, 1) / CHANNELS
-    centred = tl.where(exists[None, :], values - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / CHANNELS + eps)
+    centered = tl.where(exists[None, :], values - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(centered * centered, 1) / CHANNELS + eps)
     scale = tl.load(norm_weight + channel, exists, 0.0).to(tl.float32)
     shift = tl.load(norm_bias + channel, exists, 0.0).to(tl.float32)
-    vectors = (centred * inverse[:, None] * scale[None, :] + shift[None, :]).to(weight1.dtype.element_ty)
+    vectors = (centered * inverse[:, None] * scale[None, :] + shift[None, :]).to(weight1.dtype.element_ty)
     mixed = _mlp(vectors, weight1, bias1, weight2, bias2, channel, exists, CHANNELS, hidden, UNITS)
     tl.store(out + offsets, (tl.load(x + offsets, inside, 0.0) + mixed).to(out.dtype.element_ty), inside)
 
@@ -94,12 +94,12 @@ def _mix_tokens(
     values = tl.load(x + offsets, inside, 0.0).to(tl.float32)  # lines, channels of a group, groups, positions
     count = GROUPS * GROUP
     mean = tl.sum(tl.sum(values, 2), 1) / count  # lines, positions
-    centred = tl.where(inside, values - mean[:, None, None, :], 0.0)
-    inverse = tl.rsqrt(tl.sum(tl.sum(centred * centred, 2), 1) / count + eps)
+    centered = tl.where(inside, values - mean[:, None, None, :], 0.0)
+    inverse = tl.rsqrt(tl.sum(tl.sum(centered * centered, 2), 1) / count + eps)
     scale = tl.load(norm_weight + channel, within < GROUP, 0.0).to(tl.float32)
     shift = tl.load(norm_bias + channel, within < GROUP, 0.0).to(tl.float32)
-    normalised = tl.where(inside, centred * inverse[:, None, None, :] * scale + shift, 0.0)
-    vectors = tl.reshape(normalised.to(weight1.dtype.element_ty), (LINES * WIDTH, GROUPS * POSITIONS))
+    normalized = tl.where(inside, centered * inverse[:, None, None, :] * scale + shift, 0.0)
+    vectors = tl.reshape(normalized.to(weight1.dtype.element_ty), (LINES * WIDTH, GROUPS * POSITIONS))
     column = tl.arange(0, GROUPS * POSITIONS)
     feature = column // POSITIONS * LENGTH + column % POSITIONS
     exists = column % POSITIONS < LENGTH
@@ -124,20 +124,20 @@ def _channel_options(channels: int) -> dict[str, int]:
     return dict(ROWS=rows, WIDTH=width, UNITS=UNITS, num_warps=warps, num_stages=3)
 
 
-def takes(weight1: Tensor, channels: int, raft_size: int, order: list[int]) -> bool:
-    """Return whether the kernels take a mixing: by its raft size, and a block's numbers, which stay on the chip.
+def is_supported(features: int, channels: int, raft_size: int, axis: str) -> bool:
+    """Return whether there is a kernel for a mixing: by its raft size, and a block's numbers, which stay on the chip.
 
     Args:
-        weight1: Weight of the first Linear.
+        features: Inputs of the first Linear.
         channels: Channels C.
         raft_size: Number r of channel groups.
-        order: As in ``raftmlp.model.ops.token_mlp``; empty for channel mixing.
+        axis: As in ``raftmlp.model.ops.fused``.
     """
-    if not order:
+    if axis == "channels":
         return triton.next_power_of_2(channels) <= 256
-    sizes = _token_options(weight1.shape[1] // raft_size, raft_size, channels // raft_size)
+    sizes = _token_options(features // raft_size, raft_size, channels // raft_size)
     is_power = raft_size & (raft_size - 1) == 0
-    return is_power and order[1] == 3 and raft_size * sizes["POSITIONS"] * sizes["LINES"] * sizes["WIDTH"] <= TILE
+    return is_power and axis != "both" and raft_size * sizes["POSITIONS"] * sizes["LINES"] * sizes["WIDTH"] <= TILE
 
 
 def mix(
@@ -150,31 +150,30 @@ def mix(
     bias2: Tensor,
     eps: float,
     raft_size: int,
-    order: list[int],
+    axis: str,
 ) -> Tensor:
-    """Return x + MLP(LN(x)) for contiguous tensors, x of shape (B, H, W, C), or (N, C) in channel mixing.
+    """Return x + MLP(LN(x)) for contiguous tensors, x of shape (B, H, W, C).
 
-    Args are those of ``raftmlp.model.ops.mixing``; x and the weights of the products are of one type, with 16 bits.
+    Args are those of ``raftmlp.model.ops.fused``; x and the weights of the products are of one type, with 16 bits.
     """
     out = torch.empty_like(x)
     parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
-    hidden, channels = len(weight1), x.shape[-1]
+    hidden, (B, H, W, channels) = len(weight1), x.shape
     if not x.numel():
         return out
     with torch.cuda.device_of(x):
-        if not order:
-            options = _channel_options(channels)
-            _mix_channels[(triton.cdiv(len(x), options["ROWS"]),)](
-                x, out, *parameters, eps, len(x), hidden, CHANNELS=channels, **options
+        if axis == "channels":
+            rows, options = B * H * W, _channel_options(channels)
+            _mix_channels[(triton.cdiv(rows, options["ROWS"]),)](
+                x, out, *parameters, eps, rows, hidden, CHANNELS=channels, **options
             )
             return out
-        B, H, W, _ = x.shape
-        strides = (W * channels, channels)  # of the rows and columns of a map
-        mixed, other = (1, 0) if order[2] == 2 else (0, 1)  # axes of (H, W): along the vectors, and across them
-        length, lines, group = (H, W)[mixed], (H, W)[other], channels // raft_size
+        down, across = (H, W * channels), (W, channels)  # lengths and strides of the axes of a map
+        (length, stride), (lines, line_stride) = (down, across) if axis == "height" else (across, down)
+        group = channels // raft_size
         options = _token_options(length, raft_size, group)
         _mix_tokens[(B * triton.cdiv(lines, options["LINES"]),)](
-            x, out, *parameters, eps, lines, hidden, H * W * channels, strides[mixed], strides[other],
+            x, out, *parameters, eps, lines, hidden, H * W * channels, stride, line_stride,
             LENGTH=length, GROUPS=raft_size, GROUP=group, **options
         )  # fmt: skip
     return out

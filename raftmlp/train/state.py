@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..model.arguments import current_names
 from .settings import TrainSettings
 
 __all__ = ["DivergedError", "TrainState", "changed_options", "reason_not_to_resume"]
@@ -124,7 +125,9 @@ def reason_not_to_resume(
     if "optimizer" not in checkpoint:
         return "holds weights only: --checkpoint starts a new run from them"
     new_run = "(--checkpoint starts a new run from its weights)"
-    before = checkpoint.get("options", {})
+    before = dict(checkpoint.get("options", {}))
+    if "model_kwargs" in before:
+        before["model_kwargs"] = current_names(before["model_kwargs"])
     for key in STRUCTURAL:
         if key in before and before[key] != recipe[key]:
             return f"is of a run with {_option(key, before[key])}, not {_shown(recipe[key])} {new_run}"
