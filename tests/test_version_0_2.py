@@ -6,13 +6,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import raftmlp_onnx
 import torch
 
 from helpers import ROOT
 from raftmlp.cli import export, train, validate
 from raftmlp.config import ModelSettings
 from raftmlp.data import Digits
+from raftmlp.export.onnx_client import Classifier
 from raftmlp.model.create import create_model
 
 
@@ -49,7 +49,7 @@ def test_a_run_is_resumed(old, run_command):
 
 
 def test_an_onnx_file_gives_the_models_answers(old):
-    classifier = raftmlp_onnx.Classifier("tiny.onnx")
+    classifier = Classifier("tiny.onnx")
     images = torch.stack([torch.from_numpy(classifier.prepare(Digits("validation")[i][0])) for i in range(4)])
     model = create_model(ModelSettings(checkpoint="run/model_best.pth.tar")).eval()
     with torch.inference_mode():

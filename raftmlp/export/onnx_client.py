@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.description import MAX_CLASSES, PRETRAINED_CFG, check_fields, mapping, number, several, text
+from ..checkpoints.description import MAPPING, MAX_CLASSES, PRETRAINED_CFG, TEXT, check_fields, number, several
 from ..data.pixels import PixelReader
 from ..errors import MissingFileError, MissingPackageError, UserError, first_words
 from ..files import printable
@@ -23,7 +23,7 @@ __all__ = ["Classifier", "Preparation", "predict"]
 SIDE = number(int, 1, 16384)
 SETTINGS = PRETRAINED_CFG | dict(input_size=several(SIDE, 3, 3))
 DESCRIPTION = dict(
-    settings=mapping, model=text, class_names=several(text, 1, MAX_CLASSES), least_size=several(SIDE, 2, 2)
+    settings=MAPPING, model=TEXT, class_names=several(TEXT, 1, MAX_CLASSES), least_size=several(SIDE, 2, 2)
 )
 
 
