@@ -7,6 +7,7 @@ functions take a ``RaftMLP`` or its layers for their weights; tests and the benc
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
 from .layers import MultiScalePatchEmbed, RaftMLPBlock, RaftTokenMixing
@@ -22,7 +23,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Apply a LayerNorm over the channels at every position of x, (B, C, H, W)."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
+    x = rearrange(x, "b c h w -> b h w c")
+    return rearrange(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps), "b h w c -> b c h w")
 
 
 def mlp(x: Tensor, layer: nn.Module) -> Tensor:
@@ -37,28 +39,27 @@ def patch_embed(x: Tensor, embed: MultiScalePatchEmbed) -> Tensor:
     x = resize(x, (height * s, width * s))
     patches = [F.unfold(x, k, padding=(k - s) // 2, stride=s) for k in embed.kernels]  # (channel, row, column) order
     weight = torch.cat([conv.weight.flatten(1) for conv in embed.convs], dim=1)
-    tokens = F.linear(torch.cat(patches, dim=1).transpose(1, 2), weight, embed.bias)  # B (H W) C
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    tokens = F.linear(rearrange(torch.cat(patches, dim=1), "b n hw -> b hw n"), weight, embed.bias)
+    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
 
 
 def raft_token_mixing(x: Tensor, layer: RaftTokenMixing) -> Tensor:
     """Mix x, (B, C, H, W), along its height or its width."""
-    y = layer_norm(x, layer.norm).unflatten(1, (layer.raft_size, -1))  # B g o H W
-    order = (0, 2, 3, 1, 4) if layer.axis == "width" else (0, 2, 4, 1, 3)  # B o H (g W) or B o W (g H)
-    y = y.permute(order)
-    y = mlp(y.flatten(3), layer).reshape(y.shape)
-    return x + y.permute([order.index(axis) for axis in range(5)]).flatten(1, 2)
+    vectors = "b o h (g w)" if layer.axis == "width" else "b o w (g h)"
+    y = rearrange(layer_norm(x, layer.norm), f"b (g o) h w -> {vectors}", g=layer.raft_size)
+    return x + rearrange(mlp(y, layer), f"{vectors} -> b (g o) h w", g=layer.raft_size)
 
 
 def token_mixing(x: Tensor, layer: nn.Module) -> Tensor:
     """Mix x, (B, C, H, W), over all its positions."""
-    y = mlp(layer_norm(x, layer.norm).flatten(2), layer)
-    return x + y.reshape(x.shape)
+    y = rearrange(layer_norm(x, layer.norm), "b c h w -> b c (h w)")
+    return x + rearrange(mlp(y, layer), "b c (h w) -> b c h w", h=x.shape[2])
 
 
 def channel_mixing(x: Tensor, layer: nn.Module) -> Tensor:
     """Mix the channels of x, (B, C, H, W), at every position."""
-    return x + mlp(layer_norm(x, layer.norm).permute(0, 2, 3, 1), layer).permute(0, 3, 1, 2)
+    y = mlp(rearrange(layer_norm(x, layer.norm), "b c h w -> b h w c"), layer)
+    return x + rearrange(y, "b h w c -> b c h w")
 
 
 def mix_tokens(x: Tensor, module: RaftMLPBlock) -> Tensor:
@@ -90,7 +91,7 @@ def features(x: Tensor, model: RaftMLP) -> Tensor:
 
 def logits(x: Tensor, model: RaftMLP) -> Tensor:
     """Map images, (B, in_chans, H, W), to logits, (B, num_classes)."""
-    return model.head(features(x, model).mean((2, 3)))
+    return model.head(reduce(features(x, model), "b c h w -> b c", "mean"))
 
 
 class Reference(nn.Module):
