@@ -28,11 +28,8 @@ def wanted_layout(root: str) -> str:
 def class_labels(names: Sequence[str], root: str) -> tuple[list[int], dict[str, int]]:
     """Return the class of each image, which is the first folder of its name, and the index of each class by name.
 
-    The classes have timm's order; "A" and "a" come in the same order in every run.
-
-    Args:
-        names: The images, named from the root, with slashes.
-        root: The folder or tar file that they are in, for messages.
+    The images are named from ``root``, with slashes. The classes have timm's order; "A" and "a" come in the same order
+    in every run.
     """
     if not names:
         raise UserError(f"0 images in {printable(root)}")

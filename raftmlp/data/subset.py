@@ -24,13 +24,7 @@ def take_images(dataset: Dataset, count: int, seed: int, classes: Sequence[str] 
     """Return a stratified subset of ``count`` images, chosen by seed.
 
     With the same seed, a smaller subset is part of a larger one. Where the dataset does not tell its classes without
-    reading all images, the images are chosen whatever their class.
-
-    Args:
-        dataset: Any dataset of images and classes that has a length.
-        count: Number of images.
-        seed: Another one chooses others.
-        classes: The names of the classes by index, None where they are not known.
+    reading all images, the images are chosen whatever their class. ``classes`` are the names of the classes.
     """
     if isinstance(dataset, IterableDataset):
         raise UserError(f"--train-num-samples {count}: no images of a stream can be chosen")
@@ -87,9 +81,7 @@ def _labels(dataset: Dataset) -> np.ndarray:
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """Return the numbers of images in a random order whose every beginning has each class in its share of all.
 
-    Args:
-        labels: The classes of the images, (N,).
-        seed: Another one makes another order.
+    ``labels`` are the classes of the images, (N,).
     """
     rng, places = np.random.default_rng(seed), np.empty(len(labels))
     for label in np.unique(labels):

@@ -49,10 +49,7 @@ def seed_everything(*key: int) -> None:
 def check_splits(train_data: Dataset, val_data: Dataset, share_root: bool = False) -> list[int] | None:
     """Refuse images that are the same for training and evaluation, or that are to be evaluated on other classes.
 
-    Args:
-        train_data: The images to train on.
-        val_data: Those to evaluate on.
-        share_root: Whether they are parts of the same images, which have none in common.
+    ``share_root`` says that they are parts of the same images, which have none in common.
 
     Returns:
         The number in training of each class to evaluate on, where these are fewer; None where they are the same.

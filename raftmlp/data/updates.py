@@ -134,9 +134,6 @@ class Updates:
         schedule: "constant", or "progressive" from the first size to the last over the epochs.
         epochs: Epochs of the run.
         seed: Random seed.
-
-    Raises:
-        MissingPackageError: If there are several sizes, and this timm cannot draw them.
     """
 
     def __init__(

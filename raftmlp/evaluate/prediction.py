@@ -27,9 +27,7 @@ MAX_BARS = 10  # of an image in the picture
 class ImageFiles(Dataset):
     """Image files as tensors (C, H, W), each with its name and the reason why it cannot be read, "" if it can.
 
-    Args:
-        files: The files.
-        config: How images are prepared, see ``data_config``.
+    ``config`` says how images are prepared, see ``data_config``.
     """
 
     def __init__(self, files: Sequence[Path], config: dict):
@@ -120,7 +118,7 @@ def occlusion_map(
 def draw_predictions(
     path: Path, title: str, shown: Sequence[tuple[dict, Tensor]], maps: Sequence[Tensor], config: dict
 ) -> None:
-    """Write a picture: images as the model sees them, beside bars of their classes.
+    """Write a picture: images as the model sees them, next to bars of their classes.
 
     Args:
         path: The file.
