@@ -12,6 +12,7 @@ from PIL import Image
 from helpers import ROOT
 from raftmlp.cli import inspect as command
 from raftmlp.evaluate.inspection import mixing_weights, receptive_fields, smallest_share, update_norms
+from raftmlp.evaluate.plots import draw_weights
 
 SHIPPED = ROOT / "weights/raftmlp_digits.sklearn.safetensors"
 
@@ -96,6 +97,12 @@ def test_noise_and_plain_mixing(run_command):
     assert status == 0 and "the weights of raftmlp_mixer_b16 are random" in err
     assert Image.open("out/plain.png").width > 300 and not Path("out/vertical.png").exists()
     assert json.loads(Path("out/inspection.json").read_text())["data"] == "noise"
+
+
+def test_rows_of_several_lengths_in_one_picture(tmp_path):
+    blocks = mixing_weights(make(raft_size=(1, 2, 1, 1)))["vertical"]
+    draw_weights(tmp_path / "v.png", "vertical", "title", blocks)
+    assert Image.open(tmp_path / "v.png").width > 500
 
 
 def test_another_model_has_no_token_mixing(run_command):

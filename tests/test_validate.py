@@ -10,11 +10,11 @@ import timm
 import torch
 from PIL import Image
 
-from helpers import DIGITS, REAL_LABELS, TINY_MODEL, NamedImages, make_run_folder
+from helpers import DIGITS, TINY_MODEL, make_run_folder
 from raftmlp.cli import export, validate
 from raftmlp.data import Digits, create_dataset
-from raftmlp.data.settings import DataSettings
 from raftmlp.evaluate import evaluation
+from raftmlp.evaluate import labels as labels_module
 
 DIGITS = [*DIGITS, "--dataset", "digits"]
 SYNSETS = ["n01443537", "n01440764", "n02012849", "n03126707"]  # goldfish, tench, and the two cranes
@@ -132,12 +132,27 @@ def test_figures_at_several_sizes(run, shipped):
     assert Image.open("plot.png").width > 500
 
 
+class AllReal:
+    """Stands in for RealLabels: counts the images."""
+
+    def __init__(self, dataset):
+        self.count = 0
+
+    def add(self, images, target, logits):
+        self.count += len(logits)
+
+    def figures(self):
+        return dict(real_top1=self.count, real_top5=100.0)
+
+
 @torch.no_grad()
-def test_mirror_crop_and_memory_format(run, shipped, monkeypatch):
+def test_mirror_crop_memory_format_and_real_labels(run, shipped, monkeypatch):
     compiled = []
+    monkeypatch.setattr(labels_module, "RealLabels", AllReal)
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     options = ["--mirror", "--img-size", 24, "--crop-pct", 0.75, "--channels-last", "--compile"]
-    run(*DIGITS, *options, "--results-file", "r.json")
+    out, _ = run(*DIGITS, *options, "--real-labels", "--results-file", "r.json")
+    assert read_rows()[0]["real_top1"] == 360 and "ReaL top-1 360.00 %" in out
     images, labels = digits_at((32, 32))
     images = images[:, :, 4:28, 4:28]
     expected = figures_of((shipped(images).softmax(1) + shipped(images.flip(3)).softmax(1)) / 2, labels)
@@ -299,30 +314,6 @@ def test_a_part_of_imagenet(run, refused):
     assert "chooses among these" not in run(*options, "--num-classes", 4)[0]
     Path(f"images/{SYNSETS[0]}").rename("images/n00000001")
     assert "'n00000001'" in refused(*options, "--num-classes", 1000, "--checkpoint", "model.pth")
-
-
-def test_real_labels(run, monkeypatch):
-    class Constant(torch.nn.Module):
-        """Gives class 65 of every image; the label of 50 images of ImageNet's, and of some more by ReaL."""
-
-        num_classes, pretrained_cfg, in_chans = 1000, dict(input_size=(3, 1, 1), crop_pct=1.0), 3
-        weight = torch.nn.Parameter(torch.zeros(1))
-
-        def parameters(self, recurse=True):
-            return iter([self.weight])
-
-        def forward(self, x):
-            return torch.eye(1000)[65].expand(len(x), 1000)
-
-    batch = torch.zeros(1000, 3, 1, 1), torch.arange(1000)
-    monkeypatch.setattr(DataSettings, "create", lambda *_: NamedImages())
-    monkeypatch.setattr(evaluation, "create_model", lambda *_, **__: Constant())
-    monkeypatch.setattr(evaluation, "evaluation_loader", lambda *_, **__: [batch] * 50)
-    out, _ = run("--model", "raftmlp_s", "--pretrained", "--real-labels", "--results-file", "r.json")
-    labelled = [labels for labels in REAL_LABELS if labels]
-    expected = 100 * sum(65 in labels for labels in labelled) / len(labelled)
-    assert_figures(read_rows()[0], dict(top1=0.1, real_top1=expected))
-    assert f"ReaL top-1 {expected:.2f} %" in out
 
 
 # Classes by name, and a training run's checkpoint

@@ -109,8 +109,7 @@ def iterations_in(seconds: float, run: Callable[[], object], device: torch.devic
 class MachineLoad:
     """How many cores other processes keep busy: the load average of a minute, without what this process added to it.
 
-    Args:
-        threads: How many threads this process computes with.
+    ``threads`` is how many threads this process computes with.
     """
 
     def __init__(self, threads: int):
@@ -191,11 +190,9 @@ _bytes_moved._get_raw = True  # tensors, not their shapes
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Return the multiply-accumulates of matrix products and convolutions that a model on the CPU takes for an image.
+    """Return the multiply-accumulates of products and convolutions of a model on the CPU, for an image (C, H, W).
 
-    Args:
-        model: Any model of images, which is in eval mode after that.
-        shape: Shape (C, H, W) of the image.
+    The model is in eval mode after that.
     """
     with torch.no_grad(), plain_operators(), _counter() as counter:
         model.eval()(torch.zeros(1, *shape))
@@ -203,15 +200,9 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
 
 
 class Meter:
-    """Runs a model on one batch of noise, forward or forward and backward.
+    """Runs a model, named as ``split_name`` reads it, in one of MODES, on one batch of noise.
 
-    Args:
-        name: A model of timm's list, or reference:NAME, with arguments as in NAME,KEY=VALUE.
-        mode: One of MODES.
-        task: "inference" or "training": forward, cross entropy and backward, without an optimizer.
-        size: Height and width of the images.
-        settings: Batch size, precision, layout.
-        device: Where it runs.
+    The task "inference" is the forward pass, "training" forward, cross entropy and backward, without an optimizer.
     """
 
     def __init__(

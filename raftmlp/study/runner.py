@@ -204,6 +204,24 @@ def _start(folder: StudyFolder, run: Run, lock: int) -> subprocess.Popen:
         )
 
 
+def _start_waiting(
+    folder: StudyFolder, waiting: list[Run], active: dict[Run, subprocess.Popen], jobs: int
+) -> list[Run]:
+    """Start as many waiting runs as there is room for; return those that need no start: others have finished them."""
+    finished = []
+    for run in list(waiting):
+        lock = _claim(folder.run_folder(run)) if len(active) < jobs else None
+        if lock is None:  # a process that a killed study left behind may still be writing
+            continue
+        waiting.remove(run)
+        if folder.summary(run):  # such a process has finished it
+            finished.append(run)
+        else:
+            active[run] = _start(folder, run, lock)
+        os.close(lock)
+    return finished
+
+
 def _outcome(summary: dict | None, status: int, log: Path) -> str:
     """Return how a run ended: its figures, or without a summary what it said last."""
     if summary:
@@ -257,16 +275,8 @@ def run_study(
     with (stop := StopSignals()), progress.bar:
         try:
             while (waiting or active) and stop.number is None:
-                for run in list(waiting):
-                    lock = _claim(folder.run_folder(run)) if len(active) < jobs else None
-                    if lock is None:  # a process that a killed study left behind may still be writing
-                        continue
-                    waiting.remove(run)
-                    if folder.summary(run):  # such a process has finished it
-                        end(run)
-                    else:
-                        active[run] = _start(folder, run, lock)
-                    os.close(lock)
+                for run in _start_waiting(folder, waiting, active, jobs):
+                    end(run)
                 time.sleep(0.2)
                 for run, process in list(active.items()):
                     if process.poll() is not None and stop.number is None:
