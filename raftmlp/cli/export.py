@@ -84,7 +84,7 @@ def check_path(args: argparse.Namespace) -> Path:
     suffix = "" if args.format == "hf" else FORMATS[args.format].suffix
     if not args.out:
         raise UserError(f"--out names the {suffix + ' file' if suffix else 'folder'} to write")
-    out = check_output(Path(args.out), (suffix or Path(args.out).suffix,)) if suffix else Path(args.out)
+    out = check_output(Path(args.out), (suffix,)) if suffix else Path(args.out)
     if out.exists() and not (args.overwrite and suffix):
         raise UserError(f"{out} exists: {'--overwrite writes over it' if suffix else 'name another folder'}")
     return out
