@@ -34,19 +34,32 @@ def scenes(original, tmp_path):
     return shutil.copytree(original, tmp_path / "scenes")
 
 
-@pytest.fixture
-def check(scenes):
-    """Build a dataset of a config on the scenes, and check it as the commands do; returns it."""
+@pytest.fixture(scope="module")
+def configs():
+    """Configs by their kind, and their models without weights."""
     patch_mmengine()
     data.check_coco_files()
+    built = {}
+    for kind, path in CONFIGS.items():
+        config = read_config(ROOT / "configs" / path)
+        init_default_scope(config.default_scope)
+        with torch.device("meta"):
+            built[kind] = config, MODELS.build(config.model)
+    return built
+
+
+@pytest.fixture
+def check(scenes, configs):
+    """Build a dataset of a config on the scenes, and check it as the commands do; returns it."""
 
     def check_dataset(kind, loop="train", **changes):
-        config = read_config(ROOT / "configs" / CONFIGS[kind], data_dir=str(scenes))
+        config, model = configs[kind]
         init_default_scope(config.default_scope)
-        dataset = DATASETS.build({**config[f"{loop}_dataloader"].dataset, **changes})
-        evaluator = Evaluator(METRICS.build(config.val_evaluator)) if loop == "val" else None
-        with torch.device("meta"):
-            model = MODELS.build(config.model)
+        dataset = DATASETS.build({**config[f"{loop}_dataloader"].dataset, "data_root": str(scenes), **changes})
+        metric = dict(config.val_evaluator)
+        if kind == "detector":
+            metric["ann_file"] = str(scenes / "annotations" / "instances_validation.json")
+        evaluator = Evaluator(METRICS.build(metric)) if loop == "val" else None
         data.check_data(dataset, model, evaluator, f"{loop}_evaluator")
         return dataset
 
