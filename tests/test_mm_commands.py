@@ -169,6 +169,9 @@ def test_resuming_needs_a_run_of_the_same_model(trained, scenes, run, tmp_path):
     status, _, error = run(train_mm, DETECTOR, *options(scenes, trained, gone, epochs=5), "--resume")
     assert status == 0, error
     still = "optim_wrapper.optimizer.lr=0"  # but for the schedule's end of 1e-5
+    torch.save(dict(state_dict={"x": torch.zeros(1)}), "foreign.pth")
+    status, _, error = run(train_mm, DETECTOR, *options(scenes, "foreign", "load_from=foreign.pth", still, epochs=1))
+    assert status == 2 and "load_from foreign.pth" in error
     status, _, error = run(train_mm, DETECTOR, *options(scenes, "other", f"load_from={bare}", still, epochs=1))
     assert status == 0, error
     state, before = (load_checkpoint(path, STAND_INS)["state_dict"] for path in ("other/epoch_1.pth", bare))

@@ -56,6 +56,8 @@ def main() -> None:
         runner = build_runner(config, ("train", "val"))
         if last:
             runs.check_resume(runner, last)
+        elif config.get("load_from"):
+            runs.check_start(runner.model, config.load_from)
     if is_first_process():
         runner.register_hook(runs.RemoveHook(old))
     runner.train()

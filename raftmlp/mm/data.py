@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import suppress
 from itertools import zip_longest
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from PIL import Image
@@ -131,8 +133,12 @@ def check_data(dataset, model: nn.Module, evaluator=None, name: str = "") -> Non
     for part in parts:
         part.pipeline = _CheckedPipeline(part, classes, ignored)
         present |= _check_entries(part)
-        for index in sorted({len(part) * i // SAMPLED for i in range(SAMPLED)}):
-            part[index]  # its errors would end the run later
+        states = random.getstate(), np.random.get_state()  # a run draws the same with and without the samples
+        with torch.random.fork_rng(devices=[]):
+            for index in sorted({len(part) * i // SAMPLED for i in range(SAMPLED)}):
+                part[index]  # its errors would end the run later
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         seen = part.pipeline.seen
         if seen and len(seen - ignored) < 2 <= len(classes):
             _logger.warning(

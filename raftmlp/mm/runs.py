@@ -8,8 +8,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+from timm.utils import unwrap_model
+from torch import nn
 
+from ..checkpoints.weights import shapes
 from ..errors import UserError
 from ..files import save_figure
 from .checkpoints import check_weights, find_checkpoint, list_checkpoints, load_from_local, trained_classes
@@ -59,6 +62,14 @@ def check_resume(runner: Runner, path: Path) -> None:
     if reason:
         hint = f"to start from its weights give --cfg-options load_from={path}"
         raise UserError(f"{path} cannot be resumed: {reason}; {hint}")
+
+
+def check_start(model: nn.Module, path: str) -> None:
+    """Refuse weights to start from (load_from) of which the model takes none: mmengine would start without them."""
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    expected, given = shapes(unwrap_model(model).state_dict()), shapes(checkpoint.get("state_dict", checkpoint))
+    if not expected.items() & given.items():
+        raise UserError(f"load_from {path}: it has no weights of the config's model")
 
 
 class RemoveHook(Hook):
