@@ -1,4 +1,4 @@
-"""Pictures of predictions, accuracy, speed and studies, and of what a network has learnt."""
+"""Pictures of predictions, accuracy, speed, training and studies, and of what a network has learnt."""
 
 import math
 from bisect import insort
@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure  # draws into files, no screen needed
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from ..data.images import UNREADABLE
@@ -26,8 +26,8 @@ from .results import Confusion
 from .speed import Result
 
 __all__ = [
-    "Gallery", "draw_accuracy", "draw_confusion", "draw_cost", "draw_receptive_fields", "draw_speed", "draw_study",
-    "draw_updates", "draw_weights",
+    "Gallery", "draw_accuracy", "draw_confusion", "draw_cost", "draw_curves", "draw_receptive_fields",
+    "draw_speed", "draw_study", "draw_updates", "draw_weights",
 ]  # fmt: skip
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -189,7 +189,26 @@ def draw_cost(path: Path, results: Sequence[Result]) -> None:
     save_figure(figure, path)
 
 
-# Studies
+# Training
+
+
+def draw_curves(path: Path, log: Sequence[Mapping[str, Any]], loss_parts: Sequence[str] = ()) -> None:
+    """Write a picture of loss and accuracy over the epochs of a log; the training loss is with ``loss_parts``."""
+    epochs = [row["epoch"] for row in log]
+    figure, ((left, right),) = _panels(1, 2, 9, 3.4)
+    training, validation = "training", "validation"
+    if loss_parts:
+        training, validation = f"training, with {', '.join(loss_parts)}", "validation, without"
+    left.plot(epochs, [row["train_loss"] for row in log], label=training)
+    left.plot(epochs, [row["eval_loss"] for row in log], label=validation)
+    left.set(xlabel="epoch", ylabel="loss")
+    left.legend()
+    right.plot(epochs, [row["eval_top1"] for row in log], color="tab:green")
+    right.set(xlabel="epoch", ylabel="validation top-1 in %")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    save_figure(figure, path)
 
 
 def draw_study(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:

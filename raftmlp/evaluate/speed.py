@@ -19,11 +19,13 @@ from itertools import accumulate, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
+from timeit import timeit
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
@@ -36,7 +38,7 @@ from ..model.ops import plain_operators
 from ..model.reference import Reference
 from ..sizes import size_name
 
-__all__ = ["MachineLoad", "Meter", "Result", "clock", "count_macs", "iterations_in", "measure", "split_name"]
+__all__ = ["MachineLoad", "Meter", "Result", "clock", "count_macs", "measure", "split_name"]
 
 _logger = logging.getLogger(__name__)
 BAR = "{desc}: {percentage:.0f}%|{bar}| {remaining} left{postfix}"
@@ -91,19 +93,9 @@ class Result:
 # Time
 
 
-def clock(run: Callable[[], object], iterations: int, device: torch.device) -> float:
-    """Return the seconds of a call, the mean of so many in a row."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(iterations):
-        run()
-    synchronize(device)
-    return (time.perf_counter() - start) / iterations
-
-
-def iterations_in(seconds: float, run: Callable[[], object], device: torch.device) -> int:
-    """Return how many calls last so long, at least one."""
-    return max(1, round(seconds / max(clock(run, 1, device), 1e-9)))
+def clock(run: Callable[[], object], iterations: int = 1) -> float:
+    """Return the seconds of a call, the mean of so many in a row, with those of an accelerator that it starts."""
+    return timeit(run, timer=timer, number=iterations) / iterations
 
 
 class MachineLoad:
@@ -141,8 +133,8 @@ def device_pace(dtype: torch.dtype, device: torch.device) -> tuple[float, float]
     side, size = 1536 if device.type == "cpu" else 8192, 2**26
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    product_time = min(clock(lambda: torch.mm(a, b), 1, device) for _ in range(3))
-    copy_time = min(clock(lambda: target.copy_(source), 1, device) for _ in range(3))
+    product_time = min(clock(lambda: torch.mm(a, b)) for _ in range(3))
+    copy_time = min(clock(lambda: target.copy_(source)) for _ in range(3))
     return side**3 / product_time, 2 * size / copy_time
 
 
@@ -295,7 +287,7 @@ def measure(
             work = meter.work()
             result.memory_mib = meter.memory() / 2**20
             result.gmacs, result.parameters = work[0] / result.batch_size / 1e9, meter.parameters
-            meters.append((meter, result, work, iterations_in(settings.min_time, meter, device)))
+            meters.append((meter, result, work, max(1, round(settings.min_time / clock(meter)))))
         except Exception as error:  # a model of timm's list may refuse a size, a compiler raises anything
             result.failure = first_words(error)
             bar.total -= settings.rounds
@@ -306,7 +298,7 @@ def measure(
         paces.append(device_pace(settings.dtype, device))
         for (meter, result, _, iterations), times in zip(meters, seconds):
             bar.set_postfix_str(f"timing {result.model} {result.mode}")
-            times.append(clock(meter, iterations, device))
+            times.append(clock(meter, iterations))
             bar.update()
     bar.close()
     for (_, result, work, _), times in zip(meters, seconds):

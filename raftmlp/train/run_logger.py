@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,13 @@ from ..checkpoints.weights import load_checkpoint, save_state_dict, unwrap
 from ..data.updates import Updates
 from ..device import Processes, most_memory
 from ..errors import UserError
-from ..files import save_figure, write_csv, write_json
+from ..files import write_csv, write_json
 from ..sizes import size_name
 from .settings import WARMUP_EPOCHS, TrainSettings
 from .state import TrainState
 
 __all__ = [
-    "Progress", "RunLogger", "export_path", "export_pretrained", "headline", "plot_curves", "summarize",
+    "Progress", "RunLogger", "export_path", "export_pretrained", "headline", "summarize",
     "updates_in_words", "versions",
 ]  # fmt: skip
 
@@ -63,9 +62,11 @@ class RunLogger:
 
     def write(self, log: list[dict]) -> None:
         """Write a log, a row an epoch, into the folder."""
+        from ..evaluate.plots import draw_curves  # takes half a second
+
         if self.writes:
             write_csv(self.folder / "log.csv", log)  # rows differ in a resumed run that has other sizes than before
-            plot_curves(log, self.folder / "curves.png", self.loss_parts)
+            draw_curves(self.folder / "curves.png", log, self.loss_parts)
 
     def report(self, row: dict, best: dict, epochs: int) -> None:
         """Show the row of an epoch in a line, and send it to TensorBoard and to Weights & Biases."""
@@ -83,29 +84,6 @@ class RunLogger:
             self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(figures, step=epoch)
-
-
-def plot_curves(log: list[dict], picture: Path, loss_parts: Sequence[str] = ()) -> None:
-    """Draw loss and accuracy over the epochs of a log; the training loss is said to be with ``loss_parts``."""
-    from matplotlib.figure import Figure  # draws into files, no screen needed
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [row["epoch"] for row in log]
-    figure = Figure(figsize=(9, 3.4), layout="tight")
-    left, right = figure.subplots(1, 2)
-    training, validation = "training", "validation"
-    if loss_parts:
-        training, validation = f"training, with {', '.join(loss_parts)}", "validation, without"
-    left.plot(epochs, [row["train_loss"] for row in log], label=training)
-    left.plot(epochs, [row["eval_loss"] for row in log], label=validation)
-    left.set(xlabel="epoch", ylabel="loss")
-    left.legend()
-    right.plot(epochs, [row["eval_top1"] for row in log], color="tab:green")
-    right.set(xlabel="epoch", ylabel="validation top-1 in %")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    save_figure(figure, picture)
 
 
 class Progress:
