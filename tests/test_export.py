@@ -106,7 +106,7 @@ def test_any_batch(run, small, how, size):
     assert [path.name for path in Path().iterdir()] == [out.name]
 
 
-@pytest.mark.parametrize("how, resizing", [*((how, "map") for how in SUFFIXES), ("onnx", "update")])
+@pytest.mark.parametrize("how, resizing", [*((how, "full") for how in SUFFIXES), ("onnx", "residual")])
 def test_any_size(run, how, resizing):
     less = dict(embed_dims=(8,), depths=(1,), patch_sizes=(8,), patch_kernels=((8,),))  # symbolic sizes take minutes
     model, path = save_small(Path("small.pth"), resizing=resizing, **({} if how == "torchscript" else less))

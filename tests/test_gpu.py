@@ -64,7 +64,7 @@ def test_golden_logits(device, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size, resizing", [((224, 224), "map"), ((200, 333), "map"), ((200, 333), "update")])
+@pytest.mark.parametrize("size, resizing", [((224, 224), "full"), ((200, 333), "full"), ((200, 333), "residual")])
 def test_sixteen_bits_round_no_more_than_plain_operators_do(device, dtype, size, resizing):
     model = timm.create_model("raftmlp_s", resizing=resizing).eval()
     model.load_state_dict(release_weights("raftmlp_s"))

@@ -62,6 +62,7 @@ def test_losses_are_read_late_and_a_bad_one_is_found():
 RECIPE = make_recipe(TrainSettings(epochs=3, global_batch_size=8))
 CHECKPOINT = dict(optimizer={}, options=RECIPE, epoch=2, update=1, updates_per_epoch=5)
 OPEN = {**RECIPE, "global_batch_size": None, "train_batch_sizes": [8, 4]}
+OLD = dict(resizing="update")  # as version 0.2 called it
 PROGRESSIVE = {**RECIPE, "train_img_sizes": ["24", "32"], "train_size_schedule": "progressive"}
 
 
@@ -73,6 +74,7 @@ PROGRESSIVE = {**RECIPE, "train_img_sizes": ["24", "32"], "train_size_schedule":
         (dict(options={}, update=0), {}, ""),  # of a version that did not say them
         (dict(options={key: value for key, value in RECIPE.items() if "train_" not in key}), {}, ""),
         (dict(options={**RECIPE, "opt": "sgd"}), {}, "--opt sgd, not adamw"),
+        (dict(options={**RECIPE, "model_kwargs": OLD}), dict(model_kwargs=dict(resizing="residual")), ""),
         (dict(options={**RECIPE, "val_share": 0.1}), {}, "--val-share 0.1 --seed 42, not no --val-share"),
         (dict(options={**RECIPE, "kd_sha256": "a"}), dict(kd_sha256="b"), "--kd-checkpoint"),
         (dict(options={**RECIPE, "seed": 1}), {}, "--seed 1"),
