@@ -243,7 +243,7 @@ def add_row(row: dict) -> None:
 def draw(rows: list[dict], path: Path) -> None:
     """Draw the figures over the size of the images, a panel a figure: the mean of the seeds, and each of them.
 
-    An arm that evaluates another's run has its colour, and a dashed line.
+    An arm that evaluates another's run has its color, and a dashed line.
     """
     from matplotlib.figure import Figure
 
@@ -252,22 +252,22 @@ def draw(rows: list[dict], path: Path) -> None:
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 4 * lines + 1), layout="constrained")
-    colours = {arm: f"C{number}" for number, arm in enumerate(arm for arm in ARMS if not ARMS[arm].run)}
+    colors = {arm: f"C{number}" for number, arm in enumerate(arm for arm in ARMS if not ARMS[arm].run)}
     handles = {}
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (task, name) in zip(axes, panels):
         for arm in ARMS:
-            colour, style = colours[ARMS[arm].run or arm], "--" if ARMS[arm].run else "-"
+            color, style = colors[ARMS[arm].run or arm], "--" if ARMS[arm].run else "-"
             seeds = [
                 [row[f"{name} at {size}"] for size in SIZES] for row in rows if (row["task"], row["arm"]) == (task, arm)
             ]
             if seeds:
                 means = [sum(column) / len(seeds) for column in zip(*seeds)]
-                (handles[arm],) = axis.plot(SIZES, means, colour + style)
+                (handles[arm],) = axis.plot(SIZES, means, color + style)
                 for figures in seeds:
-                    axis.plot(SIZES, figures, f"{colour}.")
+                    axis.plot(SIZES, figures, f"{color}.")
         axis.set(xlabel="size of the images (pixels)", ylabel=name, title=task, xticks=SIZES)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each")
     args = parser.parse_args()
-    args.arms.sort(key=list(ARMS).index)  # arms that share a run are neighbours
+    args.arms.sort(key=list(ARMS).index)  # arms that share a run are neighbors
     for name in PEERS:
         if any(name in arm.lower() for arm in args.arms):
             pretrain(name)

@@ -1,4 +1,4 @@
-"""A set that no network here was pretrained on, in COCO's format: coloured circles, squares and triangles.
+"""A set that no network here was pretrained on, in COCO's format: colored circles, squares and triangles.
 
     python docs/shapes.py  # runs/shapes: 300 images to train on, 100 held out
 
@@ -27,7 +27,7 @@ def outline(kind: int, rng: np.random.Generator) -> np.ndarray:
 
 def paint(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
     """Return an image, and the class and outline of each of its one to four shapes, which do not touch."""
-    ground = rng.uniform(0, 255, (2, 2, 3)).astype(np.uint8)  # a colour to each corner
+    ground = rng.uniform(0, 255, (2, 2, 3)).astype(np.uint8)  # a color to each corner
     image = Image.fromarray(ground).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     taken, shapes = Image.new("1", (SIZE, SIZE)), []
     for kind in rng.integers(3, size=rng.integers(1, 5)):

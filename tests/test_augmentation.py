@@ -17,7 +17,7 @@ CONFIG = dict(input_size=(3, 32, 32), interpolation="bilinear", crop_pct=0.9, me
 
 
 def test_mixup_then_cutmix_keeps_account_of_every_pixel():
-    """Images of one colour each: the mean colour of a mixed image tells its shares."""
+    """Images of one color each: the mean color of a mixed image tells its shares."""
     size, classes = 60, 8
     mix = MixupThenCutmix(0.8, 0.8, smoothing=0.0, num_classes=classes)
     for seed in range(20):

@@ -38,7 +38,7 @@ def digits():
         *(("pretrained_cfg", value) for value in (True, DEEP)),
         *(("num_classes", value) for value in (True, -1, 0.5, 10**30, 10**5000, NAN, "1")),
         *(("input_size", value) for value in ([32, 32], [3, 0, 0], [3, 10**9, 10**9], [3.0, 32, 32], 3, DEEP)),
-        *(("mean", value) for value in ([NAN] * 3, [True] * 3, "grey", [], ["a"], {"a": 1}, [0.5] * 2000)),
+        *(("mean", value) for value in ([NAN] * 3, [True] * 3, "gray", [], ["a"], {"a": 1}, [0.5] * 2000)),
         *(("std", value) for value in ([0, 0, 0], [float("inf")] * 3)),
         *(("interpolation", value) for value in ("what", b"bilinear", ["bilinear"])),
         *(("crop_pct", value) for value in (0, -1, 10**30, float("inf"))),
@@ -187,7 +187,7 @@ def test_the_commands_show_one_line(run_command, digits):
     good = dict(arch="raftmlp_digits", model_kwargs=KWARGS, pretrained_cfg=cfg, state_dict=state)
     Image.new("RGB", (8, 8)).save("digit.png")
     for name, wrong in {
-        "cfg.pth": dict(pretrained_cfg=dict(cfg, mean="grey")),
+        "cfg.pth": dict(pretrained_cfg=dict(cfg, mean="gray")),
         "huge.pth": dict(model_kwargs=dict(embed_dims=[2**20] * 4)),
         "flat.pth": dict(state_dict={key: torch.ones(1) for key in state}),
         "nan.pth": dict(state_dict={**state, "head.bias": state["head.bias"] * NAN}),

@@ -62,16 +62,16 @@ def test_pairs_of_views(model, views, head, loss):
 def test_weights_in_a_classifier(model, views, run_command):
     head, criterion = SimCLRProjectionHead(model.num_features, 32, 16), NTXentLoss()
     pretrain(model, head, lambda: criterion(*(head(model(view)) for view in views)), updates=1)
-    torch.save(model.state_dict(), "unlabelled.pth")
+    torch.save(model.state_dict(), "unlabeled.pth")
     arguments = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), img_size=32, num_classes=0)
-    classifier = timm.create_model("raftmlp_digits", **arguments, checkpoint_path="unlabelled.pth")
+    classifier = timm.create_model("raftmlp_digits", **arguments, checkpoint_path="unlabeled.pth")
     classifier.reset_classifier(10)
     torch.testing.assert_close(classifier.forward_features(views[0]), model.forward_features(views[0]))
     assert classifier(views[0]).shape == (32, 10)
 
     options = ["--dataset", "digits", "--train-num-samples", 64, "--batch-size", 32, "--workers", 0, "--epochs", 1]
     options += ["--warmup-epochs", 0, "--lr", 0, "--min-lr", 0, "--model", "raftmlp_digits", "--output", "run"]
-    options += ["--model-kwargs", "embed_dims=(8,8,16,16)", "depths=(1,1,1,1)", "--checkpoint", "unlabelled.pth"]
+    options += ["--model-kwargs", "embed_dims=(8,8,16,16)", "depths=(1,1,1,1)", "--checkpoint", "unlabeled.pth"]
     status, out, err = run_command(train, *options)
     assert status == 0, err
     assert "its classifier is missing" in out + err

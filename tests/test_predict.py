@@ -42,7 +42,7 @@ def results(path="out.json"):
 # Predictions
 
 
-def test_digits_are_recognised(run, digits):
+def test_digits_are_recognized(run, digits):
     status, out, err = run(digits, *DIGITS, "--topk", 3, "--batch-size", 16, "--results-file", "out.json")
     assert status == 0, err
     written = results()
@@ -209,18 +209,18 @@ def test_occlusion_peaks_where_the_object_is(size):
 def test_the_picture_is_red_where_the_probability_falls(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image = torch.zeros(3, 32, 48)
-    image[:, :, :24] = -1  # the left half is black, the right half grey
+    image[:, :, :24] = -1  # the left half is black, the right half gray
     shown = [(dict(file="x", predictions=[{"class": 0, "name": "a", "probability": 1.0}]), image)]
     heat = torch.zeros(8, 8)
     heat[7, 7] = 0.5  # the lower right corner
-    grey, black, red = {}, {}, {}
+    gray, black, red = {}, {}, {}
     for name, heats in (("plain.png", []), ("heat.png", [heat])):
         draw_predictions(Path(name), "", shown, heats, dict(mean=(0.5,) * 3, std=(0.5,) * 3))
         pixels = np.asarray(Image.open(name).convert("RGB"), dtype=int)
-        grey[name] = np.argwhere((abs(pixels - 127.5) < 1).all(2))
+        gray[name] = np.argwhere((abs(pixels - 127.5) < 1).all(2))
         black[name] = np.argwhere((pixels == 0).all(2))
         red[name] = np.argwhere(pixels[..., 0] - pixels[..., 1] > 100)
     assert len(red["plain.png"]) == 0 and len(red["heat.png"]) > 100
-    assert (red["heat.png"].min(0) > np.median(grey["heat.png"], 0)).all()
-    assert len(grey["heat.png"]) > 0.8 * len(grey["plain.png"]) > 3000
+    assert (red["heat.png"].min(0) > np.median(gray["heat.png"], 0)).all()
+    assert len(gray["heat.png"]) > 0.8 * len(gray["plain.png"]) > 3000
     assert len(black["heat.png"]) > 0.8 * len(black["plain.png"]) > 3000

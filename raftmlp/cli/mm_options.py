@@ -41,7 +41,7 @@ def add_config_options(parser: Parser, work_dir: str = "") -> None:
         add("--work-dir", metavar="DIR", help=f"folder of the run (default: {work_dir})")
         add("--data-dir", metavar="DIR", help="folder of the data (default: the config's data_root)")
         default = "pytorch" if "TORCHELASTIC_RUN_ID" in os.environ else "none"
-        launchers, words = ("none", "pytorch", "slurm", "mpi"), "what started several processes; torchrun is recognised"
+        launchers, words = ("none", "pytorch", "slurm", "mpi"), "what started several processes; torchrun is recognized"
         add("--launcher", choices=launchers, default=default, help=words)
 
 

@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 -m raftmlp train -c imagenet/raftmlp_s --data-dir imagenet
 
 Writes into the output folder: last.pth.tar, previous.pth.tar and model_best.pth.tar (weights, averaged weights,
-optimiser), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end. An interrupted run is resumed
+optimizer), log.csv (a row an epoch), curves.png, args.yaml, and summary.json at the end. An interrupted run is resumed
 with --resume, and ends with the same numbers.
 """
 
