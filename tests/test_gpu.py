@@ -122,7 +122,7 @@ def test_gradients(device):
 # Ways to call it
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # a CPU compiles in test_raftmlp.py
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # a CPU compiles in test_compilers.py
 @torch.no_grad()
 def test_compiled_for_inference(device):
     """In 16 bits, for which the graph has the kernels."""
@@ -130,6 +130,25 @@ def test_compiled_for_inference(device):
     x = noise(4, 3, 64, 64, device=device, dtype=torch.bfloat16)
     expected, out = model(x), torch.compile(model, fullgraph=True)(x)
     assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_channels_last_and_autocast(device):
+    model, x = small(device).eval(), noise(3, 3, 64, 64, device=device)
+    expected = model(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert 0 < (model(x) - expected).abs().max() < 0.03 * expected.abs().max()
+    last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # a CPU compiles in test_compilers.py
+def test_compiled_for_training(device):
+    model, x = small(device, **ONE_STAGE), noise(4, 3, 64, 64, device=device)
+    outs = [model(x), torch.compile(model, fullgraph=True)(x)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for wanted, found in zip(*(torch.autograd.grad(out.square().sum(), model.parameters()) for out in outs)):
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6
 
 
 @torch.no_grad()
@@ -179,6 +198,13 @@ def make_trainer(folder, device, data, **settings):
     given = dict(epochs=2, warmup_epochs=0, batch_size=48, workers=0, device=device.type, output=str(folder))
     settings = TrainSettings(**given, mixup=0.8, cutmix=1.0, reprob=0.5, model_ema=True, **settings)
     return Trainer(settings, model, data, Subset(Digits("validation"), range(40)))
+
+
+def test_training_with_a_scaler(device, tmp_path):
+    trainer = make_trainer(tmp_path, device, Subset(Digits("train"), range(192)), amp=True, amp_dtype="float16")
+    trainer.fit()
+    assert trainer.train_step.scaler.state_dict()["scale"] > 0
+    assert all(np.isfinite(row["train_loss"]) for row in trainer.state.log)
 
 
 def test_a_run_resumes_to_the_same_bits(device, tmp_path):
