@@ -79,6 +79,8 @@ def main() -> None:
         raise UserError(f"--img-size takes one number of pixels, or height and width, not {args.img_size}")
     if args.results_file and not args.results_file.endswith(".json"):
         raise UserError(f"--results-file {args.results_file} must be named .json")
+    if args.results_file:
+        Path(args.results_file).parent.mkdir(parents=True, exist_ok=True)  # before the work, for what it may fail on
     files = find_images(args.images)
     size = args.img_size and (args.img_size[0], args.img_size[-1])
     classifier = Classifier(args.model, size, args.background, args.exif)
