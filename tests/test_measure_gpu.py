@@ -36,7 +36,7 @@ def test_a_rehearsal_names_what_fails_and_measures_the_rest(measure, tmp_path, m
     out = capfd.readouterr().out
     assert "failed: the benchmark training (status 2)" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["tests"].startswith("1 passed, 1 skipped")
+    assert summary["tests"].startswith("1 passed")
     assert [row["model"] for row in summary["rows"]] == ["reference:raftmlp_digits", "raftmlp_digits"]
     assert all(row["images_per_second"] > 0 for row in summary["rows"])
 

@@ -32,7 +32,7 @@ from raftmlp.settings import Count
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["tests/test_gpu.py", "tests/test_fused.py", "-k", "not cpu"]
-REHEARSED = ["tests/test_gpu.py", "-k", "channels_last"]
+REHEARSED = ["tests/test_gpu.py", "-k", "test_gradients"]
 PEERS = [
     "resnet18", "resnet34", "resnet50", "convnext_nano", "mixer_s16_224", "resmlp_12_224", "deit_small_patch16_224",
     "poolformer_s12", "fasternet_t2",
