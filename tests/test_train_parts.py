@@ -21,6 +21,7 @@ from raftmlp.checkpoints.weights import load_checkpoint
 from raftmlp.cli import train
 from raftmlp.device import Processes
 from raftmlp.errors import UserError
+from raftmlp.evaluate import plots
 from raftmlp.train import TrainSettings, run_logger
 from raftmlp.train.run_folder import RunFolder
 from raftmlp.train.run_logger import Progress, RunLogger, summarize
@@ -225,7 +226,7 @@ def test_a_bar_stays_a_bar_and_no_figure_is_cut(width, fits, monkeypatch):
 
 def test_the_log_of_a_run_that_goes_on_at_other_sizes(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(run_logger, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     row = dict(train_loss=1.0, eval_loss=0.5, eval_top1=50.0, bad_images=0, seconds=1.0)
     log = [dict(row, epoch=1), dict(row, epoch=2, updates_24=3, updates_32=4), dict(row, epoch=3, updates_24=7)]
     recipe = dict(smoothing=0.1, mixup=0.8, cutmix=0.0, kd_model_name=None)

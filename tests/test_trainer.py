@@ -50,6 +50,7 @@ def run_train(options, output):
     """Run the train command with its output in a file."""
     sys.stdout = sys.stderr = output.open("w", buffering=1)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # workers of the server would outlive a run that is killed
     sys.argv = ["raftmlp train", *options]
     console.run(train.main)
 

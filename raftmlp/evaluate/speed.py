@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
@@ -95,6 +94,8 @@ class Result:
 
 def clock(run: Callable[[], object], iterations: int = 1) -> float:
     """Return the seconds of a call, the mean of so many in a row, with those of an accelerator that it starts."""
+    from torch.utils.benchmark import timer  # it loads setuptools, which changes sys.path
+
     return timeit(run, timer=timer, number=iterations) / iterations
 
 
