@@ -116,7 +116,7 @@ def write_verified(
         _logger.info(f"{'images':>15}  largest difference  {'PyTorch':>10}  {runtime:>14}")
         rows = [compare(reference, run, make_images, spec, *sample) for sample in sample_sizes(spec)]
         refused = try_inputs(reference, run, make_images, spec)
-        _logger.info(f"of other images than these, the file refuses {', '.join(refused) or 'none that was tried'}")
+        _logger.info(f"tried too, and refused by the file: {', '.join(refused) or 'nothing'}")
     return run, rows
 
 
