@@ -12,9 +12,15 @@ __version__ = "0.2.0"
 
 
 def _is_command() -> bool:
-    """Return whether this process runs the console command: `raftmlp`, or `python -m raftmlp`."""
-    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
-    return module == ["raftmlp"] or os.path.basename(sys.argv[0]) in ("raftmlp", "raftmlp.exe")
+    """Return whether this process runs the console command: `raftmlp`, or `python -m raftmlp`.
+
+    While Python looks for the module that -m names, ``sys.argv`` begins with "-m".
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":
+        words = iter(sys.orig_argv)
+        return "-m" in words and next(words, "") == "raftmlp"
+    return os.path.basename(program) in ("raftmlp", "raftmlp.exe")
 
 
 is_command = _is_command() or find_spec("torch") is None

@@ -188,6 +188,11 @@ def test_an_import_by_name_registers_the_models():
         assert subprocess.run([sys.executable, "-c", code.format(name)]).returncode == 0
 
 
+def test_a_script_with_options_like_ours_gets_the_models(tmp_path):
+    (tmp_path / "script.py").write_text("import raftmlp, timm; assert timm.is_model('raftmlp_s')")
+    assert subprocess.run([sys.executable, tmp_path / "script.py", "-m", "raftmlp"]).returncode == 0
+
+
 def test_ctrl_c_while_torch_is_loaded():
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "raftmlp", "validate"], stderr=subprocess.PIPE, text=True
