@@ -6,7 +6,7 @@
     python docs/evidence.py
 
 Copies the JSON and the picture of every study that is in runs/studies/ next to the page, and writes the tables of the
-JSON beside the page into it, each between a pair of comments.
+JSON next to the page into it, each between a pair of comments.
 """
 
 import json
@@ -23,7 +23,7 @@ STUDIES = ("paper", "data_efficiency", "distillation")
 
 
 def section(name: str) -> str:
-    """Return the table of a study, whose JSON is beside the page, and its picture."""
+    """Return the table of a study, whose JSON is next to the page, and its picture."""
     rows = json.loads((DOCS / f"evidence-{name}.json").read_text())["rows"]
     add_differences(rows)
     picture = f"![top-1 of every arm, mean and standard deviation over the seeds](evidence-{name}.png)"

@@ -118,9 +118,9 @@ def in_words(error: ValidationError) -> tuple[str, str]:
     if isinstance(cause, UserError):
         words = str(cause)
     else:
-        message = str(cause or first["msg"])
-        words = f"must be allowed: {message[0].lower()}{message[1:]}, not {_shown(first['input'])}"
-        words = words.replace("must be allowed: input should be", "must be")
+        message, shown = str(cause or first["msg"]), _shown(first["input"])
+        must = message.removeprefix("Input should be")
+        words = f"{shown} is not allowed: {message}" if must == message else f"must be{must}, not {shown}"
     return str(first["loc"][0]) if first["loc"] else "", words
 
 

@@ -17,7 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run too, on the CPU; Triton reads this when it is imported
 
+from networks import KINDS, narrow, tiny
 from raftmlp.cli import console
+from raftmlp.model.resize import RESIZINGS
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +48,20 @@ def run_command(monkeypatch, capsys, tmp_path):
 
     yield run
     torch.set_num_threads(threads)
+
+
+# Networks of every kind, see networks.py
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def model(request):
+    torch.manual_seed(0)
+    name, resizing = request.param
+    return narrow(name, resizing=resizing).eval()
+
+
+@pytest.fixture(scope="module", params=RESIZINGS)
+def small(request):
+    """Two stages, raft sizes 2 and 4, odd depths: enough of everything for the compilers."""
+    torch.manual_seed(0)
+    return tiny(resizing=request.param).eval()

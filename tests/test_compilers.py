@@ -11,20 +11,6 @@ from networks import KINDS, SIZES, assert_same, batch, narrow, tiny
 from raftmlp.model.resize import RESIZINGS
 
 
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
-def model(request):
-    torch.manual_seed(0)
-    name, resizing = request.param
-    return narrow(name, resizing=resizing).eval()
-
-
-@pytest.fixture(scope="module", params=RESIZINGS)
-def small(request):
-    """Two stages, raft sizes 2 and 4, odd depths: enough of everything for the compilers."""
-    torch.manual_seed(0)
-    return tiny(resizing=request.param).eval()
-
-
 @torch.no_grad()
 def test_torchscript(model):
     scripted = torch.jit.script(model)

@@ -11,23 +11,7 @@ from timm.optim import param_groups_layer_decay
 
 import raftmlp
 from helpers import ROOT, same_weights
-from networks import KINDS, OTHER_RULES, SIZES, VARIANTS, assert_same, batch, narrow, tiny
-from raftmlp.model.resize import RESIZINGS
-
-
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
-def model(request):
-    torch.manual_seed(0)
-    name, resizing = request.param
-    return narrow(name, resizing=resizing).eval()
-
-
-@pytest.fixture(scope="module", params=RESIZINGS)
-def small(request):
-    """Two stages, raft sizes 2 and 4, odd depths: enough of everything for the compilers."""
-    torch.manual_seed(0)
-    return tiny(resizing=request.param).eval()
-
+from networks import OTHER_RULES, SIZES, VARIANTS, assert_same, batch, narrow, tiny
 
 # Names and construction
 

@@ -98,7 +98,7 @@ def table(results: list[Result]) -> str:
 
 
 def conditions(settings: SpeedSettings, device: torch.device) -> dict:
-    """Return what the results depend on beside the models."""
+    """Return what the results depend on besides the models."""
     import torch
 
     from ..train.run_logger import versions

@@ -76,7 +76,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        return f"needs the package {error.name}: {install_command('demo')}"
+        return f"needs the package {error.name}; what the commands need: {install_command('demo')}"
     words, kind = first_words(error), type(error).__name__
     if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in words:
         return f"too little memory, a smaller --batch-size may help: {words}"

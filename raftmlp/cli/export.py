@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     parser = Parser("%(prog)s --format FORMAT --out FILE [OPTION ...]", description=__doc__)
-    for settings in (ModelSettings, ExportSettings, DataSettings, ImageSettings):
-        parser.add_settings(settings)
+    parser.add_settings(ModelSettings, ExportSettings, DataSettings, ImageSettings)
     group = parser.group("file")
     group.add_argument("--out", metavar="FILE", help="file to write (.onnx, .pt2, .pt), or folder (hf)")
     group.add_argument("--overwrite", action="store_true", help="write over an existing file, never over a folder")

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    for settings in (ModelSettings, DataSettings, ImageSettings):
-        parser.add_settings(settings)
+    parser.add_settings(ModelSettings, DataSettings, ImageSettings)
     group = parser.group("inspection")
     group.add_argument(
         "--images", type=option_type(Count), default=64, metavar="N", help="images to look at, of every class"

@@ -107,18 +107,19 @@ class Parser(argparse.ArgumentParser):
             self.groups[title] = self.add_argument_group(title)
         return self.groups[title]
 
-    def add_settings(self, kind: type[Settings], leave_out: tuple[str, ...] = ()) -> None:
+    def add_settings(self, *kinds: type[Settings], leave_out: tuple[str, ...] = ()) -> None:
         """Offer the fields of settings as options, in the groups of the classes that they are defined in.
 
         Args:
-            kind: The settings.
+            *kinds: The settings.
             leave_out: Names of fields that are no options here.
         """
-        self.kinds.append(kind)
-        owners = {name: owner for owner in kind.__mro__ for name in inspect.get_annotations(owner)}
-        for entry in fields(kind):
-            if entry.name not in leave_out:
-                self._add_field(self.group(owners[entry.name].title), entry)
+        self.kinds += kinds
+        for kind in kinds:
+            owners = {name: owner for owner in kind.__mro__ for name in inspect.get_annotations(owner)}
+            for entry in fields(kind):
+                if entry.name not in leave_out:
+                    self._add_field(self.group(owners[entry.name].title), entry)
 
     def _add_field(self, group: argparse._ArgumentGroup, entry) -> None:
         """Offer a field of settings as an option; the settings themselves check its value."""

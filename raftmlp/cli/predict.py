@@ -29,8 +29,7 @@ def build_parser() -> Parser:
     parser.group("images").add_argument(
         "images", nargs="*", metavar="IMAGE", help="an image, a folder (all below it) or a pattern; put these first"
     )
-    for settings in (ImageSettings, ModelSettings, DeviceSettings):
-        parser.add_settings(settings)
+    parser.add_settings(ImageSettings, ModelSettings, DeviceSettings)
     group, count = parser.group("run"), option_type(Count)
     group.add_argument("-b", "--batch-size", type=count, default=32, metavar="N", help="batch size")
     workers = "processes that load images if there are several batches; 0 to load them in this one"

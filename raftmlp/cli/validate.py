@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    for settings in (ModelSettings, DataSettings, ImageSettings):
-        parser.add_settings(settings)
+    parser.add_settings(ModelSettings, DataSettings, ImageSettings)
     group = parser.group("evaluation")
     text = (
         "evaluate at each of these image sizes, in place of --img-size; a size that a model cannot take is a row that "
@@ -171,7 +170,7 @@ def worst_table(worst: list[dict]) -> str:
 
 
 def conditions(args: argparse.Namespace, names: list[str] | None, device: torch.device) -> dict:
-    """Return what the results depend on beside the models."""
+    """Return what the results depend on besides the models."""
     from ..train.run_logger import versions
 
     data = dict(dataset=args.dataset or "folder", data_dir=args.data_dir, split=args.val_split)

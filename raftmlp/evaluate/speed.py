@@ -49,7 +49,7 @@ class Result:
     """What was measured of a model in a mode, at a task and a size.
 
     Times are milliseconds an iteration, of one batch; spread is the interquartile range over the median. A ratio is
-    this row's speed over that of the first. Memory is the peak of an iteration beside weights and images. The shares
+    this row's speed over that of the first. Memory is the peak of an iteration without weights and images. The shares
     are what the arithmetic, and the traffic of the products, would take of the time at the device's pace. The other
     load is that of ``MachineLoad``.
     """

@@ -45,7 +45,7 @@ class RunFolder:
         """Keep other runs out of the folder, and return the checkpoint to resume from, if any.
 
         Args:
-            resume: A checkpoint file; "auto" for the last complete one in the folder, if any; None to start anew.
+            resume: A checkpoint file; "auto" for the last complete one in the folder, if any; None to start a new run.
             overwrite: Whether a run in the folder may be lost.
         """
         if (self.path / "study.yaml").exists():
